@@ -1,7 +1,7 @@
-"""Weights that travel: whoever hangs up, and whatever fails, no part stays on the device beside the next one's.
+"""Offloaded weights: after any cancellation or failure, no component stays on the device beside the next one.
 
-This machine has no accelerator, so the parts only seem to move: the hooks of diffusers and accelerate, the engine and
-the arithmetic are the real ones.
+This machine has no accelerator, so the components only seem to move: the hooks of diffusers and accelerate, the engine
+and the arithmetic are real.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from stable_diffusion_server.types import DiffusionRequest, EngineEvent, EngineE
 
 pytestmark = pytest.mark.slow
 
-# To PyTorch they are two devices, and tensors are computed with on both.
+# PyTorch treats them as two devices, and can compute with tensors on both.
 CPU, DEVICE = torch.device("cpu"), torch.device("cpu:0")
 CUDA = torch.device("cuda:0")
 FACTS = {name: replace(facts, control_folder=None) for name, facts in MODELS.items()}
@@ -44,7 +44,7 @@ PATIENCE = 120.0
 
 
 class Seeming:
-    """A parameter that seems to be elsewhere."""
+    """A parameter that reports another device."""
 
     def __init__(self, parameter: torch.Tensor, device: torch.device) -> None:
         self._parameter = parameter
@@ -55,7 +55,7 @@ class Seeming:
 
 
 class Travels:
-    """Where the parts of pipelines seem to be: `there` now, and `met`, the sets that were there together."""
+    """Records where components seem to be: `there` now, and `met`, the sets that were there together."""
 
     def __init__(self) -> None:
         self.there: set[str] = set()
@@ -86,13 +86,13 @@ class Travels:
         )
 
     def crowded(self) -> list[set[str]]:
-        """Where a denoiser met anything else."""
+        """The sets in which a denoiser was on the device with another component."""
         return [met for met in self.met if len(met) > 1 and any("unet" in n or "transformer" in n for n in met)]
 
 
 @pytest.fixture(scope="module")
 def placed(one_thread: None) -> tuple[Any, Travels]:
-    """Both embedded models, placed by OFFLOAD=model on a device that only seems to be there."""
+    """Both embedded models with OFFLOAD=model on a simulated device."""
     travels = Travels()
 
     def settled(pipeline: Any, controlnet: Any, device: torch.device, residency: Residency) -> None:
@@ -109,7 +109,7 @@ def placed(one_thread: None) -> tuple[Any, Travels]:
 
 @pytest.fixture
 def travels(placed: tuple[Any, Travels]) -> Travels:
-    """Where their parts are, from now on."""
+    """Records component positions from now on."""
     placed[0].release_memory()
     placed[1].met.clear()
     return placed[1]
@@ -141,7 +141,7 @@ def wait(reached: Callable[[], bool]) -> None:
 
 
 def hung_up(engine: Engine[Any], job: DiffusionRequest, kind: EngineEventKind, step: int) -> None:
-    """A caller who leaves at an event, on the engine's own thread, where nothing has begun yet that follows it."""
+    """Cancel the request at an event, on the engine's own thread, before the next stage begins."""
     ready = threading.Event()
 
     def leave(event: EngineEvent) -> None:
@@ -163,7 +163,7 @@ def hung_up(engine: Engine[Any], job: DiffusionRequest, kind: EngineEventKind, s
 def test_a_caller_who_hangs_up_leaves_nothing_on_the_device(
     model: str, kind: EngineEventKind, step: int, engine: Engine[Any], travels: Travels
 ) -> None:
-    """Whenever it was: the next one's text encoders, and the other family's parts, find the device empty."""
+    """At any stage: the next request's text encoders, and the other family's components, find the device empty."""
     hung_up(engine, job_for(model), kind, step)
     other = "flux" if model == "sdxl" else "sdxl"
     for follower in (job_for(model, prompt="a word that was never encoded"), job_for(other)):
@@ -174,7 +174,7 @@ def test_a_caller_who_hangs_up_leaves_nothing_on_the_device(
 
 @pytest.mark.fault(169)
 def test_every_task_has_one_large_part_on_the_device_at_a_time(drawing: Any, travels: Travels) -> None:
-    """Pictures and masks are encoded by the VAE before the first step, and it does not stay beside the denoiser."""
+    """The VAE encodes images and masks before the first step, and then leaves the device."""
     for model in FACTS:
         for job in (job_for(model), job_for(model, image=scene(), mask=disc_mask(), refine=True)):
             draw(drawing, job)
@@ -196,7 +196,7 @@ FAILURES: dict[str, tuple[str, str, type[Exception]]] = {
 @pytest.mark.fault(169)
 @pytest.mark.parametrize("what", FAILURES)
 def test_a_failure_leaves_nothing_on_the_device(what: str, drawing: Any, travels: Travels) -> None:
-    """The exception goes on, the parts leave, and the same job draws the same picture afterwards."""
+    """The exception is raised, the components leave, and the same job then gives the same image."""
     part, method, kind = FAILURES[what]
     before, whole = draw(drawing, job_for("sdxl")), getattr(drawing._families["sdxl"].pipeline, part)
     true = getattr(whole, method)
@@ -217,9 +217,9 @@ def test_a_failure_leaves_nothing_on_the_device(what: str, drawing: Any, travels
 @pytest.mark.fault(169)
 @pytest.mark.parametrize("where", ["mid_block", "conv_out", "time_embedding"])
 def test_a_pass_that_fails_in_the_middle_leaves_no_layer_behind(where: str, one_thread: None) -> None:
-    """OFFLOAD=sequential: what one layer brought goes back, by accelerate's own hooks; here for real."""
+    """OFFLOAD=sequential: accelerate's hooks move a layer's weights back; here without simulation."""
     pipeline = load_pipeline(FACTS["sdxl"], MODELS_DIR, CPU)
-    cpu_offload(pipeline.unet, CPU)  # as diffusers does it for each part, on a device that is not "cpu:0"
+    cpu_offload(pipeline.unet, CPU)  # as diffusers does for each component, on a device that is not "cpu:0"
     offloaded = OffloadedModel(pipeline, None, Residency.SEQUENTIAL)
     layer = next(module for module in getattr(pipeline.unet, where).modules() if not list(module.children()))
     true = layer._old_forward
@@ -238,7 +238,7 @@ def test_a_pass_that_fails_in_the_middle_leaves_no_layer_behind(where: str, one_
     layer._old_forward = fails
     with pytest.raises(ValueError, match="on purpose"):
         run()
-    assert left()  # or there would be nothing to show
+    assert left()  # otherwise the test would prove nothing
     with pytest.raises(ValueError, match="on purpose"), offloaded.only("unet"):
         run()
     assert left() == []
@@ -250,7 +250,7 @@ def test_a_pass_that_fails_in_the_middle_leaves_no_layer_behind(where: str, one_
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("residency", [Residency.MODEL, Residency.GROUP, Residency.SEQUENTIAL])
 def test_the_device_is_empty_after_a_failure(residency: Residency) -> None:
-    """On a device that is there: as many bytes as before."""
+    """On a real device: as many bytes as before."""
     pipeline = load_pipeline(FACTS["sdxl"], MODELS_DIR, CUDA, move=False)
     apply_residency(pipeline, None, CUDA, residency)
     offloaded = OffloadedModel(pipeline, None, residency)
@@ -268,7 +268,10 @@ def test_the_device_is_empty_after_a_failure(residency: Residency) -> None:
 def test_quantized_weights_that_cannot_travel_by_layers_are_refused_by_name(
     quantize: Quantize, accelerated: bool
 ) -> None:
-    """OFFLOAD=sequential with QUANTIZE: both settings are in the sentence, and nothing chooses it by itself."""
+    """OFFLOAD=sequential with QUANTIZE.
+
+    The sentence has both settings, and automatic placement never selects the pair.
+    """
     footprint = Footprint({"unet": 10**9}, quantized=("unet",), layer=10**6, weight_bytes=2)
     with pytest.raises(ModelLoadError, match=f"OFFLOAD=sequential cannot be combined with QUANTIZE={quantize}"):
         place(10**9, footprint, accelerated=accelerated, offload="sequential", quantize=quantize)

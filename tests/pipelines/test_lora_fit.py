@@ -1,4 +1,4 @@
-"""What an adapter's file may hold: each trainer's layout as the stock pipeline loads it, and of all else no trace."""
+"""Contents of LoRA files: each trainer's layout works as in the stock pipeline, and invalid files leave no trace."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ KINDS: dict[str, Any] = {"sdxl": Sdxl, "flux": Flux}
 
 
 def quick(family: str, **changes: Any) -> DiffusionRequest:
-    """A job of few pixels and steps: what is looked at are weights."""
+    """A job of few pixels and steps: the tests look at weights."""
     return job_for(family, **{"width": 64, "height": 64, "num_inference_steps": 2, **changes})
 
 
 @dataclass(frozen=True)
 class Two:
-    """A family that may use a folder, one over a stock pipeline, and what both draw without adapters."""
+    """A family with a LoRA folder, one over a stock pipeline, and the image of both without LoRAs."""
 
     ours: Any
     stock: Any
@@ -54,13 +54,13 @@ def twos(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str
         folder, facts = tmp_path_factory.mktemp(name), MODELS[name]
         own, stock = (load_pipeline(facts, MODELS_DIR, CPU) for _ in range(2))
         ours = kind(own, facts, loras=LoraManager(own, folder))
-        # What is put on the stock pipeline is known to nobody, so no encoded prompt may be kept.
+        # Our code does not see changes to the stock pipeline, so the prompt cache must be off.
         made[name] = Two(ours, kind(stock, facts, prompt_cache=PromptCache(0)), folder, draw(ours, quick(name)))
     return made
 
 
 def traces(pipeline: Any) -> set[str]:
-    """The names of all adapters that are left anywhere in a pipeline."""
+    """Names of all LoRAs that are left anywhere in a pipeline."""
     found: set[str] = set()
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
@@ -75,7 +75,7 @@ def traces(pipeline: Any) -> set[str]:
 def test_an_adapter_is_drawn_as_the_stock_pipeline_draws_it(
     family: str, layout: str, weight: float, twos: dict[str, Two]
 ) -> None:
-    """Whatever trainer wrote it, to the last bit, though it is copied from its file; and it has an effect."""
+    """For each trainer, bit-exact, although copied from its file; and it has an effect."""
     two = twos[family]
     tensors, notes = FITTING[family][layout](two.stock.pipeline)
     write(two.folder / "style.safetensors", tensors, notes)
@@ -95,12 +95,12 @@ def test_an_adapter_is_drawn_as_the_stock_pipeline_draws_it(
 def test_a_file_that_does_not_fit_is_refused_in_a_sentence_and_leaves_nothing(
     family: str, kind: str, twos: dict[str, Two]
 ) -> None:
-    """The order that names it is refused by that parameter, and no part of the model knows of it afterwards."""
+    """The request fails with that parameter, and no component of the model keeps a trace."""
     two = twos[family]
     made, said = UNFIT[family][kind]
     (two.folder / "bad.safetensors").write_bytes(made(two.stock.pipeline))
     before = traces(two.ours.pipeline)
-    for _ in range(2):  # known as refused, it is refused in the same words
+    for _ in range(2):  # the cached refusal has the same text
         with pytest.raises(InvalidInput, match=rf"^bad\.safetensors .*({said})") as refused:
             two.ours.prepare(quick(family, loras=(("bad", 1.0),)))
         assert refused.value.field == "lora"
@@ -109,7 +109,7 @@ def test_a_file_that_does_not_fit_is_refused_in_a_sentence_and_leaves_nothing(
     assert traces(two.ours.pipeline) == before
 
 
-# Those that come furthest, or would change weights that others draw with.
+# Those that fail latest, or would change shared weights.
 FAR = {
     "sdxl": (
         "notes that name further layers",
@@ -124,7 +124,7 @@ FAR = {
 @pytest.mark.fault(160)
 @pytest.mark.parametrize("family", UNFIT)
 def test_after_those_that_come_far_the_model_is_as_it_was(family: str, twos: dict[str, Two]) -> None:
-    """Its weights to the last bit, its picture, and the same file once it is mended."""
+    """Its weights bit for bit, its image, and the same file once it is repaired."""
     two = twos[family]
     weights = {name: tensor.clone() for name, tensor in weights_below(two.ours).items()}
     for made, _ in (UNFIT[family][kind] for kind in FAR[family]):
@@ -139,7 +139,7 @@ def test_after_those_that_come_far_the_model_is_as_it_was(family: str, twos: dic
 
 
 def weights_below(family: Any) -> dict[str, torch.Tensor]:
-    """All weights of a family's parts but the adapters', by name."""
+    """All weights of a family's components except the LoRAs', by name."""
     return {
         f"{part}.{name}".replace(".base_layer", ""): tensor
         for part, module in family.pipeline.components.items()
@@ -153,7 +153,7 @@ def weights_below(family: Any) -> dict[str, torch.Tensor]:
 def test_what_stumbles_while_it_is_loaded_is_taken_off_again(
     twos: dict[str, Two], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A text encoder's half that fails after the denoiser's is on: the whole is gone, and works the next time."""
+    """The text encoder part fails after the denoiser part was applied: both are removed, and the next attempt works."""
     two = twos["sdxl"]
     tensors, notes = FITTING["sdxl"]["kohya, both text encoders"](two.stock.pipeline)
     write(two.folder / "late.safetensors", with_one(tensors, 0.5), notes)
@@ -162,7 +162,7 @@ def test_what_stumbles_while_it_is_loaded_is_taken_off_again(
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("the second text encoder stumbles")
 
-    with monkeypatch.context() as patched:  # no file is known that gets so far
+    with monkeypatch.context() as patched:  # no known file fails so late
         patched.setattr(two.ours.pipeline.text_encoder_2, "load_adapter", fail)
         with pytest.raises(InvalidInput, match=r"late\.safetensors cannot be loaded"):
             two.ours.prepare(quick("sdxl", loras=(("late", 1.0),)))
@@ -172,7 +172,7 @@ def test_what_stumbles_while_it_is_loaded_is_taken_off_again(
 
 @pytest.mark.fault(161)
 def test_finite_weights_that_overflow_are_told_and_leave_nothing_on(twos: dict[str, Two]) -> None:
-    """Each number is fine and their product is not: that drawing is not finite, and the next one is as ever."""
+    """Each number is finite and their product is not: that image is not finite, and the next one is normal."""
     two = twos["sdxl"]
     huge = {name: tensor * 1e25 for name, tensor in peft("unet", unet_pairs(two.stock.pipeline)).items()}
     write(two.folder / "huge.safetensors", huge)
@@ -182,7 +182,7 @@ def test_finite_weights_that_overflow_are_told_and_leave_nothing_on(twos: dict[s
 
 
 def test_one_adapter_named_twice_is_on_with_both_weights(twos: dict[str, Two]) -> None:
-    """Under one name or under two: what counts is the content, and its weights add up."""
+    """Under one name or two: the content is the identity, and its weights add up."""
     two = twos["sdxl"]
     tensors, _ = FITTING["sdxl"]["peft"](two.stock.pipeline)
     for name in ("one", "other"):
@@ -193,7 +193,7 @@ def test_one_adapter_named_twice_is_on_with_both_weights(twos: dict[str, Two]) -
 
 
 def test_floats_of_one_byte_are_widened(twos: dict[str, Two]) -> None:
-    """Nothing is computed in them, so they are drawn as the same numbers in more bytes."""
+    """PyTorch computes nothing in float8, so the same numbers are used in a wider dtype."""
     two = twos["sdxl"]
     small = {k: v.to(torch.float8_e4m3fn) for k, v in peft("unet", unet_pairs(two.stock.pipeline)).items()}
     write(two.folder / "small.safetensors", small)
@@ -203,7 +203,7 @@ def test_floats_of_one_byte_are_widened(twos: dict[str, Two]) -> None:
 
 
 def test_the_layouts_written_here_are_read_by_the_stock_pipeline(twos: dict[str, Two]) -> None:
-    """Notes say something about what they go with: without them the stock pipeline draws otherwise."""
+    """File metadata matters: without it the stock pipeline gives another image."""
     two = twos["sdxl"]
     tensors, notes = FITTING["sdxl"]["peft with notes"](two.stock.pipeline)
     assert notes is not None
@@ -218,7 +218,7 @@ def test_the_layouts_written_here_are_read_by_the_stock_pipeline(twos: dict[str,
 @pytest.mark.fault(162, 164)
 @pytest.mark.parametrize("layout", ["peft", "kohya, text encoders alone", "peft, both text encoders"])
 def test_a_replaced_adapter_is_drawn_with_its_new_weights(layout: str, twos: dict[str, Two]) -> None:
-    """Written over in place with as many bytes, at once, in the denoiser and in what the prompt is encoded to."""
+    """Overwritten in place with the same size: effective at once, in the denoiser and in the encoded prompt."""
     two, job = twos["sdxl"], quick("sdxl", loras=(("ink", 1.0),))
     tensors, _ = FITTING["sdxl"][layout](two.stock.pipeline)
     other = {name: -tensor if "lora_B" in name or "lora_up" in name else tensor for name, tensor in tensors.items()}
@@ -234,7 +234,10 @@ def test_a_replaced_adapter_is_drawn_with_its_new_weights(layout: str, twos: dic
 
 @pytest.mark.fault(162, 164)
 def test_a_job_draws_with_the_content_it_means_or_not_at_all(twos: dict[str, Two]) -> None:
-    """Replaced while the order waits: what is loaded is drawn with, what is not is refused and never another's."""
+    """Replaced while the request waits: the loaded content is used, otherwise the request is refused.
+
+    Never other content.
+    """
     two = twos["sdxl"]
     tensors, _ = FITTING["sdxl"]["peft"](two.stock.pipeline)
     file = write(two.folder / "ink.safetensors", tensors)
@@ -284,7 +287,7 @@ print("drawn", registry.finish(state).pixels.std() > 5)
 @pytest.mark.fault(164)
 @pytest.mark.parametrize("how", ["truncated", "written over", "removed"])
 def test_a_file_that_goes_while_it_is_in_use_harms_nothing(how: str, tmp_path: Path) -> None:
-    """The process lives on, and the picture that is under way ends: nothing of the file is mapped into memory."""
+    """The process lives on, and the running image finishes: the file is not mapped into memory."""
     ours = Path(__file__).parent
     done = subprocess.run(  # noqa: S603  # our own code, in a process that may die of it
         [sys.executable, "-c", _IN_USE, str(tmp_path), how, str(MODELS_DIR)],

@@ -1,4 +1,4 @@
-"""The folder of adapters: links and sub-folders are followed, a bad file costs itself alone, digests follow bytes."""
+"""The LoRA folder: follows links and sub-folders, isolates invalid files, identifies files by content digest."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _blob_of_a_hub_cache(folder: Path, outside: Path) -> None:
 @pytest.mark.fault(163)
 @pytest.mark.parametrize("made", [_linked_out, _linked_folder, _link_in_a_sub_folder, _blob_of_a_hub_cache])
 def test_links_and_sub_folders_are_followed(made: Callable[[Path, Path], None], tmp_path: Path) -> None:
-    """ComfyUI's or AUTOMATIC1111's folder, linked whole or file by file, is offered like files of one's own."""
+    """A ComfyUI or AUTOMATIC1111 folder, linked as a whole or file by file, is listed like local files."""
     folder, outside = tmp_path / "loras", tmp_path / "comfy"
     folder.mkdir()
     outside.mkdir()
@@ -122,7 +122,7 @@ BAD: list[Any] = [
 @pytest.mark.fault(163)
 @pytest.mark.parametrize(("made", "said"), BAD)
 def test_a_bad_file_costs_itself_alone(made: Callable[[Path], None], said: str, tmp_path: Path) -> None:
-    """It is not offered, and its reason is reported; naming it is refused with that; the others are there."""
+    """It is not listed, and its reason is reported; naming it gives that reason; the others are listed."""
     lora_file(tmp_path / "own.safetensors")
     made(tmp_path / "bad.safetensors")
     folder = LoraFolder(tmp_path)
@@ -139,7 +139,7 @@ def test_a_bad_file_costs_itself_alone(made: Callable[[Path], None], said: str, 
 @pytest.mark.fault(163)
 @pytest.mark.parametrize(("made", "said"), BAD)
 def test_a_mended_file_works_at_once(made: Callable[[Path], None], said: str, tmp_path: Path) -> None:
-    """In the same process, with nothing kept of what it was."""
+    """In the same process, with no cached state of the invalid file."""
     file, folder = tmp_path / "bad.safetensors", LoraFolder(tmp_path)
     made(file)
     with pytest.raises(InvalidInput, match=said):
@@ -157,7 +157,7 @@ def test_a_mended_file_works_at_once(made: Callable[[Path], None], said: str, tm
 
 @pytest.mark.fault(163)
 def test_links_in_circles_and_unreadable_places_end(tmp_path: Path) -> None:
-    """A folder that contains itself by a link is looked through once, and a dangling one is passed over."""
+    """A folder that contains itself through a link is scanned once, and a dangling link is ignored."""
     lora_file(tmp_path / "own.safetensors")
     (tmp_path / "again").symlink_to(tmp_path)
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
@@ -167,7 +167,7 @@ def test_links_in_circles_and_unreadable_places_end(tmp_path: Path) -> None:
 
 
 def test_of_two_files_of_one_name_the_one_near_the_top_counts(tmp_path: Path) -> None:
-    """A file deeper down never takes a name over."""
+    """A file deeper down never replaces a name."""
     (tmp_path / "a").mkdir()
     lora_file(tmp_path / "a" / "ink.safetensors", b"deep")
     top = lora_file(tmp_path / "ink.safetensors", b"top")
@@ -176,7 +176,7 @@ def test_of_two_files_of_one_name_the_one_near_the_top_counts(tmp_path: Path) ->
 
 @pytest.mark.fault(163)
 def test_what_cannot_be_used_is_told_in_the_log_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often readiness is asked for; names that cannot be used are reported as well."""
+    """However often readiness is requested; unusable names are logged as well."""
     logged: list[str] = []
     monkeypatch.setattr(lora_folder._log, "warning", lambda event, **more: logged.append(more["name"]), raising=False)
     _dangling(tmp_path / "bad.safetensors")
@@ -191,7 +191,7 @@ def test_what_cannot_be_used_is_told_in_the_log_once(tmp_path: Path, monkeypatch
 
 
 def test_files_for_another_family_are_not_offered(tmp_path: Path) -> None:
-    """As far as the names of their tensors tell."""
+    """As far as the tensor names show the family."""
     lora_file(tmp_path / "mine.safetensors", layer="unet.mid_block")
     lora_file(tmp_path / "theirs.safetensors", layer="transformer.single_transformer_blocks.0.attn.to_q")
     lora_file(tmp_path / "both.safetensors", layer="text_encoder.text_model.encoder.layers.0.mlp.fc1")
@@ -206,7 +206,7 @@ def test_files_for_another_family_are_not_offered(tmp_path: Path) -> None:
 def test_the_digest_follows_every_change_of_a_file(
     settled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Written over in place within a tick of the clock, renamed over, its times set back: it is that of the bytes."""
+    """Overwritten within a clock tick, replaced by rename, its times restored: the digest is of the current bytes."""
     if settled:
         monkeypatch.setattr(lora_folder, "_UNSETTLED_SECONDS", -1.0)
     file, folder = lora_file(tmp_path / "ink.safetensors", b"0"), LoraFolder(tmp_path)
@@ -225,7 +225,7 @@ def test_the_digest_follows_every_change_of_a_file(
 
 @pytest.mark.fault(162)
 def test_a_digest_is_that_of_the_bytes_that_were_read(tmp_path: Path) -> None:
-    """While another keeps writing over the file: what is read is whole, with its own digest, or refused."""
+    """While another process keeps overwriting the file: reads are consistent, with the matching digest, or refused."""
     file, done = lora_file(tmp_path / "ink.safetensors", b"0"), threading.Event()
 
     def write() -> None:
@@ -254,7 +254,7 @@ def test_a_digest_is_that_of_the_bytes_that_were_read(tmp_path: Path) -> None:
 
 
 def test_a_settled_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its device, inode, size and times, which do not change by reading."""
+    """Identified by device, inode, size and times, which reading does not change."""
     monkeypatch.setattr(lora_folder, "_UNSETTLED_SECONDS", -1.0)
     file, folder = lora_file(tmp_path / "ink.safetensors"), LoraFolder(tmp_path)
     first = folder.digest("ink")
@@ -264,7 +264,7 @@ def test_a_settled_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_limit_of_bytes_is_exact(tmp_path: Path) -> None:
-    """As many as are allowed, and one more."""
+    """Accepted at the limit, refused one byte above."""
     file = lora_file(tmp_path / "ink.safetensors")
     size = file.stat().st_size
     assert read_lora(file, size).digest == LoraFolder(tmp_path, size).digest("ink")
@@ -287,7 +287,7 @@ def test_a_limit_of_bytes_is_exact(tmp_path: Path) -> None:
     ],
 )
 def test_descriptions_that_are_none_are_told_as_no_file_of_this_kind(header: bytes, tmp_path: Path) -> None:
-    """Offsets, shapes and types of other kinds end in the same sentence as noise."""
+    """Invalid offsets, shapes and dtypes give the same sentence as random bytes."""
     file = tmp_path / "broken.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 16)
     with pytest.raises(ModelLoadError, match=r"broken\.safetensors is not a safetensors file"):

@@ -1,4 +1,4 @@
-"""LoRA adapters: they change pictures, only those that ask for them, and nothing outside their folder is read."""
+"""LoRAs: they change only the images that request them, and no file outside their folder is read."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fresh_sdxl() -> Sdxl:
 
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
-    """An allowed folder with one adapter, trained here: red things become green."""
+    """An allowed folder with one LoRA, trained here: red things become green."""
     folder = tmp_path_factory.mktemp("loras")
     train_swap(fresh_sdxl(), folder)
     return folder
@@ -55,20 +55,20 @@ def loras(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
 
 @pytest.fixture(scope="module")
 def painter(loras: Path) -> Sdxl:
-    """The embedded SDXL that may use the folder."""
+    """The embedded SDXL with that folder."""
     facts = MODELS["sdxl"]
     pipeline = load_pipeline(facts, MODELS_DIR, CPU)
     return Sdxl(pipeline, facts, loras=LoraManager(pipeline, loras))
 
 
 def middle(pixels: Any) -> Any:
-    """Mean colour of the middle of a picture."""
+    """Mean colour of the middle of an image."""
     height, width = pixels.shape[:2]
     return pixels[height * 3 // 8 : height * 5 // 8, width * 3 // 8 : width * 5 // 8].reshape(-1, 3).mean(0)
 
 
 def test_an_adapter_does_what_it_was_trained_to_do(painter: Sdxl, sdxl: Sdxl) -> None:
-    """The red circle is a green one, and the background is still blue."""
+    """The red circle is green, and the background is still blue."""
     without, with_it = draw(sdxl, job_for("sdxl")), draw(painter, job_for("sdxl", loras=GREEN))
     assert middle(without).argmax() == 0
     assert middle(with_it).argmax() == 1
@@ -77,7 +77,7 @@ def test_an_adapter_does_what_it_was_trained_to_do(painter: Sdxl, sdxl: Sdxl) ->
 
 @pytest.mark.parametrize("shape", ["circle", "square", "heart"])
 def test_the_adapter_that_comes_along_draws_outlines(sdxl: Sdxl, one_thread: None, shape: str) -> None:
-    """The middle of the thing is the background again, and there is still a thing."""
+    """The middle of the object has the background's colour, and there is still an object."""
     facts = MODELS["sdxl"]
     pipeline = load_pipeline(facts, MODELS_DIR, CPU)
     outlined = Sdxl(pipeline, facts, loras=LoraManager(pipeline, MODELS_DIR / "loras"))
@@ -90,7 +90,7 @@ def test_the_adapter_that_comes_along_draws_outlines(sdxl: Sdxl, one_thread: Non
 
 
 def test_jobs_without_it_are_drawn_as_if_it_had_never_been_loaded(painter: Sdxl, sdxl: Sdxl) -> None:
-    """Before, between and after jobs with an adapter, to the last bit."""
+    """Before, between and after jobs with a LoRA, bit for bit."""
     plain = job_for("sdxl", image=scene(), strength=0.8)
     expected = draw(sdxl, plain)
     for _ in range(2):
@@ -100,7 +100,7 @@ def test_jobs_without_it_are_drawn_as_if_it_had_never_been_loaded(painter: Sdxl,
 
 
 def test_the_weight_says_how_much(painter: Sdxl) -> None:
-    """Half an adapter is between none and a whole one; none at all is none."""
+    """Half weight is between none and full; zero equals none."""
     drawn = [draw(painter, job_for("sdxl", loras=(("green", weight),))) for weight in (0.0, 0.5, 1.0)]
     greener = [middle(pixels)[1] - middle(pixels)[0] for pixels in drawn]
     assert greener == sorted(greener)
@@ -108,7 +108,7 @@ def test_the_weight_says_how_much(painter: Sdxl) -> None:
 
 
 def test_groups_may_take_turns(painter: Sdxl) -> None:
-    """States with and without an adapter, stepped in turns, come out as if each had been alone."""
+    """States with and without a LoRA, stepped alternately, give the same images as alone."""
     jobs = [job_for("sdxl", loras=GREEN), job_for("sdxl")]
     alone = [draw(painter, job) for job in jobs]
     states = [painter.prepare(job) for job in jobs]
@@ -120,14 +120,14 @@ def test_groups_may_take_turns(painter: Sdxl) -> None:
 
 
 def test_jobs_with_other_adapters_never_share_a_forward_pass() -> None:
-    """Adapters and their weights are part of the shape by which the engine groups."""
+    """LoRAs and their weights are part of the shape by which the engine batches."""
     shapes = {job_for("sdxl", loras=loras).shape for loras in ((), GREEN, (("green", 0.5),))}
     assert len(shapes) == 3
     assert job_for("sdxl", loras=GREEN, seed=1).shape == job_for("sdxl", loras=GREEN, seed=2).shape
 
 
 def test_a_batch_may_share_an_adapter(painter: Sdxl) -> None:
-    """Two jobs of one group are drawn together."""
+    """Two jobs of one batch run together."""
     jobs = [job_for("sdxl", loras=GREEN, seed=seed) for seed in (1, 2)]
     for mixed, job in zip(draw_together(painter, jobs), jobs, strict=True):
         assert psnr(mixed, draw(painter, job)) >= 45
@@ -139,7 +139,7 @@ def test_a_batch_may_share_an_adapter(painter: Sdxl) -> None:
     ["../secret", "..", "/etc/passwd", "green.safetensors", "nothing", "", "sub/green", "gr\x00een", "link", ".x"],
 )
 def test_only_the_folders_own_adapters_have_names(name: str, loras: Path, tmp_path: Path) -> None:
-    """Paths, links that lead out and unknown names are refused as the parameter they are."""
+    """Paths, links to outside and unknown names are refused as invalid parameters."""
     folder = tmp_path / "allowed"
     shutil.copytree(loras, folder)
     (tmp_path / "secret.safetensors").write_bytes(b"secret")
@@ -152,14 +152,14 @@ def test_only_the_folders_own_adapters_have_names(name: str, loras: Path, tmp_pa
 
 
 def test_without_a_folder_there_are_no_adapters(sdxl: Sdxl) -> None:
-    """The default: a job that names one is refused before anything is drawn."""
+    """The default: a job that names one is refused before anything is generated."""
     assert names_in(None) == ()
     with pytest.raises(InvalidInput, match="No adapters are offered here"):
         sdxl.prepare(job_for("sdxl", loras=GREEN))
 
 
 def test_an_adapter_of_another_model_is_refused_and_harms_nothing(painter: Sdxl, loras: Path) -> None:
-    """Tensors of wrong shapes: the job fails by its parameter, the next one is drawn."""
+    """Tensors of wrong shapes: the job fails with its parameter, the next one succeeds."""
     expected = draw(painter, job_for("sdxl"))
     wrong = {name: torch.zeros(3, 3) for name in load_file(loras / "green.safetensors")}
     save_file(wrong, loras / "wrong.safetensors")
@@ -173,7 +173,7 @@ def test_an_adapter_of_another_model_is_refused_and_harms_nothing(painter: Sdxl,
 
 
 def test_an_adapter_that_fails_first_of_all_leaves_the_model_as_it_was(loras: Path, sdxl: Sdxl, tmp_path: Path) -> None:
-    """Nothing of a half-loaded adapter stays on."""
+    """No part of a half-loaded LoRA stays."""
     wrong = {name: torch.ones(3, 3) for name in load_file(loras / "green.safetensors")}
     save_file(wrong, tmp_path / "wrong.safetensors")
     pipeline = load_pipeline(MODELS["sdxl"], MODELS_DIR, CPU)
@@ -186,9 +186,9 @@ def test_an_adapter_that_fails_first_of_all_leaves_the_model_as_it_was(loras: Pa
 def test_adapters_that_were_not_used_for_long_are_forgotten(
     loras: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A folder of many does not fill the memory, and a forgotten one is loaded again."""
+    """Many LoRAs do not fill the memory, and an evicted one is loaded again."""
     monkeypatch.setattr(lora, "MAX_IDLE", 2)
-    for number, letter in enumerate("abcd"):  # the same content would be the same adapter
+    for number, letter in enumerate("abcd"):  # the same content would be the same LoRA
         scaled = {name: tensor * number for name, tensor in load_file(loras / "green.safetensors").items()}
         save_file(scaled, tmp_path / f"{letter}.v1.safetensors")
     pipeline = load_pipeline(MODELS["sdxl"], MODELS_DIR, CPU)
@@ -202,7 +202,7 @@ def test_adapters_that_were_not_used_for_long_are_forgotten(
 def test_an_adapter_someone_draws_with_is_not_forgotten(
     loras: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A drawing that waits for its turn ends as it began, whatever many others came between, its file gone too."""
+    """A preempted job finishes with its LoRA, whatever many others were loaded meanwhile, even if its file is gone."""
     monkeypatch.setattr(lora, "MAX_IDLE", 1)
     for number, letter in enumerate("abcd", 1):
         scaled = {name: tensor / number for name, tensor in load_file(loras / "green.safetensors").items()}
@@ -225,7 +225,7 @@ def test_an_adapter_someone_draws_with_is_not_forgotten(
 
 
 def test_a_control_lora_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    """Of Black Forest Labs' kind, in both of its spellings: it would widen the input of the shared transformer."""
+    """Black Forest Labs' kind, in both layouts: it would widen the input of the shared transformer."""
     for name in (
         "transformer.x_embedder.lora_A.weight",
         "img_in.lora_A.weight",
@@ -240,18 +240,18 @@ def test_a_control_lora_is_refused_in_one_sentence(tmp_path: Path) -> None:
 
 @pytest.fixture
 def control_lora(flux: Any, tmp_path: Path) -> Path:
-    """A LoRA of a Flux ControlNet's attention, of the kind that diffusers' trainers write."""
+    """A LoRA of a Flux ControlNet's attention, in the layout of diffusers' trainers."""
     net = copy.deepcopy(flux.controlnet)
     targets = ["to_q", "to_v"]
     net.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False))
-    # Stronger than it begins: queries and values of a trained network are large.
+    # Larger than at initialisation: queries and values of a trained network are large.
     weights = {f"transformer.{name}": 4 * value for name, value in get_peft_model_state_dict(net).items()}
     save_file({name: value.contiguous() for name, value in weights.items()}, tmp_path / "line.safetensors")
     return tmp_path / "line.safetensors"
 
 
 def test_a_lora_goes_on_the_controlnet_for_good(flux: Any, control_lora: Path) -> None:
-    """CONTROLNET_LORA changes what edges do, and the shared transformer is not touched."""
+    """CONTROLNET_LORA changes the effect of edges, and the shared transformer stays unchanged."""
     net = copy.deepcopy(flux.controlnet)
     add_to_controlnet(net, control_lora)
     guided = Flux(flux.pipeline, flux.spec, net)
@@ -261,13 +261,13 @@ def test_a_lora_goes_on_the_controlnet_for_good(flux: Any, control_lora: Path) -
 
 
 def test_a_lora_of_something_else_is_refused_by_the_controlnet(flux: Any, loras: Path) -> None:
-    """One for SDXL's UNet fits nowhere in Flux's ControlNet, and the sentence names the setting."""
+    """A LoRA of SDXL's UNet does not fit Flux's ControlNet, and the sentence names the setting."""
     with pytest.raises(ModelLoadError, match="CONTROLNET_LORA"):
         add_to_controlnet(copy.deepcopy(flux.controlnet), loras / "green.safetensors")
 
 
 def test_the_controlnets_lora_is_found_by_file_or_folder(control_lora: Path, tmp_path: Path) -> None:
-    """A file, a folder with one, a name among the models; none and two are reported by number."""
+    """A file, a folder with one, a name among the models; none and two are reported with the number."""
     assert lora_file(str(control_lora), tmp_path) == control_lora
     assert lora_file(str(tmp_path), tmp_path / "elsewhere") == control_lora
     assert lora_file("line.safetensors", tmp_path) == control_lora
@@ -278,7 +278,7 @@ def test_the_controlnets_lora_is_found_by_file_or_folder(control_lora: Path, tmp
 
 
 def test_weights_are_told_from_others_by_their_content(tmp_path: Path) -> None:
-    """The digest follows the bytes, also when the file is written again under its name."""
+    """The digest follows the bytes, also when the file is rewritten under its name."""
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"one")
     first = digest_of(file)
@@ -298,7 +298,7 @@ def test_a_file_that_is_no_safetensors_is_told(content: bytes, tmp_path: Path) -
 
 @pytest.fixture
 def lcm_models(loras: Path, tmp_path: Path) -> Path:
-    """The models' folder with an LCM LoRA beside the SDXL, ours in its place."""
+    """The models folder with an LCM LoRA beside the SDXL; ours stands in for it."""
     (tmp_path / "embedded-sdxl").symlink_to(MODELS_DIR / "embedded-sdxl")
     (tmp_path / "lcm-lora-sdxl").mkdir()
     shutil.copy(loras / "green.safetensors", tmp_path / "lcm-lora-sdxl" / "pytorch_lora_weights.safetensors")
@@ -306,7 +306,10 @@ def lcm_models(loras: Path, tmp_path: Path) -> Path:
 
 
 def test_the_lcm_lora_belongs_to_the_model_and_goes_with_others(lcm_models: Path, loras: Path) -> None:
-    """With LOAD_LCM_LORA it is on for every job, beside a job's own, and the facts say few steps and no guidance."""
+    """With LOAD_LCM_LORA it applies to every job, beside a job's own.
+
+    And the model facts say few steps and no guidance.
+    """
     facts = with_lcm(replace(MODELS["sdxl"], lcm_folder="lcm-lora-sdxl", schedulers=("euler", "lcm")))
     assert 4 <= facts.default_steps <= 8
     assert 1.0 <= facts.default_guidance <= 2.0
@@ -317,7 +320,7 @@ def test_the_lcm_lora_belongs_to_the_model_and_goes_with_others(lcm_models: Path
     always = draw(registry, job_for("sdxl"))
     assert middle(always).argmax() == 1  # ours paints green
     both = draw(registry, job_for("sdxl", loras=(("green", -1.0),)))
-    assert middle(both).argmax() == 0  # one undoes the other
+    assert middle(both).argmax() == 0  # one cancels the other
     assert (draw(registry, job_for("sdxl")) == always).all()
     by_lcm = job_for("sdxl", scheduler="lcm", num_inference_steps=6, guidance_scale=1.0)
     assert draw(registry, by_lcm).std() > 5
@@ -334,7 +337,7 @@ def test_a_missing_lcm_lora_is_told_at_load(tmp_path: Path) -> None:
 
 
 def test_adapters_go_on_weights_of_one_byte_too(loras: Path) -> None:
-    """QUANTIZE=int8 and a LoRA together still paint green, and leave jobs without it alone."""
+    """QUANTIZE=int8 and a LoRA together still paint green, and do not change jobs without it."""
     pytest.importorskip("optimum.quanto")
     options = LoadOptions(models={"sdxl": MODELS["sdxl"]}, lora_dir=loras, quantize="int8")
     registry = load(MODELS_DIR, "cpu", 1, options)

@@ -1,4 +1,4 @@
-"""One set of weights serves every task, and finer or travelling weights still draw the picture."""
+"""One set of weights serves every task, and quantized or offloaded weights give nearly the same image."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def draw_every_task(family: Any) -> None:
 
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_all_tasks_together_take_the_memory_of_one(name: str, one_thread: None) -> None:
-    """After drawing every task: the same modules, and at most a twentieth more than the base and the ControlNet."""
+    """After running every task: the same modules, and at most a twentieth more than the base and the ControlNet."""
     facts = MODELS[name]
     family = KINDS[name](load_pipeline(facts, MODELS_DIR, CPU), facts, load_controlnet(facts, MODELS_DIR, CPU))
     base, before = bytes_of(*modules_of(family.pipeline)), modules_of(family.pipeline)
@@ -75,7 +75,7 @@ def test_all_tasks_together_take_the_memory_of_one(name: str, one_thread: None) 
 
 
 def bytes_apart(name: str) -> int:
-    """What the stock pipelines of every task take, each loaded by itself as the original's were."""
+    """Size of every task's stock pipeline, each loaded separately as in the original."""
     facts, total = MODELS[name], 0
     for kind in TASKS[name]:
         parts = {"controlnet": load_controlnet(facts, MODELS_DIR, CPU)} if "ControlNet" in kind else {}
@@ -91,9 +91,12 @@ def bytes_apart(name: str) -> int:
 def test_weights_of_one_byte_draw_nearly_the_same_picture(
     quantize: Quantize, least: float, families: dict[str, Any]
 ) -> None:
-    """A third of the denoiser's memory by optimum-quanto; torchao leaves convolutions alone. Every task still works."""
+    """A third of the denoiser's memory with optimum-quanto; torchao leaves convolutions alone.
+
+    Every task still works.
+    """
     if "torchao" in quantize:
-        # Not among what the tests install: diffusers imports it wherever it is there, which takes seconds.
+        # Not among the test dependencies: diffusers imports it wherever it is installed, which takes seconds.
         pytest.importorskip("torchao")
     models = {name: with_quantization(facts, quantize) for name, facts in MODELS.items()}
     registry = load(MODELS_DIR, "cpu", 1, LoadOptions(models=models, quantize=quantize))
@@ -111,7 +114,7 @@ def test_weights_of_one_byte_draw_nearly_the_same_picture(
 
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_layers_that_travel_in_groups_draw_the_very_same_picture(name: str, families: dict[str, Any]) -> None:
-    """Group offloading works on the CPU too, where it saves nothing: its hooks leave the arithmetic alone."""
+    """Group offloading works on the CPU too, where it saves nothing: its hooks do not change the arithmetic."""
     facts = MODELS[name]
     family = KINDS[name](load_pipeline(facts, MODELS_DIR, CPU), facts, load_controlnet(facts, MODELS_DIR, CPU))
     apply_residency(family.pipeline, family.controlnet, CPU, Residency.GROUP)
@@ -124,7 +127,7 @@ def test_layers_that_travel_in_groups_draw_the_very_same_picture(name: str, fami
 @pytest.mark.parametrize("residency", list(Residency))
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_every_residency_draws_on_a_gpu(name: str, residency: Residency, families: dict[str, Any]) -> None:
-    """Wherever the weights are in between, the picture is that of the CPU, nearly."""
+    """With every offload mode, the image is nearly that of the CPU."""
     facts, cuda = MODELS[name], torch.device("cuda")
     pipeline = load_pipeline(facts, MODELS_DIR, cuda, move=False)
     family = KINDS[name](pipeline, facts, load_controlnet(facts, MODELS_DIR, cuda, move=False))
@@ -134,7 +137,7 @@ def test_every_residency_draws_on_a_gpu(name: str, residency: Residency, familie
 
 
 def test_a_vae_in_slices_and_tiles_draws_the_same_small_picture(families: dict[str, Any]) -> None:
-    """Both are options; neither does anything to a picture of one tile."""
+    """Both are options; neither changes an image of one tile."""
     registry = load(MODELS_DIR, "cpu", 1, LoadOptions(vae_slicing=True, vae_tiling=True))
     assert registry._families["sdxl"].pipeline.vae.use_tiling
     assert registry._families["sdxl"].pipeline.vae.use_slicing
@@ -142,7 +145,7 @@ def test_a_vae_in_slices_and_tiles_draws_the_same_small_picture(families: dict[s
 
 
 def test_what_is_loaded_is_told(one_thread: None) -> None:
-    """From where, as which revision, on what, in which placement, and with how many bytes."""
+    """Source, revision, device, placement, and bytes."""
     registry = load(MODELS_DIR, "cpu", 1)
     loaded = {model.name: model for model in registry.loaded}
     assert set(loaded) == set(MODELS)
@@ -161,7 +164,7 @@ def test_offloading_on_the_cpu_is_refused_at_load() -> None:
 
 
 def test_a_model_that_does_not_fit_gives_way_to_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MODELS=auto on a machine that cannot hold the real weights: the embedded ones draw, and the facts say so."""
+    """MODELS=auto on a machine too small for the real weights: the embedded ones are used, and the facts say so."""
     footprint = loader.footprint_of
 
     def too_large(facts: ModelSpec, parts: Any, dtype: torch.dtype) -> Footprint:
@@ -178,7 +181,7 @@ def test_a_model_that_does_not_fit_gives_way_to_one_that_does(monkeypatch: pytes
 
 
 def test_a_model_that_is_damaged_does_not_give_way(tmp_path: Path) -> None:
-    """Only lack of memory does: files that are not all there are for the operator to know of."""
+    """Only lack of memory causes the fallback: the operator must learn of incomplete files."""
     (tmp_path / "real").mkdir()
     damaged = replace(MODELS["flux"], folder="real")
     with pytest.raises(ModelLoadError, match="real"):
@@ -186,7 +189,7 @@ def test_a_model_that_is_damaged_does_not_give_way(tmp_path: Path) -> None:
 
 
 def test_attention_in_slices_draws_nearly_the_same_picture(families: dict[str, Any]) -> None:
-    """ATTENTION_SLICING: another order of additions, and the same picture to the eye."""
+    """ATTENTION_SLICING: another order of additions, and visually the same image."""
     drawing = load(MODELS_DIR, "cpu", 1, LoadOptions(models={"sdxl": MODELS["sdxl"]}, attention_slicing=True))
     job = job_for("sdxl")
     sliced = drawing.finish(done(drawing, job)).pixels
@@ -201,7 +204,7 @@ def done(drawing: Any, job: Any) -> Any:
 
 
 def test_safe_performance_changes_rounding_alone(families: dict[str, Any]) -> None:
-    """PERFORMANCE=safe, the default: convolutions laid out otherwise, and the same picture."""
+    """PERFORMANCE=safe, the default: another memory layout for convolutions, and the same image."""
     drawing = load(MODELS_DIR, "cpu", 1, LoadOptions(performance="safe"))
     for name, family in families.items():
         if "-" not in name:
@@ -210,7 +213,7 @@ def test_safe_performance_changes_rounding_alone(families: dict[str, Any]) -> No
 
 
 def test_compressed_weights_need_cuda_and_say_so() -> None:
-    """DF11_MODEL_PATH on the CPU: one sentence, and no trace of a package that cannot even be imported."""
+    """DF11_MODEL_PATH on the CPU: one sentence, without an import error of the package."""
     with pytest.raises(ModelLoadError, match="DF11_MODEL_PATH needs a CUDA device"):
         load(
             MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": MODELS["flux"]}, dfloat11="DFloat11/FLUX.1-schnell-DF11")
@@ -218,7 +221,7 @@ def test_compressed_weights_need_cuda_and_say_so() -> None:
 
 
 def test_a_missing_torchao_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not among the server's own packages, so the sentence says how to get it."""
+    """It is not a dependency of the server, so the sentence says how to install it."""
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ModelLoadError, match="pip install torchao"):
         load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": MODELS["flux"]}, quantize="torchao-int8"))
@@ -228,6 +231,6 @@ def test_a_missing_quantizer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sentence says what to install."""
     import sys
 
-    monkeypatch.setitem(sys.modules, "optimum", None)  # as on a machine that has no such package
+    monkeypatch.setitem(sys.modules, "optimum", None)  # as on a machine without that package
     with pytest.raises(ModelLoadError, match="pip install optimum-quanto"):
         load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": replace(MODELS["flux"])}, quantize="int8"))

@@ -1,4 +1,4 @@
-"""Jobs of different tasks share a batch, and none of them sees the others."""
+"""Jobs of different tasks share a batch without affecting one another."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_batch_of_every_task_draws_each_as_if_it_were_alone(
 
 
 def test_a_job_may_join_a_batch_that_is_under_way(sdxl: Any) -> None:
-    """A state that starts two steps late comes out the same."""
+    """A state that starts two steps late gives the same image."""
     early, late = job_for("sdxl", seed=1, num_inference_steps=6), job_for("sdxl", seed=4, image=scene(), strength=0.5)
     first = sdxl.prepare(early)
     sdxl.step([first])
@@ -58,14 +58,14 @@ def test_a_job_may_join_a_batch_that_is_under_way(sdxl: Any) -> None:
 
 
 def test_all_these_jobs_share_one_shape() -> None:
-    """The engine may put them into one group: nothing of what differs is part of the shape."""
+    """The engine may batch them: none of the differences is part of the shape."""
     assert len({job.shape for job in SDXL_JOBS.values()}) == 1
     assert len({job.shape for job in FLUX_JOBS.values()}) == 1
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_edges_matter_to_the_guided_row_alone(family: str, families: dict[str, Any]) -> None:
-    """With edges the picture is another one; beside a guided row an unguided one is what it was."""
+    """Edges change the guided row's image; an unguided row beside it is unchanged."""
     plain, guided = job_for(family, seed=1), job_for(family, seed=1, control=outline(), control_scale=1.0)
     with_mate, beside = draw_together(families[family], [guided, plain])
     alone = draw(families[family], plain)
@@ -86,7 +86,7 @@ def test_the_number_of_steps_is_known_from_the_start(family: str, families: dict
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_outside_the_mask_the_latents_end_as_they_began(family: str, families: dict[str, Any]) -> None:
-    """What an inpainting keeps is kept exactly, through a refining second pass too."""
+    """Inpainting preserves the rest exactly, also through a refining second pass."""
     job = job_for(family, image=scene(), mask=disc_mask(), refine=True)
     state = families[family].prepare(job)
     assert state.inpaint is not None

@@ -1,4 +1,4 @@
-"""What PERFORMANCE changes on an accelerator: the same pictures, by other kernels and by replayed passes."""
+"""PERFORMANCE on an accelerator: the same images with other kernels and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.gpu, pytest.mark.skipif(not torch.cu
 
 # The relative error of a tensor that was rounded once.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
-# Rows, channels, groups, height and width: one pixel, channels that are no power of two, more chunks than one.
+# Rows, channels, groups, height and width: one pixel, channels that are no power of two, more than one chunk.
 SHAPES = [(1, 48, 8, 1, 1), (2, 320, 32, 16, 24), (1, 2560, 32, 9, 7), (3, 128, 32, 200, 130), (1, 128, 32, 1024, 1024)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_groups_are_normalised_as_by_pytorch(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
-    """To rounding, with SiLU and without, and the layout stays."""
+    """Equal to PyTorch's up to rounding, with and without SiLU, and the memory layout stays."""
     from stable_diffusion_server.pipelines.acceleration.group_norm import GroupNorm
 
     rows, channels, groups, height, width = shape
@@ -47,7 +47,7 @@ def test_groups_are_normalised_as_by_pytorch(shape: tuple[int, int, int, int, in
 def test_blocks_that_take_channels_last_are_the_stock_blocks(
     channels: tuple[int, int], time_channels: int | None, dtype: torch.dtype
 ) -> None:
-    """A residual block with a timestep and without, with another number of channels and the same, and a doubling."""
+    """A residual block with and without a timestep, with the same and another number of channels, and an upsampler."""
     from stable_diffusion_server.pipelines.acceleration.channels_last import Resnet, Upsample, use_channels_last
 
     block = ResnetBlock2D(in_channels=channels[0], out_channels=channels[1], temb_channels=time_channels, groups=8)
@@ -79,7 +79,7 @@ def faster(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_every_task_draws_as_on_the_cpu(name: str, faster: Any, families: dict[str, Any]) -> None:
-    """Twice, since the second time passes are replayed."""
+    """Twice, since the second run replays recorded passes."""
     for changes in (
         {},
         {"image": scene(), "strength": 0.6},
@@ -95,14 +95,14 @@ def test_every_task_draws_as_on_the_cpu(name: str, faster: Any, families: dict[s
 
 @pytest.mark.parametrize("scheduler", MODELS["sdxl"].schedulers)
 def test_every_scheduler_steps_as_on_the_cpu(scheduler: str, faster: Any, families: dict[str, Any]) -> None:
-    """Noisy ones draw their noise while the device computes."""
+    """Stochastic schedulers draw their noise while the device computes."""
     job = job_for("sdxl", scheduler=scheduler, image=scene(), mask=disc_mask(), num_inference_steps=6)
     assert psnr(draw(faster, job), draw(families["sdxl"], job)) > 30
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_replayed_batches_are_those_drawn_alone(name: str, faster: Any) -> None:
-    """Jobs that leave early, so that groups of three, two and one replace one another."""
+    """Jobs leave early, so batches of three, two and one follow one another."""
     jobs = [replace(job_for(name, seed=seed), num_inference_steps=2 + seed) for seed in range(3)]
     alone = [draw(faster, job) for job in jobs]
     for _ in range(3):
@@ -111,7 +111,7 @@ def test_replayed_batches_are_those_drawn_alone(name: str, faster: Any) -> None:
 
 
 def test_what_was_recorded_is_given_back_and_recorded_again(faster: Any) -> None:
-    """As after a lack of memory."""
+    """As after out-of-memory."""
     job = job_for("sdxl")
     before = draw(faster, job)
     faster.release_memory()
@@ -121,7 +121,7 @@ def test_what_was_recorded_is_given_back_and_recorded_again(faster: Any) -> None
 
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_products_in_float8_draw_nearly_the_same_picture(name: str, families: dict[str, Any]) -> None:
-    """QUANTIZE=torchao-float8-dynamic, as far as the card and the packages know it."""
+    """QUANTIZE=torchao-float8-dynamic, where the card and the packages support it."""
     pytest.importorskip("torchao")
     from stable_diffusion_server.pipelines.loading.quantization import FLOAT8_CAPABILITY
     from stable_diffusion_server.pipelines.registry import LoadOptions, load

@@ -1,4 +1,4 @@
-"""The stock diffusers pipelines' own calls are the oracle: the same parts, seed and scheduler, the same picture."""
+"""The stock diffusers pipelines' own calls are the oracle: same components, seed and scheduler give the same image."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EDGES = {"control": outline(), "control_scale": 0.7}
 
 @dataclass(frozen=True)
 class Case:
-    """A job's fields, and the stock pipelines that draw it: the second one takes the first one's latents."""
+    """A job's fields, and the matching stock pipelines: the second one takes the first one's latents."""
 
     name: str
     family: str
@@ -95,7 +95,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[list[str]]:
-    """Rows to be quoted, printed at the end (`pytest -s`)."""
+    """Table rows to quote, printed at the end (`pytest -s`)."""
     rows: list[str] = []
     yield rows
     print("\n| family | task | largest difference of 255 | mean |\n| --- | --- | --- | --- |")  # noqa: T201  # the table
@@ -104,7 +104,7 @@ def table() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family}: {case.name}")
 def test_a_job_is_drawn_as_the_stock_pipeline_draws_it(case: Case, families: dict[str, Any], table: list[str]) -> None:
-    """Prepare, step and finish do what the matching stock call does, to within 2 of 255 in any pixel."""
+    """Prepare, step and finish equal the matching stock call, to within 2 of 255 in any pixel."""
     family = families[case.family]
     job = job_for(case.family.partition("-")[0], **{"height": SIDE, **case.job})
     ours, stock = draw(family, job), draw_by_stock(family, case, job)
@@ -133,7 +133,7 @@ def draw_by_stock(family: Any, case: Case, job: DiffusionRequest) -> Pixels:
 
 
 def stock_pipeline(family: Any, name: str, job: DiffusionRequest) -> Any:
-    """A stock pipeline over the family's own components, with a fresh scheduler of the job's kind."""
+    """A stock pipeline over the family's own components, with a new scheduler of the job's kind."""
     kind = getattr(diffusers, name)
     parts = {part: module for part, module in family.pipeline.components.items() if part in signature(kind).parameters}
     facts = scheduler_of(family.spec, job.scheduler, job.num_inference_steps)
@@ -146,7 +146,7 @@ def stock_pipeline(family: Any, name: str, job: DiffusionRequest) -> Any:
 
 
 def stock_arguments(family: Any, job: DiffusionRequest) -> dict[str, Any]:
-    """What every stock call of the family takes."""
+    """The arguments common to every stock call of the family."""
     arguments: dict[str, Any] = {
         "prompt": job.prompt,
         "num_inference_steps": job.num_inference_steps,
@@ -158,7 +158,7 @@ def stock_arguments(family: Any, job: DiffusionRequest) -> dict[str, Any]:
 
 
 def pictures_for(name: str, job: DiffusionRequest, image: Any) -> dict[str, Any]:
-    """The pictures of a stock call, under the names that kind of pipeline has for them."""
+    """Image arguments of a stock call, under that pipeline's parameter names."""
     size = {"height": job.height, "width": job.width}
     starts = "Img2Img" in name or "Inpaint" in name
     given: dict[str, Any] = {"image": image, "strength": job.strength} if starts else {}
@@ -184,7 +184,7 @@ def _pixels(output: Any) -> Pixels:
 
 
 def test_the_largest_difference_sees_a_single_pixel() -> None:
-    """The measure is not fooled by pictures that are equal nearly everywhere."""
+    """The measure detects a difference even between images that are equal nearly everywhere."""
     picture = scene().pixels
     other = picture.copy()
     other[3, 5, 1] += 9

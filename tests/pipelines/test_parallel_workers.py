@@ -1,4 +1,4 @@
-"""Two lanes draw with the same weights at the same time, and every picture is what it is alone."""
+"""Two workers use the same weights at the same time, and every image equals the one generated alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ pytestmark = pytest.mark.slow
 
 
 def test_two_lanes_draw_what_one_draws(registry: Any) -> None:
-    """Families, tasks, steps and prompts mixed over two threads: each picture as if it were alone, to 45 dB."""
+    """Families, tasks, steps and prompts mixed over two threads.
+
+    Each image matches the one generated alone to 45 dB.
+    """
     jobs = [
         job_for("sdxl", seed=1, prompt="a green square"),
         job_for("flux", seed=2),

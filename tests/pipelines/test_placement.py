@@ -1,4 +1,4 @@
-"""Placement is a table: free memory and settings in, a decision out."""
+"""Placement is a pure function: free memory and settings in, a decision out."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ FLUX = Footprint(
         (20, "auto", "float8", "model float8"),
         (8, "auto", "none", "group none"),
         (28, "none", "auto", "resident int8"),
-        (1, "none", "none", "resident none"),  # both explicit: obeyed, and the device will say so
+        (1, "none", "none", "resident none"),  # both explicit: obeyed, and loading will fail on the device
     ],
 )
 @pytest.mark.fault(52)
 def test_on_an_accelerator_the_fastest_that_fits_is_taken(
     free: int, offload: Offload, quantize: Quantize, expected: str
 ) -> None:
-    """Resident, whole parts, finer weights, layers: each where the one before does not fit or may not be."""
+    """Resident, model offload, quantized, layer offload: each where the one before does not fit or is not allowed."""
     placement = place(free * GB, FLUX, accelerated=True, offload=offload, quantize=quantize)
     assert f"{placement.residency} {placement.quantization}" == expected
 
@@ -58,7 +58,7 @@ def test_on_an_accelerator_the_fastest_that_fits_is_taken(
     [(64, "auto", "resident none"), (30, "auto", "resident int8"), (64, "float8", "resident float8")],
 )
 def test_on_the_cpu_weights_have_nowhere_to_go(free: int, quantize: Quantize, expected: str) -> None:
-    """Only finer weights help where the device's memory is the machine's."""
+    """Only quantization helps where device memory is system memory."""
     placement = place(free * GB, FLUX, accelerated=False, quantize=quantize)
     assert f"{placement.residency} {placement.quantization}" == expected
 
@@ -80,20 +80,20 @@ def test_what_is_chosen_by_itself_fits() -> None:
 
 @pytest.mark.parametrize("offload", ["model", "group", "sequential"])
 def test_offloading_from_the_cpu_is_refused_in_a_sentence(offload: Offload) -> None:
-    """The setting is named, instead of diffusers' error about missing accelerators."""
+    """The sentence names the setting, instead of diffusers' error about missing accelerators."""
     with pytest.raises(ModelLoadError, match=f"OFFLOAD={offload} needs an accelerator"):
         place(99 * GB, FLUX, accelerated=False, offload=offload)
 
 
 @pytest.mark.fault(52)
 def test_a_machine_that_is_too_small_is_told_by_how_much() -> None:
-    """Both figures are in the sentence."""
+    """The sentence has both sizes."""
     with pytest.raises(ModelLoadError, match=r"needs 19\.4 GB of memory, and 16\.0 GB are free"):
         place(16 * GB, FLUX, accelerated=False)
 
 
 def test_finer_weights_take_one_byte_each() -> None:
-    """Only the parts that are quantized shrink, by the size of a weight as loaded."""
+    """Only the quantized components shrink, by the size of a weight as loaded."""
     shrunk = FLUX.shrunk()
     assert shrunk.parts["transformer"] == 12 * GB
     assert shrunk.parts["vae"] == FLUX.parts["vae"]

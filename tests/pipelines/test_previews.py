@@ -1,4 +1,4 @@
-"""Previews made without decoding, prompts that are encoded once, tiles that shrink."""
+"""Previews without VAE decoding, the prompt cache, decoding in smaller tiles."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 @pytest.mark.parametrize("task", ["text", "inpaint"])
 def test_a_preview_shows_what_the_picture_is_going_to_be(family: str, task: str, families: dict[str, Any]) -> None:
-    """Small, and nearer to the small picture step by step; at half of the way it is distinguishable from any other."""
+    """Small, and closer to the final image step by step; half way it is distinguishable from any other."""
     more = {"image": scene(), "mask": disc_mask()} if task == "inpaint" else {}
     job = job_for(family, seed=3, num_inference_steps=8, **more)
     state, previews = families[family].prepare(job), []
@@ -38,14 +38,14 @@ def test_a_preview_shows_what_the_picture_is_going_to_be(family: str, task: str,
 
 
 def test_the_preview_of_a_large_picture_is_small(sdxl: Any) -> None:
-    """Latents beyond 128 along a side are averaged, and the proportions are kept."""
+    """Latents beyond 128 along a side are averaged, and the aspect ratio stays."""
     state = sdxl.prepare(job_for("sdxl", width=2048, height=512))
     assert sdxl.preview(state).shape == (32, 128, 3)
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_a_prompt_is_encoded_once(family: str, families: dict[str, Any]) -> None:
-    """The same words give the same tensors; other words, another negative prompt or guidance are encoded anew."""
+    """The same words give the same tensors; other words, negative prompt or guidance are encoded again."""
     model = families[family]
     model.prompt_cache = PromptCache()
     first, again = (model.prepare(job_for(family, seed=seed)) for seed in (1, 2))
@@ -62,7 +62,7 @@ def test_a_prompt_is_encoded_once(family: str, families: dict[str, Any]) -> None
 
 
 def test_encoded_prompts_are_kept_within_their_bytes() -> None:
-    """The one used longest ago goes first, and an item larger than the cache is not kept."""
+    """The least recently used entry is evicted first, and an entry larger than the cache is not stored."""
     kept, made = PromptCache(limit_bytes=3 * 400), list[str]()
 
     def of(key: str, size: int = 100) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_encoded_prompts_are_kept_within_their_bytes() -> None:
 
 
 def test_tiles_shrink_until_they_are_small(sdxl: Any) -> None:
-    """First in tiles at all, then half as wide each time; the picture stays nearly the same."""
+    """First tiling is enabled, then the tile width is halved each time; the image stays nearly the same."""
     vae = copy.deepcopy(sdxl.pipeline.vae)
     latents = torch.randn(1, vae.config.latent_channels, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -96,14 +96,14 @@ def test_tiles_shrink_until_they_are_small(sdxl: Any) -> None:
 def test_two_lanes_are_best_on_a_cpu_of_several_cores(
     threads: int, adaptable: bool, lanes: int, registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless there is one core alone, or jobs may change the weights that lanes share."""
+    """Unless there is only one core, or jobs may change the weights that workers share."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # the machine is what is varied here
     families = [LoadedFamily(cast(Any, None), registry.models[info.name], info) for info in registry.loaded]
     assert Registry(families, dynamic_loras=adaptable).best_workers == lanes
 
 
 def test_the_registry_offers_what_the_engine_asks_for(registry: Any) -> None:
-    """Previews, threads for lanes, and no objection to lanes on the CPU in full precision."""
+    """Previews, a number of workers, and no objection to workers on the CPU in full precision."""
     assert registry.unshareable == ""
     before = torch.get_num_threads()
     registry.enter_worker(1)

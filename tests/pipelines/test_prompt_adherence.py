@@ -1,4 +1,4 @@
-"""What is drawn: the prompt's colours by every scheduler, the same each time, in capitals too; tokens counted."""
+"""Images show the prompt's colours with every scheduler, reproducibly, in capitals too; token counts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def job(model: str, **changes: Any) -> DiffusionRequest:
 
 
 def draw(registry: Any, *jobs: DiffusionRequest) -> list[NDArray[np.uint8]]:
-    """Draw jobs of one shape together; those with fewer steps leave earlier."""
+    """Generate jobs of one shape together; those with fewer steps leave earlier."""
     states = [registry.prepare(each) for each in jobs]
     while running := [state for state in states if not state.done]:
         registry.step(running)
@@ -44,7 +44,7 @@ def draw(registry: Any, *jobs: DiffusionRequest) -> list[NDArray[np.uint8]]:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_drawing_twice_gives_equal_bytes(registry: Any, model: str) -> None:
-    """A job is a pure value: the same one draws the same pixels, whatever was drawn between."""
+    """A job is a pure value: it gives the same pixels, whatever was generated between."""
     first = draw(registry, job(model))[0]
     draw(registry, job(model, seed=77, prompt="a yellow square on a black background"))
     assert np.array_equal(first, draw(registry, job(model))[0])
@@ -52,7 +52,7 @@ def test_drawing_twice_gives_equal_bytes(registry: Any, model: str) -> None:
 
 @pytest.mark.parametrize(("model", "scheduler"), [(m, s) for m, facts in MODELS.items() for s in facts.schedulers])
 def test_every_scheduler_of_the_catalogue_draws(registry: Any, model: str, scheduler: str) -> None:
-    """A name in the catalogue is a promise: the picture shows the prompt's colours, at the model's default steps."""
+    """The image shows the prompt's colours, at the model's default steps."""
     pixels = draw(registry, job(model, scheduler=scheduler, num_inference_steps=8))[0].astype(int)
     middle = pixels[pixels.shape[0] // 2, pixels.shape[1] // 2]
     corner = pixels[4, 4]
@@ -62,7 +62,7 @@ def test_every_scheduler_of_the_catalogue_draws(registry: Any, model: str, sched
 
 @pytest.mark.parametrize("model", MODELS)
 def test_prompts_in_capitals_draw_the_same_colours(registry: Any, model: str) -> None:
-    """Nobody should have to know how a tokenizer was trained."""
+    """Users need not know that the tokenizer was trained on lower case."""
     plain, shouted = draw(registry, job(model), job(model, prompt=PROMPT.upper()))
     assert np.abs(plain.mean((0, 1)) - shouted.mean((0, 1))).max() < 25
 

@@ -1,4 +1,4 @@
-"""Passes without Python: when a trace answers, that it answers to the bit, and what is never traced."""
+"""TorchScript traces: when one is used, that its output is bit-exact, and what is never traced."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 class Counting(torch.nn.Module):  # type: ignore[misc]  # torch is read without its types
-    """A layer that counts how often Python goes through it."""
+    """A layer that counts its Python calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,14 +28,14 @@ class Counting(torch.nn.Module):  # type: ignore[misc]  # torch is read without 
         self.passes = 0
 
     def forward(self, given: dict[str, torch.Tensor], *, double: bool = False) -> tuple[torch.Tensor, None]:
-        """Rows × 3 → rows × 2, and nothing."""
+        """Rows × 3 → rows × 2, and None."""
         self.passes += 1
         made = self.layer(given["sample"])
         return (2 * made if double else made), None
 
 
 class Branching(Counting):
-    """Computes otherwise for many rows, which a tracer does not see."""
+    """Computes differently for many rows, which a tracer does not see."""
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # another pass on purpose
         """Rows × 3 → rows × 2."""
@@ -45,7 +45,7 @@ class Branching(Counting):
 
 
 class Looking(Counting):
-    """Looks at the numbers themselves, which a tracer takes for constant."""
+    """Reads tensor values, which a tracer takes for constants."""
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # another pass on purpose
         """Rows × 3 → rows × 2."""
@@ -54,7 +54,7 @@ class Looking(Counting):
 
 
 class Dicing(Counting):
-    """Never answers the same."""
+    """Random output."""
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # another pass on purpose
         """Rows × 3 → rows × 2."""
@@ -80,7 +80,7 @@ def _no_gradients() -> Any:
 
 
 def test_the_fourth_call_of_a_kind_is_answered_without_python() -> None:
-    """With the bits of the pass itself, in the form of its answer; two are compared before."""
+    """Bit-exact, in the output's structure; two calls are compared before."""
     module = Counting()
     signature = inspect.signature(module.forward)
     trace(module)
@@ -93,7 +93,7 @@ def test_the_fourth_call_of_a_kind_is_answered_without_python() -> None:
         assert nothing is None
         passes.append(module.passes)
     assert passes[:1] == [1]
-    assert passes[2:] == passes[2:3] * 4  # the trace was made by going through it once more
+    assert passes[2:] == passes[2:3] * 4  # tracing ran the module once more
 
 
 def test_other_sizes_share_a_trace_where_it_gives_their_bits() -> None:
@@ -111,7 +111,7 @@ def test_other_sizes_share_a_trace_where_it_gives_their_bits() -> None:
 
 
 def test_branches_on_sizes_have_traces_of_their_own() -> None:
-    """What a trace made for few rows gives for many is found to be wrong, and never shown."""
+    """A trace for few rows is wrong for many; that is detected, and its output never used."""
     module = Branching()
     trace(module)
     for rows in (2, 8, 3, 5, 6):
@@ -123,7 +123,7 @@ def test_branches_on_sizes_have_traces_of_their_own() -> None:
 
 @pytest.mark.parametrize("kind", [Looking, Dicing, Refusing])
 def test_what_a_trace_cannot_tell_runs_as_it_is(kind: type[Counting]) -> None:
-    """Numbers that are looked at, chance, and what cannot be traced."""
+    """Data-dependent values, randomness, and modules that cannot be traced."""
     module = kind()
     trace(module)
     for n in range(1, 6):
@@ -136,7 +136,7 @@ def test_what_a_trace_cannot_tell_runs_as_it_is(kind: type[Counting]) -> None:
 
 
 def test_passes_that_take_long_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python's share of them is not worth it."""
+    """Python's overhead is negligible there."""
     monkeypatch.setattr(torchscript, "_WORTH_SECONDS", 0.0)
     module = Branching()
     trace(module)
@@ -146,7 +146,7 @@ def test_passes_that_take_long_are_not_traced(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_least_recent_signatures_are_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And known again when they come again, by the traces there are; also where each comes once."""
+    """And recognised when they recur, by existing traces; also if each occurs only once."""
     monkeypatch.setattr(torchscript, "_MAX_SIGNATURES", 3)
     module = Branching()
     trace(module)
@@ -155,11 +155,11 @@ def test_the_least_recent_signatures_are_evicted(monkeypatch: pytest.MonkeyPatch
             for _ in range(calls):
                 assert torch.equal(module(torch.ones(rows, 3)), type(module).forward(module, torch.ones(rows, 3)))
             assert len(module.forward._signatures) <= 3
-    assert module.forward._made == len(module.forward._traces) <= 8  # few rows, and one for each number of many
+    assert module.forward._made == len(module.forward._traces) <= 8  # one for few rows, and one for each larger number
 
 
 def test_no_more_traces_are_made_than_memory_is_there_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TorchScript never gives them back; kinds beyond them, and after failures, run as they are."""
+    """TorchScript never frees them; signatures beyond the limit, and after failures, run untraced."""
     monkeypatch.setattr(torchscript, "_MAX_TRACES", 2)
     for module, useful in ((Branching(), 2), (Dicing(), 0)):
         trace(module)
@@ -173,7 +173,7 @@ def test_no_more_traces_are_made_than_memory_is_there_for(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_answers_that_tell_nothing_are_not_judged_by(number: float) -> None:
-    """Any trace gives them: one that was made for other sizes would seem to be right."""
+    """Any trace reproduces constant outputs: one for other sizes would seem correct."""
     module = Branching()
     trace(module)
     for _ in range(4):
@@ -185,7 +185,7 @@ def test_answers_that_tell_nothing_are_not_judged_by(number: float) -> None:
 
 
 def test_threads_may_call_at_once() -> None:
-    """Each gets its own answer, whoever makes the trace."""
+    """Each gets its own output, whichever thread makes the trace."""
     module = Branching()
     trace(module)
 
@@ -200,7 +200,7 @@ def test_threads_may_call_at_once() -> None:
 
 @pytest.fixture(scope="module")
 def traced() -> Registry:
-    """The embedded models as a server has them by default."""
+    """The embedded models with a server's default settings."""
     return load(MODELS_DIR, "cpu", 1, LoadOptions(performance="safe"))
 
 
@@ -224,7 +224,7 @@ def eager() -> Registry:
 def test_pictures_are_the_same_to_the_bit(
     traced: Registry, eager: Registry, model: str, pictures: dict[str, Any]
 ) -> None:
-    """Of every task, from the first picture to the ones that traces draw; each has a prompt of its own."""
+    """For every task, from the first image to those from traces; each has its own prompt."""
     for seed in range(4):
         job = job_for(model, seed=seed, prompt=f"a circle, {seed}", **pictures)
         np.testing.assert_array_equal(draw(traced, job), draw(eager, job))
@@ -232,7 +232,7 @@ def test_pictures_are_the_same_to_the_bit(
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
 def test_pictures_drawn_together_are_the_same_to_the_bit(traced: Registry, eager: Registry, model: str) -> None:
-    """Also in small groups of odd numbers of rows, whose products PyTorch folds in different ways."""
+    """Also for small batches with odd numbers of rows, whose products PyTorch splits in different ways."""
     for scales in ((2.0, 1.0), (2.0, 2.0, 1.0), (1.0, 1.0, 1.0)):
         for seed in range(4):
             jobs = [
@@ -245,7 +245,7 @@ def test_pictures_drawn_together_are_the_same_to_the_bit(traced: Registry, eager
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
 def test_the_models_can_be_traced(traced: Registry, model: str) -> None:
-    """All their parts, so that no change of a library takes that back unnoticed."""
+    """All their components, so that no library update breaks tracing unnoticed."""
     for seed in range(4):
         draw(traced, job_for(model, seed=seed, prompt=f"a square, {seed}"))
     pipeline = traced._families[model].pipeline
@@ -260,6 +260,6 @@ def test_the_models_can_be_traced(traced: Registry, model: str) -> None:
 
 
 def test_nothing_is_traced_where_weights_may_change(tmp_path: Path) -> None:
-    """A trace holds adapters as they were."""
+    """A trace contains the LoRAs of its time."""
     registry = load(MODELS_DIR, "cpu", 1, LoadOptions(lora_dir=tmp_path, performance="safe"))
     assert not isinstance(registry._families["sdxl"].pipeline.unet.forward, TorchScriptRunner)

@@ -1,4 +1,4 @@
-"""Files of weights that cannot be used: each is reported with its name and reason, before anything is loaded."""
+"""Unusable weight files: each is reported with its name and reason, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load_error(folder: Path, model: str = "sdxl") -> str:
-    """What is said of a model that cannot be loaded."""
+    """The error of a model that cannot be loaded."""
     with pytest.raises(ModelLoadError) as refused:
         load_pipeline(MODELS[model], folder.parent, CPU)
     return refused.value.detail
@@ -123,7 +123,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 @pytest.mark.fault(165)
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_file_that_cannot_be_used_is_named_with_the_reason(kind: str, folder: Path) -> None:
-    """One sentence: the folder, the file in it, and what is wrong; nothing of where the machine keeps it."""
+    """One sentence: the folder, the file in it, and the fault; without the path on the machine."""
     damage, words = BROKEN[kind]
     damage(folder)
     sentence = load_error(folder)
@@ -134,7 +134,7 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(kind: str, folder: 
 
 @pytest.mark.fault(165)
 def test_what_only_the_library_finds_is_told_in_its_own_words(folder: Path) -> None:
-    """A tokenizer of an unknown make: the library's sentence is in ours."""
+    """An unknown tokenizer class: the library's message is part of ours."""
     (folder / "scheduler" / "scheduler_config.json").unlink()
     sentence = load_error(folder)
     assert "OSError" in sentence
@@ -155,7 +155,7 @@ def test_what_only_the_library_finds_is_told_in_its_own_words(folder: Path) -> N
     ],
 )
 def test_a_part_that_lacks_weights_is_refused(model: str, part: str, lacking: str, tmp_path: Path) -> None:
-    """Left alone, the libraries fill the gap with random numbers, other ones at each start."""
+    """Otherwise the libraries fill the gap with random numbers, different at each start."""
     folder = Path(shutil.copytree(MODELS_DIR / MODELS[model].folder, tmp_path / MODELS[model].folder))
     (file,) = (folder / part).glob("*.safetensors")
     tensors = load_file(file)
@@ -166,20 +166,20 @@ def test_a_part_that_lacks_weights_is_refused(model: str, part: str, lacking: st
 
 @pytest.mark.fault(166)
 def test_an_encoder_of_another_size_is_refused(folder: Path) -> None:
-    """Weights of other shapes are not forced in, and not replaced by random ones."""
+    """Weights of other shapes are neither forced in nor replaced by random ones."""
     file = folder / "text_encoder" / "model.safetensors"
     save_file({name: tensor[:-1].clone() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     assert "embedded-sdxl/text_encoder lacks" in load_error(folder)
 
 
 def widened(folder: Path, part: str, kind: Any, **changes: Any) -> None:
-    """Give a network another shape, with weights for it."""
+    """Give a network another shape, with matching weights."""
     kind.from_config({**kind.load_config(folder / part), **changes}).save_pretrained(folder / part)
 
 
 @pytest.mark.fault(166)
 def test_an_inpainting_network_is_refused_when_it_is_loaded(folder: Path) -> None:
-    """Nine channels in a folder for text: each picture would have been a 500."""
+    """Nine input channels in a text-to-image folder: otherwise each generation would be a 500."""
     import diffusers
 
     widened(folder, "unet", diffusers.UNet2DConditionModel, in_channels=9)
@@ -188,7 +188,7 @@ def test_an_inpainting_network_is_refused_when_it_is_loaded(folder: Path) -> Non
 
 @pytest.mark.fault(166)
 def test_parts_of_different_models_are_refused(folder: Path) -> None:
-    """A tiny VAE, a network distilled with its guidance, a tokenizer of another encoder."""
+    """A tiny VAE, a guidance-distilled network, the tokenizer of another encoder."""
     import diffusers
 
     whole = Path(shutil.copytree(folder, folder.parent / "kept"))
@@ -206,7 +206,7 @@ def test_parts_of_different_models_are_refused(folder: Path) -> None:
 
 @pytest.mark.fault(166)
 def test_a_controlnet_that_cannot_be_used_costs_itself_alone(tmp_path: Path, one_thread: None) -> None:
-    """Lacking weights, a link that leads nowhere, quantized: reported, and the model draws without it."""
+    """Missing weights, a dangling link, quantized weights: reported, and the model works without it."""
     shutil.copytree(MODELS_DIR / "embedded-sdxl", tmp_path / "embedded-sdxl")
     facts = replace(MODELS["sdxl"], control_folder="edges")
     whole = MODELS_DIR / "embedded-controlnet-canny-sdxl"
@@ -235,7 +235,7 @@ def test_a_controlnet_that_cannot_be_used_costs_itself_alone(tmp_path: Path, one
 
 @pytest.mark.fault(165)
 def test_a_model_that_cannot_be_used_costs_itself_alone(tmp_path: Path, one_thread: None) -> None:
-    """The other family draws; why this one does not is kept. With none left, every reason is reported."""
+    """The other family works; this one's reason is recorded. With none left, every reason is reported."""
     for name in ("embedded-sdxl", "embedded-flux", "embedded-controlnet-canny-flux"):
         shutil.copytree(MODELS_DIR / name, tmp_path / name)
     (tmp_path / "embedded-sdxl" / UNET).write_text(POINTER)
@@ -249,7 +249,7 @@ def test_a_model_that_cannot_be_used_costs_itself_alone(tmp_path: Path, one_thre
 
 @pytest.mark.fault(165)
 def test_links_are_followed_wherever_they_lead(tmp_path: Path) -> None:
-    """A folder that is a link into the hub's cache, whose files are links to blobs: the model is whole."""
+    """A folder that is a link into the hub's cache, whose files are links to blobs, is accepted."""
     blobs, cached = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "0123"
     blobs.mkdir(parents=True)
     for number, file in enumerate(sorted((MODELS_DIR / "embedded-flux").rglob("*"))):
@@ -272,7 +272,7 @@ def test_links_are_followed_wherever_they_lead(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("halves", [("unet",), ("text_encoder", "text_encoder_2", "vae"), ("unet", "vae")])
 def test_each_part_is_read_in_the_variant_it_has(halves: tuple[str, ...], folder: Path) -> None:
-    """fp16 of some parts alone, and in shards as diffusers and transformers write them."""
+    """fp16 for some components only, and shards in diffusers' and transformers' naming."""
     import diffusers
 
     pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A picture's identity is that of the weights: a digest of their files, computed while they are loaded."""
+"""An image's identity includes its weights: a digest of their files, computed during loading."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ REAL = replace(MODELS["flux"], folder="my-flux", revision="flux.1-schnell", weig
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
-    """A models' folder with weights of one's own under a known name."""
+    """A models folder with custom weights under a known name."""
     shutil.copytree(MODELS_DIR / "embedded-flux", tmp_path / "models" / "my-flux")
     return tmp_path / "models"
 
 
 def later() -> float:
-    """A clock by which every file has been at rest for a while."""
+    """A clock at which every file has been unchanged for a while."""
     return 1e12
 
 
@@ -49,7 +49,7 @@ def appended(file: Path) -> None:
 
 
 def same_size_and_time(file: Path) -> None:
-    """Other bytes of the same number, with the time of the last change put back, as rsync and tar do."""
+    """Other bytes of the same number, with the modification time restored, as rsync and tar do."""
     facts, data = file.stat(), bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))
@@ -69,7 +69,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], None]]] = {
 @pytest.mark.fault(167)
 @pytest.mark.parametrize("what", CHANGES)
 def test_whatever_decides_pixels_decides_the_digest(what: str, models: Path) -> None:
-    """A file replaced under its name is another model, also for one who remembers the old one."""
+    """A file replaced under its name is another model, also with cached digests."""
     name, change = CHANGES[what]
     digests = WeightDigests(clock=later)
     before = digests.of(model_files(REAL, models))
@@ -80,7 +80,7 @@ def test_whatever_decides_pixels_decides_the_digest(what: str, models: Path) -> 
 
 @pytest.mark.fault(167)
 def test_what_does_not_decide_pixels_may_come_and_go(models: Path, tmp_path: Path) -> None:
-    """Notes, pictures, other variants, where a link leads, the folder's name: the same weights are the same model."""
+    """Notes, images, other variants, link targets, the folder's name: the same weights are the same model."""
     folder, digests = models / "my-flux", WeightDigests()
     before = digests.of(model_files(REAL, models))
     (folder / "README.md").write_text("mine")
@@ -94,7 +94,7 @@ def test_what_does_not_decide_pixels_may_come_and_go(models: Path, tmp_path: Pat
 
 @pytest.mark.fault(167)
 def test_a_second_start_reads_no_weights_again(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The digests are remembered by device, inode, size and times; what was changed a moment ago is not trusted."""
+    """Digests are cached by device, inode, size and times; recently changed files are not trusted."""
     files, kept = model_files(REAL, models), tmp_path / "data" / "weights.json"
     first = WeightDigests(kept, clock=later).of(files)
     assert WeightDigests(kept).remembered(files) == first
@@ -111,7 +111,7 @@ def test_a_second_start_reads_no_weights_again(models: Path, tmp_path: Path, mon
 @pytest.mark.fault(167)
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', "\x00", json.dumps({"1:2:3:4:5": "f" * 64})])
 def test_a_broken_memory_of_digests_only_costs_time(content: str, models: Path, tmp_path: Path) -> None:
-    """It is read as nothing, and written anew."""
+    """It is ignored, and rewritten."""
     kept, files = tmp_path / "weights.json", model_files(REAL, models)
     kept.write_text(content)
     assert WeightDigests(kept, clock=later).of(files) == WeightDigests().of(files)
@@ -122,7 +122,7 @@ def test_a_broken_memory_of_digests_only_costs_time(content: str, models: Path, 
 def test_weights_that_change_while_they_are_loaded_are_not_drawn_with(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was read for the identity has to be what draws."""
+    """The bytes that were hashed must be the bytes in use."""
     true = loader.load_pipeline
 
     def loading(*arguments: object, **more: object) -> object:
@@ -137,7 +137,10 @@ def test_weights_that_change_while_they_are_loaded_are_not_drawn_with(
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_embedded_models_keep_the_revision_their_pictures_are_stored_under(model: str) -> None:
-    """The digests of the catalogue are those of the files, so the loader changes nothing; of others it adds them."""
+    """The catalogue's digests equal those of the files, so the loader does not change the revision.
+
+    For other weights it appends the digest.
+    """
     facts, digests = MODELS[model], WeightDigests()
     weights = digests.of(model_files(facts, MODELS_DIR))
     control = digests.of(control_files(facts, MODELS_DIR))
@@ -151,7 +154,7 @@ def test_the_embedded_models_keep_the_revision_their_pictures_are_stored_under(m
 
 @pytest.mark.fault(167)
 def test_the_loaded_revision_is_that_of_the_files(models: Path, one_thread: None) -> None:
-    """Two folders of one name and other weights load as two revisions, neither of which is the catalogue's."""
+    """Two folders of one name with different weights load as two revisions, neither of which is the catalogue's."""
     first = load(models, "cpu", 1, LoadOptions(models={"flux": REAL}))
     scaled(models / "my-flux" / "transformer" / "diffusion_pytorch_model.safetensors")
     second = load(models, "cpu", 1, LoadOptions(models={"flux": REAL}))
@@ -184,7 +187,7 @@ print("drawn")
 
 @pytest.mark.fault(167)
 def test_weights_written_over_in_place_change_nothing_that_is_loaded(models: Path) -> None:
-    """Each file cut to nothing under a process that draws: mapped ones would end it by SIGBUS."""
+    """Each file truncated in a running process: mapped files would end it by SIGBUS."""
     root = MODELS_DIR.parent
     code = _WRITTEN_OVER.format(tests=str(root / "tests" / "pipelines"), root=str(root), models=str(models))
     done = subprocess.run(  # noqa: S603  # our own code
@@ -194,7 +197,7 @@ def test_weights_written_over_in_place_change_nothing_that_is_loaded(models: Pat
 
 
 def test_mapped_weights_are_a_choice(models: Path, one_thread: None) -> None:
-    """MMAP_WEIGHTS=1 draws the same picture; tied weights stay tied when they are copied."""
+    """MMAP_WEIGHTS=1 gives the same image; tied weights stay tied when they are copied."""
     mapped = load(models, "cpu", 1, LoadOptions(models={"flux": REAL}, mapped=True))
     copied = load(models, "cpu", 1, LoadOptions(models={"flux": REAL}))
     assert (draw(mapped, job_for("flux")) == draw(copied, job_for("flux"))).all()
