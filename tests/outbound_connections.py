@@ -76,7 +76,7 @@ class Trap:
 
     def __init__(self) -> None:
         self.came: list[str] = []
-        old = socket.create_server(("0.0.0.0", 0))  # noqa: S104  # a trap has to be everywhere
+        old = socket.create_server(("0.0.0.0", 0))  # noqa: S104  # the trap listens on every address
         self.port = int(old.getsockname()[1])
         self._listening = [old]
         with suppress(OSError):  # a machine without IPv6

@@ -30,7 +30,7 @@ from stable_diffusion_server.storage.base import Bucket
 from stable_diffusion_server.storage.factory import StorageOptions, open_bucket
 
 HERE = Path(__file__).resolve().parent
-SECRET = "sesame-open-0123456789"  # noqa: S105  # what the S3 server on loopback is told, and takes
+SECRET = "sesame-open-0123456789"  # noqa: S105  # dummy key of the loopback S3 server
 KEYS = {"aws_access_key_id": SecretStr("AKIAEXAMPLE"), "aws_secret_access_key": SecretStr(SECRET)}
 
 

@@ -38,7 +38,7 @@ def at(server: Server, text: str) -> str:
 def ran(command: list[str], server: Server, folder: Path) -> str:
     """Output of a program that exited with 0."""
     environment = {"PATH": os.environ["PATH"], "SERVER": server.url}
-    done = subprocess.run(  # noqa: S603  # the pages' own lines
+    done = subprocess.run(  # noqa: S603  # commands from the pages
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"

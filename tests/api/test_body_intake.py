@@ -153,7 +153,7 @@ def test_unfinished_bodies_of_one_caller_are_bounded_and_leave_room_for_others(
 
 @pytest.mark.fault(114)
 def test_who_finds_no_room_for_a_body_is_told_to_come_back(live_of: Callable[..., LiveServer]) -> None:
-    """Two bodies arrived but memory holds one: the other gets 429 after BODY_TIMEOUT."""
+    """Of two arriving bodies with memory for one, one gets 429 after BODY_TIMEOUT."""
     size = 1_900_000
     live = live_of(body_timeout=3.0, body_min_rate=0.0, bodies_bytes=2_000_000, max_upload_bytes=size)
     with ExitStack() as stack:

@@ -138,7 +138,7 @@ class AddressedBucket(MemoryBucket):
 
 @pytest.mark.parametrize("private", [True, False])
 def test_the_files_door_hands_private_addresses_to_those_who_hold_one(private: bool, tmp_path: Path) -> None:
-    """For a private bucket only a signed URL redirects, and no object beside the images is ever served."""
+    """For a private bucket only a signed URL redirects, and no key outside BUCKET_PATH is ever served."""
     bucket = AddressedBucket()
     for key in ("static/uploads/a.webp", "backups/db.sql", "static/uploads-not/a.webp"):
         bucket.create(key, b"data", "image/webp", {})
@@ -196,7 +196,7 @@ def test_a_signature_ends(tmp_path: Path) -> None:
 
 
 def listed(running_app: RunningApp, **query: object) -> list[str]:
-    answer = running_app.client.get("/history", params=query)  # type: ignore[arg-type]  # httpx takes numbers too
+    answer = running_app.client.get("/history", params=query)  # type: ignore[arg-type]  # httpx accepts numbers too
     assert answer.status_code == 200, answer.text
     return [picture["key"].rpartition("/")[2] for picture in answer.json()["pictures"]]
 

@@ -27,7 +27,7 @@ def source_type_in(file: bytes) -> str | None:
     text = packet.decode() if isinstance(packet, bytes) else packet
     if not text:
         return None
-    found = ElementTree.fromstring(text).find(f".//{_PROPERTY}")  # noqa: S314  # what we wrote ourselves
+    found = ElementTree.fromstring(text).find(f".//{_PROPERTY}")  # noqa: S314  # our own output
     return None if found is None else found.text
 
 

@@ -123,7 +123,7 @@ def test_the_sources_have_to_be_the_very_files(rooms: RunningApp) -> None:
 def forged(picture: bytes, **changes: Any) -> bytes:
     """An image with a falsified record."""
     record = read_record(picture) or {}
-    asked = {**record["asked"], **changes.pop("asked", {})}  # type: ignore[dict-item]  # a mapping, as it was written
+    asked = {**record["asked"], **changes.pop("asked", {})}  # type: ignore[dict-item]  # a mapping, as serialised
     return encode_image(disc(), Format.PNG, 100, {**record, "asked": asked, **changes})
 
 

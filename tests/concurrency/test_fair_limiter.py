@@ -34,7 +34,7 @@ async def test_one_caller_gets_half_and_the_next_half_of_the_rest(capacity: int,
 
 
 async def test_no_caller_has_more_than_its_most() -> None:
-    """A maximum per caller applies in addition to the share; a caller that holds nothing may exceed it once."""
+    """A maximum per caller applies in addition to the share; only a caller that holds nothing may exceed it."""
     limiter = FairLimiter(100, max_per_caller=10)
     assert await take_all(limiter, "a") == 10
     assert limiter.try_take("b", 60)
@@ -75,7 +75,7 @@ async def test_a_large_request_does_not_keep_a_smaller_one_of_its_caller_when_it
 @pytest.mark.fault(110)
 async def test_nothing_is_lost_whoever_leaves_when() -> None:
     """A thousand requests of five callers, of any size, half of them cancelled at random points."""
-    chance = random.Random(21)  # noqa: S311  # the same moments in each run
+    chance = random.Random(21)  # noqa: S311  # reproducible timing
     limiter = FairLimiter(32)
     most = 0
 

@@ -57,7 +57,10 @@ def test_a_cap_shrinks_when_it_pays_no_more() -> None:
 
 
 def test_what_other_programs_take_of_the_time_teaches_nothing() -> None:
-    """A larger batch costs an image less, although each measured larger batch had to wait for the CPU."""
+    """CPU time per image falls with the batch size, so the cap grows.
+
+    Although other programs make the wall time rise.
+    """
     tuner = BatchSizeTuner(4, learn=True)
     for _ in range(60):
         size = tuner.cap(SQUARE)

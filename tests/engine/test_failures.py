@@ -161,7 +161,7 @@ def test_poison_while_preparing_or_finishing_ends_it_as_well(engine_of: EngineOf
     """At whatever stage the device reports the error."""
 
     class PreparePoison(FakeDenoiser):
-        def prepare(self, job: object) -> object:  # type: ignore[override]  # it never gives anything
+        def prepare(self, job: object) -> object:  # type: ignore[override]  # it never returns
             raise DeviceLost("lost")
 
     class FinishPoison(FakeDenoiser):

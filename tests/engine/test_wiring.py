@@ -103,7 +103,7 @@ def told_by_a_process(code: str, how: str) -> str:
 
 @GLIBC
 def test_threads_share_their_heaps() -> None:
-    """Twelve threads that allocate at the same time share two malloc arenas."""
+    """Twelve threads that allocate at the same time share at most two malloc arenas."""
     code = """
 import ctypes, threading
 held, together = [], threading.Barrier(12)

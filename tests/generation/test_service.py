@@ -424,17 +424,17 @@ async def test_what_is_known_is_told_without_a_look(harness_of: HarnessOf) -> No
     service = harness.another_process()
     asked = order(save_path="a.webp")
     assert service.lookup_cached(asked) is None
-    harness.painter.gate.set()  # type: ignore[union-attr]  # made with one above
+    harness.painter.gate.set()  # type: ignore[union-attr]  # made with a gate above
     await service.generate(asked)
     service._known = harness.bucket.cached
     assert service.lookup_cached(asked) == await service.generate(asked)
     assert service.lookup_cached(order("a blue square", save_path="a.webp")) is not None
     assert service.lookup_cached(order(save_path="a.webp", overwrite=True)) is None
-    harness.painter.gate.clear()  # type: ignore[union-attr]  # made with one above
+    harness.painter.gate.clear()  # type: ignore[union-attr]  # made with a gate above
     under_way = asyncio.create_task(service.generate(order(save_path="a.webp", overwrite=True)))
     await asyncio.to_thread(until, lambda: len(harness.painter.prepared) == 2)
     assert service.lookup_cached(asked) is None
-    harness.painter.gate.set()  # type: ignore[union-attr]  # made with one above
+    harness.painter.gate.set()  # type: ignore[union-attr]  # made with a gate above
     await under_way
     harness.bucket.delete("static/uploads/a.webp")
     assert service.lookup_cached(asked) is None

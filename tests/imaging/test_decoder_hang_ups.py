@@ -110,7 +110,7 @@ async def test_after_a_thousand_hang_ups_at_random_moments_every_place_is_free(s
 
     Crashed: no slot, process or file is lost.
     """
-    chance = random.Random(21)  # noqa: S311  # the same moments in each run
+    chance = random.Random(21)  # noqa: S311  # reproducible timing
     decoder = DecoderPool(**LIMITS, processes=4, seconds=2, program=scripted)
     before, became, gate = open_files(), Counter[str](), asyncio.Semaphore(12)
 
@@ -139,7 +139,7 @@ async def test_after_a_thousand_hang_ups_at_random_moments_every_place_is_free(s
 @pytest.mark.parametrize("seconds", [0.15, 20.0], ids=["timed out", "left"])
 async def test_the_real_decoder_loses_no_place_to_large_pictures(seconds: float) -> None:
     """An image of 4000 × 4000 in 54 KB, cancelled at any moment, forty times."""
-    chance = random.Random(21)  # noqa: S311  # the same moments in each run
+    chance = random.Random(21)  # noqa: S311  # reproducible timing
     picture = file_of(np.zeros((4000, 4000, 3), np.uint8))
     decoder = DecoderPool(**LIMITS, processes=2, seconds=seconds)
     small = file_of(np.zeros((8, 8, 3), np.uint8))

@@ -193,7 +193,7 @@ async def test_tls_is_asked_for_the_name_and_not_the_number() -> None:
     """The connection is to the IP address, the certificate must match the name; without one nothing is fetched."""
     wanted: list[str | None] = []
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.sni_callback = lambda connection, name, context: wanted.append(name)  # type: ignore[assignment]  # gives None
+    tls.sni_callback = lambda connection, name, context: wanted.append(name)  # type: ignore[assignment]  # returns None
     site = MisbehavingServer()
     server = await site.start(tls)
     allowed = [AllowedTarget.parse(f"pictures.test:{site.port}")]

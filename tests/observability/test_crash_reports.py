@@ -231,7 +231,7 @@ def ended_or_dead(server: Server, ids: list[str]) -> list[dict[str, Any]] | None
 @pytest.mark.parametrize("watched", [True, False])
 def test_killing_the_server_again_and_again_fails_no_job(tmp_path: Path, watched: bool) -> None:
     """Six times kill -9, each during generation: twice the number of crashes that fails a job."""
-    port, chance = free_port(), random.Random(7)  # noqa: S311  # moments for a test
+    port, chance = free_port(), random.Random(7)  # noqa: S311  # test timing, no secret
     command: tuple[str, ...] = (*WATCHED, *SERVE) if watched else SERVE
     server = start_server(tmp_path, port, *command, PORT=str(port))
     try:

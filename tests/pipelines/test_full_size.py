@@ -64,7 +64,7 @@ def test_the_loader_builds_flux_at_full_size(skeletons: dict[str, Any]) -> None:
 
 
 def show(counts: dict[str, int]) -> None:
-    print("".join(f"\n| {name} | {count:,} |" for name, count in counts.items()))  # noqa: T201  # the table
+    print("".join(f"\n| {name} | {count:,} |" for name, count in counts.items()))  # noqa: T201  # prints the table
 
 
 @pytest.mark.parametrize(

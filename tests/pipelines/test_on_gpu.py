@@ -130,5 +130,5 @@ def test_products_in_float8_draw_nearly_the_same_picture(name: str, families: di
         pytest.skip("the card multiplies no float8")
     options = LoadOptions(models={name: MODELS[name]}, quantize="torchao-float8-dynamic", performance="safe")
     ratio = psnr(draw(load(MODELS_DIR, "cuda", 1, options), job_for(name)), draw(families[name], job_for(name)))
-    print(f"\n| {name} | torchao-float8-dynamic | {ratio:.1f} dB |")  # noqa: T201  # the table
+    print(f"\n| {name} | torchao-float8-dynamic | {ratio:.1f} dB |")  # noqa: T201  # prints the table
     assert ratio > 25

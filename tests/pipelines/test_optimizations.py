@@ -77,7 +77,7 @@ def test_other_doublings_stay_as_they_are(block: Upsample2D) -> None:
     assert type(block) is Upsample2D
 
 
-class Dtyped(torch.nn.Sequential):  # type: ignore[misc]  # torch is read without its types
+class Dtyped(torch.nn.Sequential):  # type: ignore[misc]  # torch is untyped here
     """Modules with a dtype attribute, like diffusers'."""
 
     dtype = torch.float32

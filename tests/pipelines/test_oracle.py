@@ -99,7 +99,7 @@ def table() -> Iterator[list[str]]:
     rows: list[str] = []
     yield rows
     print("\n| family | task | largest difference of 255 | mean |\n| --- | --- | --- | --- |")  # noqa: T201  # the table
-    print("\n".join(rows))  # noqa: T201  # the table
+    print("\n".join(rows))  # noqa: T201  # prints the table
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family}: {case.name}")

@@ -19,7 +19,7 @@ from stable_diffusion_server.pipelines.registry import LoadOptions, Registry, lo
 pytestmark = pytest.mark.slow
 
 
-class Counting(torch.nn.Module):  # type: ignore[misc]  # torch is read without its types
+class Counting(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
     """A layer that counts its Python calls."""
 
     def __init__(self) -> None:

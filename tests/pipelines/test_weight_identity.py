@@ -126,7 +126,7 @@ def test_weights_that_change_while_they_are_loaded_are_not_drawn_with(
     true = loader.load_pipeline
 
     def loading(*arguments: object, **more: object) -> object:
-        pipeline = true(*arguments, **more)  # type: ignore[arg-type]  # handed on as they came
+        pipeline = true(*arguments, **more)  # type: ignore[arg-type]  # arguments are passed through
         appended(models / "my-flux" / "vae" / "config.json")
         return pipeline
 

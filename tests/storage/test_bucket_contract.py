@@ -390,7 +390,7 @@ def test_a_name_from_the_content_may_be_kept_for_ever(kind: str, options_of: Cal
     bucket = opened(options)
     bucket.create("pictures/k über.webp", b"data", "image/webp", {**RECORD, "lasting": "1"})
     if kind == "gcs":
-        blob = bucket._bucket.get_blob("pictures/k über.webp")  # type: ignore[attr-defined]  # the client's own view
+        blob = bucket._bucket.get_blob("pictures/k über.webp")  # type: ignore[attr-defined]  # Google's client
         headers = (blob.cache_control, blob.content_disposition)
     else:
         head = s3_client(options.r2_endpoint_url).head_object(Bucket=options.bucket_name, Key="pictures/k über.webp")

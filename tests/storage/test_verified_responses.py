@@ -282,7 +282,7 @@ def test_garbage_at_google_counts_as_absent(google: tuple[Bucket, MisbehavingSto
     """Same length with the original metadata, or any length without metadata."""
     bucket, _, _ = google
     bucket.create("k.webp", b"8 bytes!", "image/webp", {"bytes": "8"})
-    blob = bucket._bucket.blob("k.webp")  # type: ignore[attr-defined]  # the client's own way, from outside
+    blob = bucket._bucket.blob("k.webp")  # type: ignore[attr-defined]  # Google's client
     blob.metadata = bucket._bucket.get_blob("k.webp").metadata if len(garbage) == 8 else None  # type: ignore[attr-defined]  # likewise
     blob.upload_from_string(garbage, "image/webp")
     assert bucket.stat("k.webp") is None

@@ -10,7 +10,10 @@ pytestmark = pytest.mark.slow
 
 
 def test_it_shrinks_twice_as_much_into_four_times_the_channels() -> None:
-    """64 × 64 pixels become 4 × 4 cells of 16 channels, and are decoded again; without noise, after rescaling."""
+    """64 × 64 pixels become 4 × 4 cells of 16 channels, and are decoded again.
+
+    After `relaid` the encoder adds no noise.
+    """
     model = vae.relaid(flux_vae.build(vae.build()), torch.eye(16))
     with torch.no_grad():
         posterior = model.encode(torch.zeros(1, 3, 64, 64)).latent_dist

@@ -151,7 +151,7 @@ def test_no_dictionary_ever_comes_through(data: list[Any], event_data: Any) -> N
 )
 def test_a_component_that_opens_files_cannot_be_an_input(kind: str) -> None:
     """Building a page with such a component fails."""
-    config: Callable[[str], dict[str, Any]] = lambda type_: {  # noqa: E731  # said twice below
+    config: Callable[[str], dict[str, Any]] = lambda type_: {  # noqa: E731  # used twice below
         "components": [{"id": 1, "type": type_}],
         "dependencies": [{"id": 0, "inputs": [1], "targets": [(1, "change")]}],
     }

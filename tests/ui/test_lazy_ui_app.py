@@ -172,7 +172,7 @@ async def test_a_request_inside_the_process_is_answered_while_it_is_made(body: b
     """The first chunk arrives before the last is produced; a client that closes early cancels the work."""
     goes_on, ended = asyncio.Event(), threading.Event()
 
-    async def app(scope, receive, send):  # type: ignore[no-untyped-def]  # as ASGI has it
+    async def app(scope, receive, send):  # type: ignore[no-untyped-def]  # ASGI signature
         message = await receive()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"x-query", scope["query_string"])]})
         await send({"type": "http.response.body", "body": str(len(message["body"])).encode(), "more_body": True})

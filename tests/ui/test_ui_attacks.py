@@ -342,7 +342,7 @@ def test_uploads_that_are_never_used_fill_nothing(visitor: Visitor) -> None:
     for _ in range(20):
         assert visitor.http.post("/ui/pictures", content=body).status_code == 413
     grown = size_of(visitor.server.folder) - disk
-    print(f"20 × 30 MB: {grown} bytes on disk")  # noqa: T201  # -s
+    print(f"20 × 30 MB: {grown} bytes on disk")  # noqa: T201  # shown with -s
     assert grown < 100_000
     assert process.memory_info().rss < before + 4 * len(body)
 
