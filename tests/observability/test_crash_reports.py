@@ -45,7 +45,7 @@ from stable_diffusion_server.observability.crash_reports import DeviceRecord
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite started by nohup hands on that it is ignored
 record = DeviceRecord(Path("."))
 record.begin()
-record.occupied(["job-1", ""], False)
+record.update(["job-1", ""], False)
 """
 # How a process ends, and the cause: with a known exit status, and without.
 ENDS = {
