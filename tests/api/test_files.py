@@ -373,7 +373,7 @@ def test_a_caller_touches_only_what_is_under_its_prefix(tmp_path: Path) -> None:
 
 def test_what_comes_within_a_moment_is_recorded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transaction costs the same for one entry as for many; a reader forces the pending ones to be written."""
-    monkeypatch.setattr("stable_diffusion_server.storage.history.writer._GATHER_SECONDS", 30.0)
+    monkeypatch.setattr("stable_diffusion_server.storage.history.writer._BATCH_SECONDS", 30.0)
     index, written = HistoryIndex(tmp_path / "history.db", 100, 0), list[int]()
     add = index.add
     monkeypatch.setattr(index, "add", lambda entries: (written.append(len(entries)), add(entries)))
