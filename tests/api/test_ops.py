@@ -120,12 +120,12 @@ def test_what_makes_no_progress_is_told_and_stops_the_beat(
     package = "stable_diffusion_server"
     owner, told = {
         "decoder": (f"{package}.imaging.sandbox.pool._WorkerProcess.ask", "The decoder of pictures makes no progress"),
-        "jobs": (f"{package}.service.Service.fulfil", "Accepted jobs make no progress"),
+        "jobs": (f"{package}.generation.service.GenerationService.generate", "Accepted jobs make no progress"),
     }[part]
     monkeypatch.setattr(owner, deaf)
     monkeypatch.setattr(f"{package}.imaging.sandbox.pool._STALL_MARGIN", 0.2)
-    monkeypatch.setattr(f"{package}.jobs.progress._SLACK", 0.2)
-    monkeypatch.setattr(f"{package}.observability.loop_heartbeat._SECONDS", 0.05)
+    monkeypatch.setattr(f"{package}.jobs.worker._STALL_SLACK_SECONDS", 0.2)
+    monkeypatch.setattr(f"{package}.observability.event_loop_heartbeat._SECONDS", 0.05)
     settings = settings_in(tmp_path, decode_timeout=0.2, max_timeout=0.5 if part == "jobs" else 600.0)
     app = create_app(settings, load=lambda settings: FakeDenoiser())
     beat = tmp_path / "data" / "event-loop.txt"
