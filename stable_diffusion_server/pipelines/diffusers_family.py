@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,9 @@ class DiffusersFamily(Family):
         """Decode in smaller tiles from now on; false when they are as small as they can be."""
         return shrink_tiles(self.pipeline.vae)
 
+    @abstractmethod
     def _vae_latents(self, state: PipelineState[Any], latents: torch.Tensor) -> torch.Tensor:
         """Latents of a state in the VAE's own scale and layout: 1 × channels × h × w."""
-        raise NotImplementedError
 
 
 def _info(placed: PlacedModel, device: torch.device, options: LoadOptions) -> LoadedModelInfo:

@@ -189,7 +189,7 @@ def _with_images(
     if len(params.init_images) > 1:
         ignored.append("init_images: the first is taken.")
     if edges is not None and edges.image and bytes_of(edges.image, "alwayson_scripts") != data:
-        ignored.append("controlnet: the edges are those of the picture to draw anew.")
+        ignored.append("controlnet: the edges are taken from init_images.")
     generation = replace(
         generation,
         task=Task.IMAGE_TO_IMAGE,

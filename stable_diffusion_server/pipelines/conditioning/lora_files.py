@@ -184,7 +184,7 @@ def _of_a_control_lora(names: Iterable[str]) -> str:
 
 
 def denoisers_of(header: LoraHeader) -> Collection[str]:
-    """The denoisers (`unet`, `transformer`) that the tensors may belong to, judged by their names."""
+    """The denoisers (`unet`, `transformer`) that the tensors may belong to, according to their names."""
     meant = {kind for kind, begins in DENOISERS.items() for name in header.tensors if name.startswith(begins)}
     return meant or DENOISERS
 

@@ -55,7 +55,7 @@ class LoraFolder:
         self._logged: set[tuple[str, str]] = set()
 
     def names(self, denoisers: Collection[str] = tuple(DENOISERS)) -> tuple[str, ...]:
-        """Names of the LoRAs that may fit one of these denoisers, judged by header and earlier refusals; sorted."""
+        """Names of the LoRAs that may fit one of these denoisers, by header and earlier refusals; sorted."""
         return tuple(
             name for name, (why, fits) in self._checked_files().items() if not why and set(fits) & set(denoisers)
         )

@@ -234,7 +234,7 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 
 
 def _what_is_there(folder: Path, stem: str) -> str:
-    """Why a folder has none of the expected weight files, judged by file names."""
+    """Why a folder has none of the expected weight files, according to file names."""
     wanted = f"{stem}{SAFETENSORS}"
     if not folder.is_dir():
         return f"{_shown(folder)} {'is a link that leads nowhere' if folder.is_symlink() else 'is missing'}"
