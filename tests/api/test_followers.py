@@ -120,7 +120,7 @@ async def test_a_preview_is_encoded_once_for_all_who_follow_it() -> None:
     del pixels
     gc.collect()
     assert gone() is None
-    assert not previews._kept
+    assert not previews._cache
 
 
 @pytest.mark.fault(115)

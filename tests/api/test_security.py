@@ -217,4 +217,4 @@ def test_keys_beside_anonymous_clients_are_warned_of_at_the_start(
     With both set, a warning explains the change.
     """
     run_app(api_keys=keys, allow_anonymous=anonymous)
-    assert ("clients without a key may draw" in "".join(capfd.readouterr())) == warned
+    assert ("clients without a key may generate images" in "".join(capfd.readouterr())) == warned

@@ -49,10 +49,10 @@ async def decoder() -> AsyncIterator[DecoderPool]:
 async def same_child_serves_on(decoder: DecoderPool) -> None:
     """Shows that the previous image did not harm the process."""
     (worker,) = decoder._idle
-    before = worker.pictures
+    before = worker.images
     assert before > 0
     assert (await decoder.decode(GOOD, "image_file") == disc()).all()
-    assert worker.pictures == before + 1
+    assert worker.images == before + 1
 
 
 @pytest.mark.fault(22)

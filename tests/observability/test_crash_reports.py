@@ -136,8 +136,8 @@ def test_damaged_records_of_a_death_hold_up_nothing(tmp_path: Path, name: str, d
     record.end()
 
 
-def entry(name: str, state: JobState = JobState.QUEUED, deaths: int = 0) -> JobRecord:
-    return JobRecord(name, Caller("ann"), 0.0, state, deaths=deaths)
+def entry(name: str, state: JobState = JobState.QUEUED, crashes: int = 0) -> JobRecord:
+    return JobRecord(name, Caller("ann"), 0.0, state, crashes=crashes)
 
 
 @pytest.mark.fault(150, 151)
@@ -147,11 +147,11 @@ def test_only_what_was_on_the_device_is_blamed_and_only_alone_when_suspected() -
         entry("a", JobState.RUNNING),
         entry("b", JobState.RUNNING),
         entry("c"),
-        entry("d", JobState.RUNNING, deaths=1),
+        entry("d", JobState.RUNNING, crashes=1),
     ]
 
     def counted(death: CrashReport) -> dict[str, tuple[int, int]]:
-        return {each.id: (each.deaths, each.kills) for each in attribute_crash(jobs, death)}
+        return {each.id: (each.crashes, each.kills) for each in attribute_crash(jobs, death)}
 
     none = {"a": (0, 0), "b": (0, 0), "c": (0, 0), "d": (1, 0)}
     assert counted(CrashReport(CrashCause.NONE, ("a",))) == none

@@ -72,7 +72,7 @@ def faster(request: pytest.FixtureRequest) -> Any:
     from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
     registry = load(MODELS_DIR, "cuda", 1, LoadOptions(performance=request.param))
-    assert bool(registry._graphs) == ("graphs" in request.param)
+    assert bool(registry._cuda_graphs) == ("graphs" in request.param)
     assert type(registry._families["sdxl"].pipeline.vae.decoder.conv_norm_out).__module__.endswith("group_norm")
     return registry
 

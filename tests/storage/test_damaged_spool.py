@@ -260,5 +260,5 @@ def test_a_retry_that_cannot_be_taken_up_holds_up_no_other(tmp_path: Path) -> No
     whole(folder, 1).rename(folder / "01.retry")
     spool = UploadSpool(folder, 10**9)
     folder_of_that_name(folder / "00.spool")  # created while the spool is open, since opening quarantines such entries
-    spool.take_up_retries()
+    spool.enqueue_retried()
     assert [kept.stored.key for kept in spool.waiting()] == ["k1"]

@@ -97,7 +97,7 @@ def keys_in(server: StorageServer, name: str) -> set[str]:
 
 
 def letters(running_app: RunningApp) -> list[str]:
-    return [letter.key for letter in DeadLetters(running_app.folder / "data" / "dead-letters", 10**9).listed()]
+    return [letter.key for letter in DeadLetters(running_app.folder / "data" / "dead-letters", 10**9).list_all()]
 
 
 @pytest.mark.fault(132)
@@ -159,7 +159,7 @@ def test_what_no_try_brings_is_set_aside_in_the_end(
     behind[1].rule = poisoned("PreconditionFailed", 412)
     assert not running_app.draw(prompt="a red square", save_path="poison.webp").json()["stored"]
     until(lambda: letters(running_app) == ["static/uploads/poison.webp"], 60)
-    [letter] = DeadLetters(running_app.folder / "data" / "dead-letters", 10**9).listed()
+    [letter] = DeadLetters(running_app.folder / "data" / "dead-letters", 10**9).list_all()
     assert "busy" in letter.reason
 
 
