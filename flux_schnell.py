@@ -11,7 +11,7 @@ from stable_diffusion_server.imaging import DigitalSourceType, crop_to_size, enc
 from stable_diffusion_server.pipelines.catalog import spec_of
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.loading.components import load_pipeline
-from stable_diffusion_server.pipelines.loading.devices import choose_device
+from stable_diffusion_server.pipelines.loading.footprint import choose_device
 from stable_diffusion_server.types import DiffusionRequest, Format, Task
 
 FORMATS = {".webp": Format.WEBP, ".png": Format.PNG, ".jpg": Format.JPEG, ".jpeg": Format.JPEG}

@@ -15,7 +15,7 @@ import torch
 
 from stable_diffusion_server.pipelines import MODELS, ModelSpec
 from stable_diffusion_server.pipelines.loading.components import empty_pipeline
-from stable_diffusion_server.pipelines.loading.devices import dtype_of
+from stable_diffusion_server.pipelines.loading.footprint import dtype_of
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "models"
 

@@ -33,22 +33,15 @@ SHORTER_MODULES: dict[str, str] = {
     "__main__.py": _PATH,
     "bucket_api.py": _PATH,
     "image_processing.py": _PATH,
-    "api/dependencies.py": _LEAF,
-    "concurrency/averages.py": _LEAF,
     "files/damaged_files.py": _LEAF,
     "imaging/edges.py": _LEAF,
-    "jobs/policy.py": _LEAF,
+    "jobs/ids.py": _LEAF,
     "jobs/store/claims.py": _PART,
-    "observability/interfaces.py": _INTERFACE,
     "parsing/unicode_text.py": _LEAF,
     "settings/base.py": _LEAF,
-    "settings/library_env.py": _LEAF,
     "settings/observability.py": "one group of settings, as the docs table has it",
     "storage/object_headers.py": _LEAF,
-    "storage/refusals.py": _LEAF,
     "ui/sessions.py": _PART,
-    "ui/tabs/status.py": "one tab of the UI",
-    "jobs/ids.py": _LEAF,
 }
 # Packages whose modules share names on purpose: dialects, bucket backends, model families, UI tabs.
 PARALLEL = {"api/openai", "api/automatic1111", "storage/s3", "storage/gcs", "pipelines/families", "ui/tabs", "ui/html"}
@@ -216,7 +209,7 @@ PURE = (
     "imaging/formats.py imaging/metadata.py generation/layout.py generation/resolver.py "
     "generation/prompts.py generation/single_flight.py generation/provenance.py generation/results.py "
     "storage/object_headers.py storage/history/entries.py net/public_ip.py net/url_policy.py "
-    "pipelines/catalog.py types/requests.py types/diffusion.py types/results.py types/events.py"
+    "pipelines/catalog.py types/requests.py types/requests.py types/results.py types/results.py"
 ).split()
 IO_MODULES = {"os", "pathlib", "socket", "subprocess", "shutil", "tempfile", "sqlite3", "httpx", "requests", "boto3"}
 

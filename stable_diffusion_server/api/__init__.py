@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from stable_diffusion_server.api.automatic1111.routes import automatic1111_router
 from stable_diffusion_server.api.base64_images import EncodedPreviews
-from stable_diffusion_server.api.dialect_context import DialectContext
+from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.api.dispatch import RequestDispatcher
-from stable_diffusion_server.api.event_stream import FollowerLimiter
+from stable_diffusion_server.api.http_responses import FollowerLimiter
 from stable_diffusion_server.api.middleware.access import AccessMiddleware, BodyLimitMiddleware
-from stable_diffusion_server.api.middleware.access_policy import AccessPolicy, allowed_host_names
+from stable_diffusion_server.api.middleware.access_policy import AccessPolicy, OriginPolicy, allowed_host_names
 from stable_diffusion_server.api.middleware.api_keys import ApiKeyring, HashedApiKey, hashed
 from stable_diffusion_server.api.middleware.body_intake import BodyIntakeMiddleware
-from stable_diffusion_server.api.middleware.origins import OriginPolicy
 from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
 from stable_diffusion_server.api.openai.routes import openai_router
 from stable_diffusion_server.api.openapi.docs_page import docs_router

@@ -1,8 +1,9 @@
-"""Runs a generation for any route: synchronously, as a job (RFC 7240), or once per idempotency key."""
+"""Reads Prefer, X-Job-ID and Idempotency-Key, and runs a generation synchronously, as a job, or once per key."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -12,10 +13,9 @@ from starlette.concurrency import run_in_threadpool
 from stable_diffusion_server.api.concurrency import cancel_on_disconnect
 from stable_diffusion_server.api.dependencies import UrlOf, caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
-from stable_diffusion_server.api.preferences import RequestPreferences, preferences_of
 from stable_diffusion_server.api.schemas.responses import job_body
 from stable_diffusion_server.errors import Forbidden, InvalidInput, RequestCancelled, ServerError
-from stable_diffusion_server.generation import GenerationService
+from stable_diffusion_server.generation import GenerationService, parse_int
 from stable_diffusion_server.jobs import (
     IdempotencyClaim,
     JobHandle,
@@ -27,6 +27,45 @@ from stable_diffusion_server.jobs import (
     fingerprint,
 )
 from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult
+
+_JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
+_KEY = re.compile(r"[!-~]{1,255}")
+_WAIT_MAX_SECONDS = 600
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPreferences:
+    """`wait`: seconds that an asynchronous request waits for its result before the server answers with the job."""
+
+    respond_async: bool = False
+    wait: float | None = None
+    job_id: str | None = None
+    key: str | None = None
+
+    @property
+    def applied(self) -> str:
+        """Return the value of `Preference-Applied`."""
+        return "respond-async" + ("" if self.wait is None else f", wait={self.wait:g}")
+
+
+def preferences_of(request: Request) -> RequestPreferences:
+    """Read the preferences in the headers of a request. Ignores invalid preferences, as RFC 7240 requires.
+
+    Raises `InvalidInput` for an invalid `X-Job-ID` or `Idempotency-Key`.
+    """
+    preferences: dict[str, str] = {}
+    for preference in ",".join(request.headers.getlist("prefer")).split(","):
+        name, _, value = preference.partition(";")[0].partition("=")
+        preferences.setdefault(name.strip().lower(), value.strip().strip('"'))
+    job_id, key = request.headers.get("x-job-id"), request.headers.get("idempotency-key")
+    if job_id is not None and not _JOB_ID.fullmatch(job_id):
+        raise InvalidInput("X-Job-ID must be 16 to 64 letters, digits, dashes or underscores.", field="X-Job-ID")
+    if key is not None and not _KEY.fullmatch(key):
+        raise InvalidInput("Idempotency-Key must be 1 to 255 printable characters.", field="Idempotency-Key")
+    seconds = parse_int(preferences.get("wait", ""))
+    wait = None if seconds is None else float(min(seconds, _WAIT_MAX_SECONDS))
+    return RequestPreferences("respond-async" in preferences, wait, job_id, key)
+
 
 # Renders a result as a route's response. The last argument is the file, empty unless the route requests it.
 Render = Callable[[Request, GenerationResult, bytes], Response | Awaitable[Response]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.concurrency.averages import moving_average
 from stable_diffusion_server.concurrency.deadlines import ProgressMonitor, deadline
 from stable_diffusion_server.concurrency.fair_limiter import (
     FairLimiter,
@@ -11,7 +10,7 @@ from stable_diffusion_server.concurrency.fair_limiter import (
     largest_holder,
     may_hold_more,
 )
-from stable_diffusion_server.concurrency.moving_windows import MovingWindows
+from stable_diffusion_server.concurrency.moving_windows import MovingWindows, moving_average
 
 __all__ = [
     "FairLimiter",

@@ -1,4 +1,4 @@
-"""Counts events per caller in moving time windows, by the monotonic clock."""
+"""Counts events per caller in moving time windows, and keeps moving averages."""
 
 from __future__ import annotations
 
@@ -58,3 +58,12 @@ class MovingWindows:
 def _drop_before(hits: deque[float], moment: float) -> None:
     while hits and hits[0] <= moment:
         hits.popleft()
+
+
+# Weight of the newest sample: the average follows a change within about ten samples.
+_WEIGHT = 0.2
+
+
+def moving_average(average: float | None, sample: float) -> float:
+    """The average after one more sample; the sample itself if there was none before."""
+    return sample if average is None else (1 - _WEIGHT) * average + _WEIGHT * sample

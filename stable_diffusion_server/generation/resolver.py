@@ -10,8 +10,8 @@ from typing import TypeVar
 from uuid import NAMESPACE_OID, uuid5
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
+from stable_diffusion_server.generation.library import Ownership
 from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.generation.ownership import Ownership
 from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt
 from stable_diffusion_server.pipelines import MODELS, ModelSpec, scheduler_of, spec_of, steps_skipped
 from stable_diffusion_server.storage import object_key

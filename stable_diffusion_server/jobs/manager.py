@@ -14,12 +14,11 @@ from cachetools import FIFOCache
 
 from stable_diffusion_server.errors import Forbidden, JobStoreUnavailable, NotFound, NotReady
 from stable_diffusion_server.generation import GenerationService
-from stable_diffusion_server.jobs.crash_attribution import attribute_crash
 from stable_diffusion_server.jobs.events import FINAL_EVENT_ID, JobEvent, JobEventLog, JobStatus, final_event_only
 from stable_diffusion_server.jobs.idempotency import IdempotencyClaims, check_recorded_response
 from stable_diffusion_server.jobs.ids import duplicate_job_id_error, new_job_id, scope_job_id, visible_status
 from stable_diffusion_server.jobs.job_queue import JobAdmission
-from stable_diffusion_server.jobs.policy import MAX_CRASHES, MAX_KILLS, JobPolicy
+from stable_diffusion_server.jobs.policy import MAX_CRASHES, MAX_KILLS, JobPolicy, attribute_crash
 from stable_diffusion_server.jobs.store.async_store import AsyncJobStore
 from stable_diffusion_server.jobs.store.records import (
     IdempotencyClaim,
@@ -39,10 +38,9 @@ from stable_diffusion_server.types import Caller, GenerationRequest, GenerationR
 
 _log = structlog.get_logger(__name__)
 
-_HOUR = 3600.0
 # Maximum number of ended synchronous requests whose status stays available, and of jobs in a listing.
 _RECENT_REQUESTS, _LIST_LIMIT = 64, 100
-_HOUSEKEEPING_SECONDS, _KEEPALIVE_SECONDS = 60.0, 10.0
+_HOUSEKEEPING_SECONDS, _KEEPALIVE_SECONDS, _HOUR = 60.0, 10.0, 3600.0
 
 
 class JobManager(IdempotencyClaims):

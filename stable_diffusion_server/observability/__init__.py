@@ -11,9 +11,8 @@ from stable_diffusion_server.observability.crash_reports import (
     report_crash,
 )
 from stable_diffusion_server.observability.event_loop_heartbeat import HEARTBEAT_FILE, LoopHeartbeat
-from stable_diffusion_server.observability.interfaces import UsageMetrics
 from stable_diffusion_server.observability.logs import configure_logging
-from stable_diffusion_server.observability.metrics import Metrics, RequestSample, Sample
+from stable_diffusion_server.observability.metrics import Metrics, RequestSample, Sample, UsageMetrics
 from stable_diffusion_server.observability.tracing import Tracing
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Prometheus metrics: counters and histograms of events, and gauges that call a function at each scrape."""
+"""Prometheus metrics: counters and histograms of events, gauges that call a function at each scrape."""
 
 from __future__ import annotations
 
@@ -9,8 +9,21 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from stable_diffusion_server.observability.interfaces import UsageMetrics
 from stable_diffusion_server.types import EngineEvent, EngineEventKind
+
+
+class UsageMetrics:
+    """Records the outcome of generation requests; this base class records nothing."""
+
+    def record_generation(self, source: str) -> None:
+        """Record a request answered from `source`: drawn, cached or coalesced."""
+
+    def record_quality_check(self, check: str) -> None:
+        """Record that a quality check found a fault in an image; `check` is the code of the caller's warning."""
+
+    def record_stored(self, timings: Mapping[str, float]) -> None:
+        """Record a generated and stored image; `timings` are the seconds of each stage."""
+
 
 # Label values and value of one sample.
 Sample = tuple[Sequence[str], float]

@@ -22,8 +22,7 @@ from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.family import Family, LoadedFamily, LoadedModelInfo
 from stable_diffusion_server.pipelines.latent_preview import LatentPreviewer
-from stable_diffusion_server.pipelines.loading.devices import dtype_of
-from stable_diffusion_server.pipelines.loading.footprint import bytes_of
+from stable_diffusion_server.pipelines.loading.footprint import bytes_of, dtype_of
 from stable_diffusion_server.pipelines.loading.loader import LoadOptions, PlacedModel, place_model
 from stable_diffusion_server.pipelines.loading.offload import OffloadedModel
 from stable_diffusion_server.pipelines.loading.placement import Residency

@@ -19,7 +19,7 @@ from stable_diffusion_server.errors import ModelLoadError, ModelTooLarge
 from stable_diffusion_server.pipelines.base import DecodedImage, PipelineState
 from stable_diffusion_server.pipelines.family import FamilyClass, LoadedFamily, LoadedModelInfo
 from stable_diffusion_server.pipelines.loading.components import quieten_libraries
-from stable_diffusion_server.pipelines.loading.devices import choose_device, memory_of
+from stable_diffusion_server.pipelines.loading.footprint import choose_device, memory_of
 from stable_diffusion_server.pipelines.loading.loader import LoadOptions
 from stable_diffusion_server.pipelines.loading.placement import Residency
 from stable_diffusion_server.pipelines.model_spec import ModelSpec

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.settings.library_env import configure_gradio, set_compiler_cache
-from stable_diffusion_server.settings.loader import SettingsError, describe_settings, read_settings
+from stable_diffusion_server.settings.loader import (
+    SettingsError,
+    configure_gradio,
+    describe_settings,
+    read_settings,
+    set_compiler_cache,
+)
 from stable_diffusion_server.settings.server import Settings
 
 __all__ = [

@@ -1,14 +1,96 @@
-"""Settings of API keys and of the limits per caller."""
+"""Settings of API keys and of the limits per caller, with the syntax of the list of keys."""
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import limits
 from pydantic import BeforeValidator, Field, SecretStr, field_validator
 
-from stable_diffusion_server.settings.api_keys import ApiKey, is_rate, parse_keys
 from stable_diffusion_server.settings.base import Secrets, SettingsGroup, none_if_empty
+
+_NAMED = re.compile(r"(?P<name>[A-Za-z][A-Za-z0-9_.-]{0,31}):(?P<secret>.+)")
+_OPTIONS = ("rate", "concurrency", "prefix")
+_ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """An API key and its limits.
+
+    `rate` is a text such as `60/minute`, empty for RATE_LIMIT; `concurrency` 0 means CONCURRENCY_LIMIT. `prefix`, with
+    a slash at its end, is the only folder of the bucket the key may write to; empty: all. An `admin` key may list, read
+    and delete the images of other keys.
+    """
+
+    name: str
+    secret: SecretStr
+    rate: str = ""
+    concurrency: int = 0
+    prefix: str = ""
+    admin: bool = False
+
+
+def parse_keys(texts: Iterable[str]) -> tuple[ApiKey, ...]:
+    """Parse keys such as `name:secret;rate=60/minute;concurrency=4;prefix=team-a/;admin`; only the secret is required.
+
+    A single key is always admin. Raises `ValueError` with a sentence that holds no part of any secret.
+    """
+    keys = tuple(_parse(number, text) for number, text in enumerate(texts, 1))
+    for what, values in (("name", [k.name for k in keys]), ("secret", [k.secret.get_secret_value() for k in keys])):
+        if len(set(values)) < len(values):
+            raise ValueError(f"holds two keys of one {what}")
+    return keys if len(keys) > 1 else tuple(replace(key, admin=True) for key in keys)
+
+
+def is_rate(text: str) -> bool:
+    """Return whether a text is a rate such as `60/minute`."""
+    try:
+        return limits.parse(text).amount > 0
+    except ValueError:
+        return False
+
+
+def _parse(number: int, text: str) -> ApiKey:
+    first, *rest = (part.strip() for part in text.split(";"))
+    named = _NAMED.fullmatch(first)
+    secret = named["secret"] if named else first
+    if not re.fullmatch(r"[!-~]+", secret):
+        raise ValueError("holds a key with blanks or characters beyond ASCII, which no header can carry")
+    assignments = [part for part in rest if part != _ADMIN]
+    options = {name.strip(): value.strip() for name, _, value in (part.partition("=") for part in assignments)}
+    if len(options) < len(assignments) or len(rest) - len(assignments) > 1 or not set(options) <= set(_OPTIONS):
+        raise ValueError(f"has options at key {number} other than {', '.join(_OPTIONS)} and {_ADMIN}, each once")
+    rate, concurrency, prefix = (options.get(name, "") for name in _OPTIONS)
+    if "rate" in options and not is_rate(rate):
+        raise ValueError(f"has a rate at key {number} that is not like 60/minute")
+    if "concurrency" in options and not re.fullmatch(r"[1-9]\d{0,4}", concurrency):
+        raise ValueError(f"has a concurrency at key {number} that is not a number from 1")
+    return ApiKey(
+        named["name"] if named else _derived_name(secret),
+        SecretStr(secret),
+        rate,
+        int(concurrency or 0),
+        _parse_prefix(number, prefix) if "prefix" in options else "",
+        admin=_ADMIN in rest,
+    )
+
+
+def _parse_prefix(number: int, prefix: str) -> str:
+    parts = prefix.removesuffix("/").split("/")
+    if not all(parts) or {".", ".."} & set(parts) or not prefix.isprintable() or "\\" in prefix:
+        raise ValueError(f"has a prefix at key {number} that is not a folder such as team-a/")
+    return "/".join(parts) + "/"
+
+
+def _derived_name(secret: str) -> str:
+    """Derive the name of a key that has none. It does not depend on other keys, and PBKDF2 makes guessing slow."""
+    return "key-" + hashlib.pbkdf2_hmac("sha256", secret.encode(), b"name of a key", 100_000, 4).hex()
 
 
 class AuthSettings(SettingsGroup):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from stable_diffusion_server.settings.auth import AuthSettings
-from stable_diffusion_server.settings.http import HttpSettings
+from stable_diffusion_server.settings.http import HttpSettings, UiSettings
 from stable_diffusion_server.settings.jobs import JobSettings
 from stable_diffusion_server.settings.limits import LimitSettings
 from stable_diffusion_server.settings.models import ModelSettings
 from stable_diffusion_server.settings.observability import ObservabilitySettings
 from stable_diffusion_server.settings.storage import StorageSettings
-from stable_diffusion_server.settings.ui import UiSettings
 
 # In the order of the table in docs/settings.md.
 GROUPS = (

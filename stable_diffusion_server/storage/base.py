@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
-from stable_diffusion_server.errors import StorageUnavailable
+from stable_diffusion_server.errors import InvalidInput, KeyBusy, NotFound, ServerError, StorageUnavailable
 from stable_diffusion_server.imaging import DEFAULT_FORMATS, OPTIONAL_FORMATS, matches_signature
 from stable_diffusion_server.types import StoredObject
 
@@ -89,3 +89,25 @@ def read_image(bucket: Bucket, key: str) -> bytes:
     if not matches_signature(data, (*DEFAULT_FORMATS, *OPTIONAL_FORMATS)):
         raise StorageUnavailable("What the storage gives under this name is no picture.", retry_after=30)
     return data
+
+
+def classify_refusal(detail: str, code: object, try_own_key: Callable[[], object]) -> ServerError:
+    """Return `InvalidInput` if the same request works for another key, otherwise `StorageUnavailable`.
+
+    `detail` describes the rejection, `code` is the store's error code. `try_own_key` repeats the request with the
+    server's own key and raises the store's errors.
+    """
+    if not is_store_available(try_own_key):
+        return StorageUnavailable(detail)
+    return InvalidInput(f"save_path makes a name that the storage refuses ({code}).", field="save_path")
+
+
+def is_store_available(call: Callable[[], object]) -> bool:
+    """Return whether the call succeeds, or fails only because the object is absent or another call writes it."""
+    try:
+        call()
+    except (NotFound, KeyBusy):
+        return True
+    except StorageUnavailable:
+        return False
+    return True

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.types.caller import Caller
-from stable_diffusion_server.types.diffusion import (
-    DiffusionRequest,
-    ImageArray,
-    diffusion_request_fields,
-    digest,
-    image_digest,
-)
-from stable_diffusion_server.types.events import EngineEvent, EngineEventKind, GenerationProgress
 from stable_diffusion_server.types.requests import (
     LORA_NAME_PATTERN,
     LORA_WEIGHT_MAX,
     SEED_MAX,
+    Caller,
+    DiffusionRequest,
     Fill,
     Fit,
     Format,
     GenerationRequest,
+    ImageArray,
     ImageInput,
     Seed,
     Task,
+    diffusion_request_fields,
+    digest,
+    image_digest,
 )
-from stable_diffusion_server.types.results import GenerationResult, RequestWarning, StoredObject
+from stable_diffusion_server.types.results import (
+    EngineEvent,
+    EngineEventKind,
+    GenerationProgress,
+    GenerationResult,
+    RequestWarning,
+    StoredObject,
+)
 
 __all__ = [
     "LORA_NAME_PATTERN",

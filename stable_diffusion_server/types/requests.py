@@ -1,10 +1,148 @@
-"""What a caller asks for: tasks, file formats, input images and the request itself."""
+"""Requests: the caller, what the caller asks for (GenerationRequest), and what the model draws (DiffusionRequest)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Ends with a space, which no key name contains.
+_ANONYMOUS = "anonymous "
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The caller of a request.
+
+    Attributes:
+        name: Name of the API key; empty if no key is required.
+        prefix: Object keys that the caller may write, delete and list start with this; empty for all.
+        admin: Whether the API key may read and change what belongs to others.
+        anonymous: Whether this is a client without a key under ALLOW_ANONYMOUS.
+        address: The client's IPv4 address, or its IPv6 /64 network.
+    """
+
+    name: str = ""
+    prefix: str = ""
+    admin: bool = False
+    anonymous: bool = False
+    address: str = ""
+
+    @property
+    def has_full_access(self) -> bool:
+        """Whether the caller may read and change everything: an admin key, or the operator of a local server."""
+        return self.admin or not (self.name or self.anonymous)
+
+    def may_access_jobs_of(self, owner: Caller) -> bool:
+        """Whether the caller may see and cancel those jobs of `owner` whose ids it knows.
+
+        Anyone who knows the id may access an anonymous client's job, because such clients have no other credential.
+        """
+        return self.has_full_access or owner.anonymous or owner.owner == self.owner
+
+    @property
+    def share(self) -> str:
+        """Identifies the caller where capacity is shared fairly: by API key, or by address without one."""
+        return f"key {self.name}" if self.name else f"address {self.address}"
+
+    @property
+    def owner(self) -> str:
+        """Identifies the owner of jobs, idempotency keys and options: the key name, or an anonymous client's address.
+
+        It is empty for the operator, and no key name equals an anonymous client's owner string.
+        """
+        return f"{_ANONYMOUS}{self.address}" if self.anonymous else self.name
+
+    @classmethod
+    def from_owner(cls, owner: str, prefix: str = "") -> Caller:
+        """The caller with this stored `owner`; `admin` is false, since it depends on the current keys."""
+        if owner.startswith(_ANONYMOUS):
+            return cls(anonymous=True, address=owner.removeprefix(_ANONYMOUS))
+        return cls(owner, prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageArray:
+    """Pixels of an image (uint8, height × width × 3) or a mask (uint8, height × width; 255 is repainted).
+
+    Equality, hash and `digest` depend on shape and content.
+    """
+
+    pixels: NDArray[np.uint8] = field(compare=False, repr=False)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Compute the SHA-256 of shape and content."""
+        content = hashlib.sha256(repr(self.pixels.shape).encode())
+        content.update(np.ascontiguousarray(self.pixels).data)
+        object.__setattr__(self, "digest", content.hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusionRequest:
+    """A complete request to a model; running it twice gives the same image.
+
+    Attributes:
+        width: Width of the canvas in pixels, a multiple of 64.
+        height: Height of the canvas in pixels, a multiple of 64.
+        image: Input image, of the canvas size.
+        mask: Inpainting mask, of the canvas size.
+        control: Edge map for ControlNet, of the canvas size.
+        strength: Share of the denoising steps applied to the input image, 0..1.
+        loras: Name and weight of each LoRA.
+        alone: Whether the request must not share forward passes, so that it can be reproduced bit for bit.
+        lora_digests: SHA-256 of each LoRA's file; if empty, the current content of the files is used.
+    """
+
+    task: Task
+    model: str
+    revision: str
+    prompt: str
+    negative_prompt: str | None
+    width: int
+    height: int
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    image: ImageArray | None = None
+    mask: ImageArray | None = None
+    control: ImageArray | None = None
+    strength: float = 1.0
+    control_scale: float = 0.5
+    refine: bool = False
+    loras: tuple[tuple[str, float], ...] = ()
+    alone: bool = False
+    lora_digests: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What must be equal for two requests to share a forward pass, as far as known before `prepare`."""
+        return (self.model, self.height, self.width, self.loras, self.lora_digests)
+
+
+def digest(value: Mapping[str, object]) -> str:
+    """SHA-256 of a mapping as canonical JSON (sorted keys, no spaces), in 64 hexadecimal digits."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def image_digest(request: DiffusionRequest) -> str:
+    """Digest of a request, which identifies the pixels it gives; file format, quality and key are not part of it."""
+    return digest(diffusion_request_fields(request))
+
+
+def diffusion_request_fields(request: DiffusionRequest) -> dict[str, object]:
+    """The fields of a request as JSON values; images are replaced by their digests."""
+    values = {part.name: getattr(request, part.name) for part in fields(request)}
+    return {name: value.digest if isinstance(value, ImageArray) else value for name, value in values.items()}
+
 
 SEED_MAX = 2**32 - 1
 LORA_WEIGHT_MAX = 2.0

@@ -25,17 +25,17 @@ from stable_diffusion_server.errors import (
     UnsupportedMedia,
 )
 from stable_diffusion_server.ui import static_pages
-from stable_diffusion_server.ui.asgi_http import problem_response, read_body
+from stable_diffusion_server.ui.asgi_transport import problem_response, read_body
 from stable_diffusion_server.ui.client import COOKIE, ApiClients, RefusedError, address_of
+from stable_diffusion_server.ui.image_intake import UploadRoutes
 from stable_diffusion_server.ui.sessions import SESSION_SECONDS
-from stable_diffusion_server.ui.upload_routes import UploadRoutes
 
 _log = structlog.get_logger(__name__)
 
 _KEY_BYTES = 4096
 _FORM = "application/x-www-form-urlencoded"
 _WRONG = "This is no key of this server."
-# Printable ASCII, the characters that a header can contain; same as in settings/api_keys.py.
+# Printable ASCII, the characters that a header can contain; same as in settings/auth.py.
 _KEY = re.compile(r"[!-~]+")
 _PAGES = ("/ui", "/ui/")
 # Values of Sec-Fetch-Dest when a person opens a page; programs do not send the header.

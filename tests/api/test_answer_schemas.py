@@ -14,7 +14,7 @@ from fakes import disc, file_of, settings_in, until
 from jsonschema import Draft202012Validator
 
 from stable_diffusion_server.api.automatic1111.responses import loras_body
-from stable_diffusion_server.api.dialect_context import DialectContext
+from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.app.models import ModelState
 from stable_diffusion_server.generation import RequestLimits
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import pytest
 
-from stable_diffusion_server.api.middleware.byte_budget import MOST_AHEAD, STEP, ByteBudget
+from stable_diffusion_server.api.middleware.body_intake import MOST_AHEAD, STEP, ByteBudget
 
 MEGABYTE = 1_000_000
 

@@ -19,7 +19,7 @@ from fakes import Canvas, FakeDenoiser, disc, until
 from live_servers import LiveServer
 
 from stable_diffusion_server.api.base64_images import EncodedPreviews
-from stable_diffusion_server.api.event_stream import EventResponse, FollowerLimiter
+from stable_diffusion_server.api.http_responses import EventResponse, FollowerLimiter
 from stable_diffusion_server.errors import RateLimited
 from stable_diffusion_server.jobs.events import JobEventLog, JobStatus
 from stable_diffusion_server.jobs.store.records import JobState
@@ -170,7 +170,7 @@ SCOPE = {"type": "http", "method": "GET", "path": "/", "headers": []}
 @pytest.mark.parametrize("version", ["2.0", "2.4"])
 async def test_who_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     """A connection that reads nothing until its timeout loses its slot."""
-    monkeypatch.setattr("stable_diffusion_server.api.event_stream._SEND_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("stable_diffusion_server.api.http_responses._SEND_TIMEOUT_SECONDS", 0.2)
     followers = FollowerLimiter(1, 1, 1)
     sent = 0
 

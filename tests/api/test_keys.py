@@ -13,7 +13,7 @@ import pytest
 from conftest import RunningApp
 from fakes import FakeDenoiser, until
 
-from stable_diffusion_server.settings.api_keys import parse_keys
+from stable_diffusion_server.settings.auth import parse_keys
 
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
 KEYS = "ann:secret-a;rate=3/minute, bob:secret-b;concurrency=1, cid:secret-c;prefix=team-c/, secret-d"

@@ -8,8 +8,8 @@ import pytest
 from conftest import RunningApp
 from starlette.datastructures import Headers
 
-from stable_diffusion_server.api.middleware.failed_logins import FailedLoginLimiter
-from stable_diffusion_server.api.middleware.origins import OriginPolicy
+from stable_diffusion_server.api.middleware.access_policy import OriginPolicy
+from stable_diffusion_server.api.middleware.rate_limiter import FailedLoginLimiter
 from stable_diffusion_server.errors import Forbidden
 
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}

@@ -23,7 +23,7 @@ from conftest import ROOT, Server, free_port, start_server
 from fakes import until
 from test_server_jobs import SERVE, WATCHED, accept, answers, child_of, job
 
-from stable_diffusion_server.jobs.crash_attribution import attribute_crash
+from stable_diffusion_server.jobs.policy import attribute_crash
 from stable_diffusion_server.jobs.store.records import JobRecord, JobState
 from stable_diffusion_server.observability import crash_reports
 from stable_diffusion_server.observability.crash_reports import (

@@ -21,9 +21,9 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from stable_diffusion_server.api import base64_images, preferences, request_parsing
-from stable_diffusion_server.api.automatic1111 import name_mapping, prompt_syntax, protocol, responses
-from stable_diffusion_server.api.dialect_context import DialectContext
+from stable_diffusion_server.api import base64_images, dispatch, request_parsing
+from stable_diffusion_server.api.automatic1111 import name_mapping, protocol, responses
+from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.api.middleware import access, access_policy, api_keys, proxy_headers
 from stable_diffusion_server.api.openai import protocol as openai_parameters
 from stable_diffusion_server.api.schemas import params
@@ -46,7 +46,7 @@ MEBIBYTE = 1_048_576
 # Regular expressions that process no caller's text, by module and source, with the reason.
 NEVER_CALLERS = {
     "settings/models.py": "settings are the operator's",
-    "settings/api_keys.py": "settings are the operator's",
+    "settings/auth.py": "settings are the operator's",
     "settings/http.py": "settings are the operator's",
     "storage/factory.py": "the bucket's name and address are settings",
     "pipelines/loading/hub.py": "names of files in a repository the operator chose, a few dozen characters each",
@@ -348,8 +348,8 @@ PARSERS = [
         ),
         refuses=False,
     ),
-    Parser("tags of an AUTOMATIC1111 prompt", limits.TEXT_MAX, prompt_syntax.extract_loras, refuses=False),
-    Parser("weights of an AUTOMATIC1111 prompt", limits.TEXT_MAX, prompt_syntax.ignored_syntax, refuses=False),
+    Parser("tags of an AUTOMATIC1111 prompt", limits.TEXT_MAX, name_mapping.extract_loras, refuses=False),
+    Parser("weights of an AUTOMATIC1111 prompt", limits.TEXT_MAX, name_mapping.ignored_syntax, refuses=False),
     Parser("prompt of /sdapi", 5000, lambda text: protocol.parse_task(protocol.Txt2Img(prompt=text), HOUSE, None)),
     Parser(
         "sampler of /sdapi",
@@ -415,16 +415,16 @@ PARSERS = [
         shapes={"letters": "a", "lines": "aaaa\n", "semicolons": ";", "data:a/b;": "data:a/b;", "equals": "="},
         refuses=False,
     ),
-    Parser("Prefer", HEADER, lambda one: preferences.preferences_of(Carrier(one)), headers_of("prefer"), refuses=False),  # type: ignore[arg-type]  # has what is asked of it
+    Parser("Prefer", HEADER, lambda one: dispatch.preferences_of(Carrier(one)), headers_of("prefer"), refuses=False),  # type: ignore[arg-type]  # has what is asked of it
     Parser(
         "Idempotency-Key",
         HEADER,
-        lambda one: preferences.preferences_of(Carrier(one)),
+        lambda one: dispatch.preferences_of(Carrier(one)),
         headers_of("idempotency-key"),
         refuses=False,
     ),  # type: ignore[arg-type]  # the same
     Parser(
-        "X-Job-ID", HEADER, lambda one: preferences.preferences_of(Carrier(one)), headers_of("x-job-id"), refuses=False
+        "X-Job-ID", HEADER, lambda one: dispatch.preferences_of(Carrier(one)), headers_of("x-job-id"), refuses=False
     ),  # type: ignore[arg-type]  # the same
     Parser("Last-Event-ID", HEADER, lambda text: run(followed(text)), refuses=False),
     Parser(

@@ -20,7 +20,7 @@ from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, sched
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.loading.components import load_controlnet, load_pipeline
-from stable_diffusion_server.pipelines.loading.devices import choose_device, dtype_of
+from stable_diffusion_server.pipelines.loading.footprint import choose_device, dtype_of
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler, set_timesteps
 

@@ -15,8 +15,7 @@ from stable_diffusion_server.pipelines.catalog import REAL_MODELS
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.loading.components import empty_pipeline
-from stable_diffusion_server.pipelines.loading.devices import dtype_of
-from stable_diffusion_server.pipelines.loading.footprint import footprint_of, parameters_of
+from stable_diffusion_server.pipelines.loading.footprint import dtype_of, footprint_of, parameters_of
 from stable_diffusion_server.pipelines.loading.placement import Footprint, Residency, place
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import token_counter
 from stable_diffusion_server.pipelines.model_spec import ModelSpec

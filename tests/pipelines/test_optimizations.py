@@ -19,7 +19,7 @@ from stable_diffusion_server.pipelines.acceleration.apply import PRESETS, Optimi
 from stable_diffusion_server.pipelines.acceleration.onednn import OneDnnConv2d, OneDnnLinear, OneDnnUpsample, use_onednn
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.settings.library_env import set_compiler_cache
+from stable_diffusion_server.settings.loader import set_compiler_cache
 
 pytestmark = pytest.mark.slow
 

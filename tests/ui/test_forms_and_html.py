@@ -10,7 +10,7 @@ import numpy as np
 from conftest import RunningApp
 from PIL import Image
 
-from stable_diffusion_server.ui import code_snippets, forms, masks, model_options
+from stable_diffusion_server.ui import code_snippets, forms, image_intake, model_options
 from stable_diffusion_server.ui.forms import CommonFields
 from stable_diffusion_server.ui.html import details, status
 from stable_diffusion_server.ui.html import progress as telling
@@ -125,14 +125,14 @@ def test_a_record_fills_the_fields_again() -> None:
 def test_what_was_painted_is_the_mask() -> None:
     """Any colour counts as white; the preview is striped there only; an unpainted image has no mask."""
     layer = np.zeros((4, 6, 3), np.uint8)
-    assert (masks.painted(layer), masks.previewed(layer, layer, 0)) == (b"", "")
+    assert (image_intake.painted(layer), image_intake.previewed(layer, layer, 0)) == (b"", "")
     layer[1, 2, 0] = 9
-    with Image.open(io.BytesIO(masks.painted(layer))) as mask:
+    with Image.open(io.BytesIO(image_intake.painted(layer))) as mask:
         assert (mask.mode, mask.size, np.asarray(mask).sum(), np.asarray(mask)[1, 2]) == ("L", (6, 4), 255, 255)
-    seen = masks.striped(layer, np.asarray(np.where(layer[..., 0] > 0, 255, 0), np.uint8))
+    seen = image_intake.striped(layer, np.asarray(np.where(layer[..., 0] > 0, 255, 0), np.uint8))
     assert (seen[1, 2, 0] > 100, seen[0].sum()) == (True, 0)
-    assert masks.previewed(layer, layer, 2).startswith("data:image/jpeg;base64,")
-    assert masks.previewed(layer, np.full((2, 3, 3), 255, np.uint8), 0) != ""
+    assert image_intake.previewed(layer, layer, 2).startswith("data:image/jpeg;base64,")
+    assert image_intake.previewed(layer, np.full((2, 3, 3), 255, np.uint8), 0) != ""
 
 
 def test_the_status_reads_figures_that_there_are(running_app: RunningApp) -> None:

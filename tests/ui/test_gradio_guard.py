@@ -16,8 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from stable_diffusion_server.ui.asgi_transport import StreamingASGITransport
 from stable_diffusion_server.ui.client import ApiClient, RefusedError, ServerAddress, UiRequest
-from stable_diffusion_server.ui.gradio_events import GradioEvent
-from stable_diffusion_server.ui.gradio_guard import EVENT_BYTES, STREAMS, GradioGuard
+from stable_diffusion_server.ui.gradio_events import EVENT_BYTES, STREAMS, GradioEvent, GradioGuard
 
 BASE = "http://127.0.0.1:8000"
 EVENT = "/ui/gradio_api/queue/join"

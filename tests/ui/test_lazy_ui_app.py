@@ -20,8 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stable_diffusion_server.ui.app import LazyUiApp
 from stable_diffusion_server.ui.asgi_transport import StreamingASGITransport
 from stable_diffusion_server.ui.client import ApiClients
-from stable_diffusion_server.ui.image_intake import ImageIntake
-from stable_diffusion_server.ui.upload_routes import UploadRoutes
+from stable_diffusion_server.ui.image_intake import ImageIntake, UploadRoutes
 from stable_diffusion_server.ui.upload_store import UploadStore
 
 BASE = "http://127.0.0.1:8000"

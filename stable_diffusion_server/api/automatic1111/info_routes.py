@@ -23,10 +23,9 @@ from stable_diffusion_server.api.automatic1111.responses import (
 )
 from stable_diffusion_server.api.base64_images import EncodedPreviews, bytes_of
 from stable_diffusion_server.api.concurrency import run_if_large
-from stable_diffusion_server.api.dependencies import caller_of
-from stable_diffusion_server.api.dialect_context import DialectContext
+from stable_diffusion_server.api.dependencies import DialectContext, caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
-from stable_diffusion_server.api.openapi.parameters import json_body, query_parameter
+from stable_diffusion_server.api.openapi.document import json_body, query_parameter
 from stable_diffusion_server.api.request_parsing import read_json, read_parameters
 from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput

@@ -9,10 +9,14 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stable_diffusion_server.api.automatic1111.controlnet_units import CannyUnit, parse_units
-from stable_diffusion_server.api.automatic1111.name_mapping import model_named, scheduler_for
-from stable_diffusion_server.api.automatic1111.prompt_syntax import extract_loras, ignored_syntax
+from stable_diffusion_server.api.automatic1111.name_mapping import (
+    extract_loras,
+    ignored_syntax,
+    model_named,
+    scheduler_for,
+)
 from stable_diffusion_server.api.base64_images import bytes_of
-from stable_diffusion_server.api.dialect_context import DialectContext
+from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import NAME_MAX
 from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, GenerationRequest, ImageInput, Task

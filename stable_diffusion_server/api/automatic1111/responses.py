@@ -14,7 +14,7 @@ from stable_diffusion_server.api.automatic1111.name_mapping import SAMPLERS, sam
 from stable_diffusion_server.api.automatic1111.progress import TrackedTask
 from stable_diffusion_server.api.automatic1111.protocol import ParsedTask, Txt2Img
 from stable_diffusion_server.api.base64_images import text_of
-from stable_diffusion_server.api.dialect_context import DialectContext
+from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.imaging import parameters_text, read_parameters_text, read_record
 from stable_diffusion_server.parsing import dumps
 from stable_diffusion_server.types import GenerationRequest, GenerationResult

@@ -22,10 +22,9 @@ from stable_diffusion_server.api.automatic1111.protocol import Img2Img, Txt2Img,
 from stable_diffusion_server.api.automatic1111.responses import Automatic1111ImagesBody, TaskImage
 from stable_diffusion_server.api.base64_images import EncodedPreviews
 from stable_diffusion_server.api.concurrency import cancel_on_disconnect, gather_or_cancel, run_if_large
-from stable_diffusion_server.api.dependencies import UrlOf, caller_of, scope_to_caller
-from stable_diffusion_server.api.dialect_context import DialectContext
+from stable_diffusion_server.api.dependencies import DialectContext, UrlOf, caller_of, scope_to_caller
 from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
-from stable_diffusion_server.api.openapi.parameters import bounded_properties, json_body, json_schema_of, set_bounds
+from stable_diffusion_server.api.openapi.document import bounded_properties, json_body, json_schema_of, set_bounds
 from stable_diffusion_server.api.request_parsing import read_json
 from stable_diffusion_server.api.schemas.params import raise_invalid
 from stable_diffusion_server.errors import ServerError, TooLarge

@@ -1,4 +1,4 @@
-"""Admits or rejects requests, by host name, origin, client address and API key."""
+"""Admits or rejects requests, by host name, web page (Origin, Sec-Fetch), client address and API key."""
 
 from __future__ import annotations
 
@@ -14,12 +14,69 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.types import Scope
 
 from stable_diffusion_server.api.middleware.api_keys import ApiKeyring, HashedApiKey, holds_key
-from stable_diffusion_server.api.middleware.failed_logins import FailedLoginLimiter
-from stable_diffusion_server.api.middleware.origins import OriginPolicy
-from stable_diffusion_server.api.middleware.rate_limiter import RateLimitStatus
+from stable_diffusion_server.api.middleware.rate_limiter import FailedLoginLimiter, RateLimitStatus
 from stable_diffusion_server.api.request_parsing import BodyLimits
 from stable_diffusion_server.errors import Forbidden, RateLimited, ServerError, TooLarge, Unauthorized, UnknownHost
 from stable_diffusion_server.types import Caller
+
+_PREFETCH = ("purpose", "sec-purpose", "x-moz")
+# Accepted values of Sec-Fetch-Site: no other origin caused the request.
+_OWN = frozenset(("same-origin", "none"))
+_SAME_SITE = "same-site"
+
+
+@dataclass(frozen=True, slots=True)
+class OriginPolicy:
+    """Admits pages of this server, of the `allowed` origins, and with `same_site` those of the same site.
+
+    Other ports and subdomains are the same site, but may belong to another owner.
+    """
+
+    allowed: frozenset[str] = frozenset()
+    same_site: bool = False
+
+    def check(self, scope: Scope, headers: Headers) -> None:
+        """Raise `Forbidden` for a request from a page of another origin, and for a prefetch."""
+        origin, sites = headers.get("origin"), headers.getlist("sec-fetch-site")
+        if origin in self.allowed:
+            return
+        if not (self.same_site and sites == [_SAME_SITE]):
+            self._check_foreign(scope, headers, origin, sites)
+        if any("prefetch" in headers.get(name, "").lower() for name in _PREFETCH):
+            raise Forbidden("A prefetch does not draw.")
+
+    def check_page(self, scope: Scope, headers: Headers) -> None:
+        """Raise `Forbidden` if another origin embeds a public page. Links to the page are allowed.
+
+        Embedded as an image, script or frame, the page would only cause useless work for the server.
+        """
+        foreign = [site for site in headers.getlist("sec-fetch-site") if site not in _OWN]
+        modes, destinations = headers.getlist("sec-fetch-mode"), headers.getlist("sec-fetch-dest")
+        by_link = modes in ([], ["navigate"]) and destinations in ([], ["document"])
+        # Browsers without Sec-Fetch headers still send `Accept: text/html` for pages only.
+        takes_pages = "sec-fetch-site" in headers or "text/html" in headers.get("accept", "text/html")
+        prefetched = any("prefetch" in headers.get(name, "").lower() for name in _PREFETCH)
+        if "origin" in headers or prefetched or not takes_pages or (foreign and not by_link):
+            self.check(scope, headers)
+
+    def _check_foreign(self, scope: Scope, headers: Headers, origin: str | None, sites: list[str]) -> None:
+        own = f"{scope.get('scheme', 'http')}://{headers.get('host', '')}"
+        if origin is not None and origin != own:
+            raise Forbidden("Web pages of this origin may not draw; the setting CORS_ORIGINS adds origins.")
+        if not _OWN.issuperset(sites):
+            raise Forbidden(
+                "Other web sites, and other ports and subdomains of this one, may not draw here; the setting "
+                "CORS_ORIGINS adds origins, and ALLOW_SAME_SITE=1 the ports and subdomains."
+            )
+        referer = headers.get("referer")
+        if origin is None and referer and not sites and not _is_of(referer, {own, *self.allowed}):
+            # Old browsers, and plain http beyond loopback, have no Sec-Fetch-Site, but send this.
+            raise Forbidden("Other web sites may not draw here; the setting CORS_ORIGINS adds origins.")
+
+
+def _is_of(url: str, origins: set[str]) -> bool:
+    return any(url == origin or url.startswith(f"{origin}/") for origin in origins)
+
 
 _HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
 # Public pages: they do not generate and hold no secrets, so other sites may link to them.

@@ -1,10 +1,12 @@
-"""Limits the rate and the concurrency of each caller's requests."""
+"""Limits the rate and concurrency of each caller's requests, and attempts with wrong API keys by address."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from dataclasses import dataclass
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from limits import RateLimitItem
 
@@ -58,3 +60,70 @@ class RateLimiter:
 
 def _describe(rate: RateLimitItem) -> str:
     return f"{rate.amount} requests in {rate.get_expiry()} seconds"
+
+
+_MINUTE, _HOUR = 60.0, 3600.0
+_MAX_ADDRESSES, _MAX_GOOD_KEYS = 10_000, 16
+
+
+@dataclass(slots=True)
+class _Attempts:
+    """Wrong keys of one address since the start of its minute and its hour, and names of right keys it sent."""
+
+    minute: float
+    hour: float
+    in_minute: int = 0
+    in_hour: int = 0
+    good: set[str] = field(default_factory=set)
+
+
+class FailedLoginLimiter:
+    """Counts wrong keys. After `a_minute` wrong keys in a minute, further ones from that address must wait.
+
+    Right keys still pass, so that other users behind the same address are not locked out. After `an_hour` wrong keys in
+    an hour, a right key passes only if the address sent it before. `now` is a monotonic clock. For one event loop.
+    """
+
+    def __init__(self, a_minute: int = 20, an_hour: int = 1000, now: Callable[[], float] = time.monotonic) -> None:
+        self._a_minute = a_minute
+        self._an_hour = an_hour
+        self._now = now
+        self._attempts: OrderedDict[str, _Attempts] = OrderedDict()
+
+    def wrong(self, address: str) -> int:
+        """Count a wrong key. Return the seconds to wait before the next attempt, 0 below the limit."""
+        now = self._now()
+        attempts = self._of(address, now) or _Attempts(now, now)
+        self._attempts[address] = attempts
+        self._attempts.move_to_end(address)
+        if len(self._attempts) > _MAX_ADDRESSES:
+            self._attempts.popitem(last=False)
+        attempts.in_minute += 1
+        attempts.in_hour += 1
+        if attempts.in_minute <= self._a_minute:
+            return 0
+        return max(1, math.ceil(attempts.minute + _MINUTE - now))
+
+    def right(self, address: str, name: str) -> int:
+        """Record a right key. Return the seconds to wait, above 0 after too many wrong keys from that address."""
+        now = self._now()
+        attempts = self._of(address, now)
+        if attempts is None or name in attempts.good:
+            return 0
+        if attempts.in_hour > self._an_hour:
+            return max(1, math.ceil(attempts.hour + _HOUR - now))
+        if len(attempts.good) < _MAX_GOOD_KEYS:
+            attempts.good.add(name)
+        return 0
+
+    def __len__(self) -> int:
+        return len(self._attempts)
+
+    def _of(self, address: str, now: float) -> _Attempts | None:
+        attempts = self._attempts.get(address)
+        if attempts is not None and now - attempts.hour >= _HOUR:
+            del self._attempts[address]
+            return None
+        if attempts is not None and now - attempts.minute >= _MINUTE:
+            attempts.minute, attempts.in_minute = now, 0
+        return attempts

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stable_diffusion_server.api.dialect_context import DialectContext
+from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.api.request_parsing import UploadedFile
 from stable_diffusion_server.api.schemas.params import File, GenerationParams
 from stable_diffusion_server.errors import InvalidInput

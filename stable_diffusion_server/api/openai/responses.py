@@ -13,7 +13,7 @@ from typing import (
 from typing_extensions import TypedDict
 
 from stable_diffusion_server.api.base64_images import text_of
-from stable_diffusion_server.api.event_stream import json_event
+from stable_diffusion_server.api.http_responses import json_event
 from stable_diffusion_server.api.openai.protocol import ImagesParams
 from stable_diffusion_server.api.problems import openai_error
 from stable_diffusion_server.api.schemas.responses import WarningBody, problem_body

@@ -17,8 +17,7 @@ from stable_diffusion_server.api.concurrency import (
     run_if_large,
     wait_for_disconnect,
 )
-from stable_diffusion_server.api.dependencies import UrlOf, caller_of, scope_to_caller
-from stable_diffusion_server.api.dialect_context import DialectContext
+from stable_diffusion_server.api.dependencies import DialectContext, UrlOf, caller_of, scope_to_caller
 from stable_diffusion_server.api.dispatch import RequestDispatcher
 from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
 from stable_diffusion_server.api.openai import responses
@@ -30,8 +29,7 @@ from stable_diffusion_server.api.openai.responses import (
     OpenAIModelListBody,
 )
 from stable_diffusion_server.api.openai.streaming import EventStream, PartialImages
-from stable_diffusion_server.api.openapi.document import EVENT_STREAM
-from stable_diffusion_server.api.openapi.parameters import parameters_openapi
+from stable_diffusion_server.api.openapi.document import EVENT_STREAM, parameters_openapi
 from stable_diffusion_server.api.schemas.params import params_from_request
 from stable_diffusion_server.api.schemas.responses import JobStatusBody
 from stable_diffusion_server.errors import InvalidInput, NotFound, TooLarge

@@ -11,8 +11,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from stable_diffusion_server.api.dependencies import UrlOf
 from stable_diffusion_server.api.dispatch import RequestDispatcher
 from stable_diffusion_server.api.http_responses import JSONResponse
-from stable_diffusion_server.api.openapi.document import IMAGE_FILE
-from stable_diffusion_server.api.openapi.parameters import parameters_openapi
+from stable_diffusion_server.api.openapi.document import IMAGE_FILE, parameters_openapi
 from stable_diffusion_server.api.schemas.params import (
     ImageToImageParams,
     ImageToImageUploadParams,

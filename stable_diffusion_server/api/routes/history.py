@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.dependencies import UrlOf, caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
-from stable_diffusion_server.api.openapi.parameters import query_parameter
+from stable_diffusion_server.api.openapi.document import query_parameter
 from stable_diffusion_server.api.schemas.responses import HistoryEntryBody, HistoryPageBody
 from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import InvalidInput

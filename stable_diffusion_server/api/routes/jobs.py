@@ -10,8 +10,7 @@ from fastapi.sse import format_sse_event
 
 from stable_diffusion_server.api.base64_images import EncodedPreviews
 from stable_diffusion_server.api.dependencies import UrlOf, caller_of
-from stable_diffusion_server.api.event_stream import EventResponse, FollowerLimiter, json_event
-from stable_diffusion_server.api.http_responses import JSONResponse
+from stable_diffusion_server.api.http_responses import EventResponse, FollowerLimiter, JSONResponse, json_event
 from stable_diffusion_server.api.openapi.document import EVENT_STREAM
 from stable_diffusion_server.api.schemas.responses import JobListBody, JobStatusBody, job_body
 from stable_diffusion_server.jobs import JobEvent, JobManager

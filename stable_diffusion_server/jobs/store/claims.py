@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 
 from stable_diffusion_server.jobs.store.records import IdempotencyClaim, RecordedResponse
-from stable_diffusion_server.jobs.store.rows import parse_recorded_response
+from stable_diffusion_server.jobs.store.serialization import parse_recorded_response
 
 
 def find_recorded_response(cursor: sqlite3.Cursor, claim: IdempotencyClaim) -> RecordedResponse | None:

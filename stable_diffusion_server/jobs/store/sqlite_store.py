@@ -24,12 +24,15 @@ from stable_diffusion_server.jobs.store.records import (
     RecordedResponse,
     StoredProblem,
 )
-from stable_diffusion_server.jobs.store.rows import COLUMNS, DamagedRow, parse_job, parse_job_or_failed
 from stable_diffusion_server.jobs.store.serialization import (
+    COLUMNS,
     DECODE_ERRORS,
+    DamagedRow,
     dump_outcome,
     dump_request,
     load_payload,
+    parse_job,
+    parse_job_or_failed,
     payload_files,
 )
 from stable_diffusion_server.types import GenerationResult

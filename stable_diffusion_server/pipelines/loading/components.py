@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.loading.compatibility import check_pipeline
-from stable_diffusion_server.pipelines.loading.devices import dtype_of
+from stable_diffusion_server.pipelines.loading.footprint import dtype_of
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.model_files import (
     CONTROL_VARIANT,

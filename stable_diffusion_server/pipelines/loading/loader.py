@@ -20,8 +20,7 @@ from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolde
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import LIMIT_BYTES
 from stable_diffusion_server.pipelines.loading.compatibility import check_controlnet
 from stable_diffusion_server.pipelines.loading.components import empty_pipeline, load_controlnet, load_pipeline
-from stable_diffusion_server.pipelines.loading.devices import dtype_of, free_memory
-from stable_diffusion_server.pipelines.loading.footprint import footprint_of
+from stable_diffusion_server.pipelines.loading.footprint import dtype_of, footprint_of, free_memory
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.model_files import control_files, lcm_file, lora_file, model_files
 from stable_diffusion_server.pipelines.loading.offload import apply_residency, copy_out_of_files

@@ -20,7 +20,7 @@ from stable_diffusion_server.errors import (
     StorageUnavailable,
 )
 from stable_diffusion_server.imaging import is_complete_file, is_image_object
-from stable_diffusion_server.storage.base import Bucket
+from stable_diffusion_server.storage.base import Bucket, classify_refusal, is_store_available
 from stable_diffusion_server.storage.gcs.errors import (
     FORBIDDEN,
     ConditionFailed,
@@ -29,7 +29,6 @@ from stable_diffusion_server.storage.gcs.errors import (
     translate_gcs_errors,
 )
 from stable_diffusion_server.storage.object_headers import cache_control, content_disposition
-from stable_diffusion_server.storage.refusals import classify_refusal, is_store_available
 from stable_diffusion_server.types import StoredObject
 
 # Object written at each start to test write access, and later to tell whether the store rejects one key or every

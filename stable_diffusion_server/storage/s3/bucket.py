@@ -20,9 +20,8 @@ from stable_diffusion_server.errors import (
     StorageUnavailable,
 )
 from stable_diffusion_server.imaging import is_complete_file, is_image_object
-from stable_diffusion_server.storage.base import Bucket
+from stable_diffusion_server.storage.base import Bucket, classify_refusal, is_store_available
 from stable_diffusion_server.storage.object_headers import cache_control, content_disposition
-from stable_diffusion_server.storage.refusals import classify_refusal, is_store_available
 from stable_diffusion_server.storage.s3 import objects
 from stable_diffusion_server.storage.s3.client import S3Options, make_client
 from stable_diffusion_server.storage.s3.errors import (

@@ -13,10 +13,11 @@ from starlette.types import Scope
 
 from stable_diffusion_server.ui import model_options
 from stable_diffusion_server.ui.client import ApiClients, RefusedError
-from stable_diffusion_server.ui.gradio_events import events_of
-from stable_diffusion_server.ui.gradio_guard import GradioGuard
+from stable_diffusion_server.ui.gradio_events import GradioGuard, events_of
+from stable_diffusion_server.ui.html import progress
+from stable_diffusion_server.ui.html import status as status_html
 from stable_diffusion_server.ui.image_intake import ImageIntake
-from stable_diffusion_server.ui.tabs import create, history, img2img, inpaint, status, theme
+from stable_diffusion_server.ui.tabs import create, history, img2img, inpaint, theme
 from stable_diffusion_server.ui.tabs.controls import QUIET, defaults_of
 from stable_diffusion_server.ui.tabs.navigation import Navigation, onward
 from stable_diffusion_server.ui.tabs.results_panel import ResultsPanel, client_for
@@ -27,6 +28,7 @@ _STYLE, _SCRIPT = (Path(__file__).with_name(f"studio.{kind}") for kind in ("css"
 _HOUR, _DAY = 3600, 86_400
 # Maximum number of pages whose state Gradio keeps; it drops the least recently used first.
 _SESSIONS = 1000
+_STATUS_REFRESH_SECONDS = 3
 
 
 class Studio(gr.Blocks):
@@ -97,7 +99,7 @@ def _tabs(
         with gr.Tab("History", id="history") as history_tab:
             past = history.tab(clients, history_tab)
         with gr.Tab("Status", id="status") as state:
-            status.tab(clients, tabs, state)
+            _status_tab(clients, tabs, state)
     to = {"restyle": ("Restyle this one", restyling.image), "inpaint": ("Inpaint this one", painting.editor)}
     ways = Navigation(tabs, creating, to)
     panels = [creating.panel, restyling.panel, painting.panel]
@@ -143,3 +145,22 @@ def _load_options(
     for panel in panels:
         fields = panel.fields
         fields.model.change(defaults_of, [models, fields.model], fields.model_defaults, **QUIET)
+
+
+def _status_tab(clients: ApiClients, tabs: gr.Tabs, opened: gr.Tab) -> None:
+    """Build the status tab. It refreshes every few seconds while it is open."""
+    message = gr.HTML()
+    clock = gr.Timer(_STATUS_REFRESH_SECONDS, active=False)
+
+    async def status(request: gr.Request) -> str:
+        client = client_for(clients, request)
+        try:
+            return status_html.page(await client.readiness(), await client.figures(), await client.jobs())
+        except RefusedError as error:
+            return progress.alert(error.detail)
+
+    def wind(event: gr.SelectData) -> Any:
+        return gr.Timer(active=event.value == opened.label)
+
+    gr.on([opened.select, clock.tick], status, None, message, **QUIET)
+    tabs.select(wind, None, clock, **QUIET)

@@ -9,13 +9,21 @@ from typing import Any
 import gradio as gr
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.ui import forms, masks
+from stable_diffusion_server.ui import forms, image_intake
 from stable_diffusion_server.ui.client import ApiClients, UiRequest
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.image_intake import ImageIntake
 from stable_diffusion_server.ui.tabs import navigation, results_panel
-from stable_diffusion_server.ui.tabs.controls import QUIET, ControlSlots, common_fields, fields, prompt_box
-from stable_diffusion_server.ui.tabs.picture_field import picture_field, settled, tokens_of
+from stable_diffusion_server.ui.tabs.controls import (
+    QUIET,
+    ControlSlots,
+    common_fields,
+    fields,
+    picture_field,
+    prompt_box,
+    settled,
+    tokens_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +103,7 @@ def _edges(
         if not picture or not canny:
             return ""
         try:
-            made = partial(masks.edges, low=int(low), high=int(high))
+            made = partial(image_intake.edges, low=int(low), high=int(high))
             return progress.figure(
                 "Edges", await intake.work(results_panel.owner_of(clients, request), [picture], made)
             )

@@ -9,13 +9,21 @@ from typing import Any
 import gradio as gr
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.ui import forms, masks
+from stable_diffusion_server.ui import forms, image_intake
 from stable_diffusion_server.ui.client import ApiClients, UiRequest
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.image_intake import ImageIntake
 from stable_diffusion_server.ui.tabs import navigation, results_panel
-from stable_diffusion_server.ui.tabs.controls import QUIET, ControlSlots, common_fields, fields, prompt_box
-from stable_diffusion_server.ui.tabs.picture_field import picture_field, settled, tokens_of
+from stable_diffusion_server.ui.tabs.controls import (
+    QUIET,
+    ControlSlots,
+    common_fields,
+    fields,
+    picture_field,
+    prompt_box,
+    settled,
+    tokens_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +59,7 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> InpaintT
         picture, mask = tokens_of(value)
         if not picture:
             raise forms.FormError("image_file", "Choose a picture first.")
-        white = await intake.work(owner, [mask], masks.painted) if mask else b""
+        white = await intake.work(owner, [mask], image_intake.painted) if mask else b""
         if not white:
             raise forms.FormError("mask_file", "Paint over the part that is to be drawn anew first.")
         files = intake.file(owner, picture), white
@@ -62,7 +70,7 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> InpaintT
         if not all(painted):
             return ""
         try:
-            made = partial(masks.previewed, feather=int(feather))
+            made = partial(image_intake.previewed, feather=int(feather))
             striped = await intake.work(results_panel.owner_of(clients, request), painted, made)
         except ServerError as error:
             return progress.alert(error.detail)

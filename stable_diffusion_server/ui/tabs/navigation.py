@@ -13,9 +13,8 @@ from stable_diffusion_server.ui import model_options
 from stable_diffusion_server.ui.client import ApiClients, RefusedError
 from stable_diffusion_server.ui.html import details, progress
 from stable_diffusion_server.ui.image_intake import ImageIntake
-from stable_diffusion_server.ui.tabs.controls import QUIET
+from stable_diffusion_server.ui.tabs.controls import QUIET, tokens_of
 from stable_diffusion_server.ui.tabs.create import CreateTab
-from stable_diffusion_server.ui.tabs.picture_field import tokens_of
 from stable_diffusion_server.ui.tabs.results_panel import ResultsPanel, client_for, owner_of
 
 
