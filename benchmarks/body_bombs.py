@@ -120,8 +120,8 @@ def measured(name: str, url: str, process: psutil.Process) -> str:
     p99 = waits[min(len(waits) - 1, int(len(waits) * 0.99))]
     memory = " / ".join(megabytes(size) for size in (before, watch.peak, after))
     health = f"{statistics.median(waits) * 1000:.0f} / {p99 * 1000:.0f} / {waits[-1] * 1000:.0f} ms"
-    told = ", ".join(f"{number} × {status}" for status, number in sorted(answers.items()))
-    return f"| {name} | {told} | {took:.2f} s | {memory} | {health} |"
+    reported = ", ".join(f"{number} × {status}" for status, number in sorted(answers.items()))
+    return f"| {name} | {reported} | {took:.2f} s | {memory} | {health} |"
 
 
 def main() -> None:

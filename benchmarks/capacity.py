@@ -38,7 +38,7 @@ _COLOURS = {1: "#b3541e", 10: "#1f6f8b", 1000: "#4d4d4d"}
 
 
 @dataclass
-class Told:
+class Totals:
     """Results of one simulation; waits are seconds from request to image."""
 
     waits: list[float] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Told:
 
 
 @dataclass
-class Wish:
+class Wanted:
     """A waiting request, with the equal requests coalesced into it."""
 
     thing: int
@@ -64,11 +64,11 @@ class Wish:
 class Device:
     """One server: its queue, and the batch on its device."""
 
-    def __init__(self, env: simpy.Environment, house: House) -> None:
-        self._env, self._house = env, house
-        self.queue: deque[Wish] = deque()
-        self.group: list[Wish] = []
-        self.by_thing: dict[int, Wish] = {}
+    def __init__(self, env: simpy.Environment, server: SimulatedServer) -> None:
+        self._env, self._server = env, server
+        self.queue: deque[Wanted] = deque()
+        self.group: list[Wanted] = []
+        self.by_thing: dict[int, Wanted] = {}
         self._woken = env.event()
         env.process(self._draw())
 
@@ -79,15 +79,15 @@ class Device:
 
     def ask(self, thing: int) -> None:
         """Join an equal request in progress, enter the queue, or be refused."""
-        told = self._house.told
+        reported = self._server.reported
         if (same := self.by_thing.get(thing)) is not None:
             same.asked.append(self._env.now)
-            told.coalesced += 1
+            reported.coalesced += 1
         elif len(self.queue) >= QUEUE:
-            told.refused += 1
+            reported.refused += 1
         else:
-            wish = self.by_thing[thing] = Wish(thing, [self._env.now])
-            self.queue.append(wish)
+            wanted = self.by_thing[thing] = Wanted(thing, [self._env.now])
+            self.queue.append(wanted)
             if not self._woken.triggered:
                 self._woken.succeed()
 
@@ -100,15 +100,15 @@ class Device:
                 yield self._woken
                 continue
             yield self._env.timeout((FIXED + EACH * len(self.group)) / STEPS)
-            for wish in self.group:
-                wish.left -= 1
-            for wish in [wish for wish in self.group if wish.left == 0]:
-                del self.by_thing[wish.thing]
-                self._house.drew(wish)
-            self.group = [wish for wish in self.group if wish.left]
+            for wanted in self.group:
+                wanted.left -= 1
+            for wanted in [wanted for wanted in self.group if wanted.left == 0]:
+                del self.by_thing[wanted.thing]
+                self._server.drew(wanted)
+            self.group = [wanted for wanted in self.group if wanted.left]
 
 
-class House:
+class SimulatedServer:
     """Devices behind a load balancer, which picks the less busy of two random ones, or by content.
 
     By content means that equal requests go to the same device.
@@ -116,21 +116,21 @@ class House:
 
     def __init__(self, devices: int, *, by_content: bool = False, seed: int = 1) -> None:
         self.env = simpy.Environment()
-        self.told = Told()
+        self.reported = Totals()
         self._chance = random.Random(seed)  # noqa: S311  # a simulation, repeatable
         self._devices = [Device(self.env, self) for _ in range(devices)]
         self._by_content = by_content
         self._stored: set[int] = set()
         self._since = 0.0
 
-    def drew(self, wish: Wish) -> None:
+    def drew(self, wanted: Wanted) -> None:
         """Record a finished and stored image, and the waits of all requests coalesced into it."""
-        if wish.thing < 0:
-            self.told.crowds[wish.thing] += 1
-        self._stored.add(wish.thing)
-        self.told.waits += [self.env.now - asked for asked in wish.asked if asked >= self._since]
+        if wanted.thing < 0:
+            self.reported.crowds[wanted.thing] += 1
+        self._stored.add(wanted.thing)
+        self.reported.waits += [self.env.now - asked for asked in wanted.asked if asked >= self._since]
 
-    def run(self, rate: float, seconds: float, hits: float = 0.0, crowd: float = 0.0, every: float = 2.0) -> Told:
+    def run(self, rate: float, seconds: float, hits: float = 0.0, crowd: float = 0.0, every: float = 2.0) -> Totals:
         """Simulate Poisson arrivals at `rate` per second, after a fifth of `seconds` as warm-up.
 
         A share `hits` requests images stored long ago; a share `crowd` requests the same new image, which
@@ -138,9 +138,9 @@ class House:
         """
         self.env.process(self._orders(rate, hits, crowd, every))
         self.env.run(seconds / 5)
-        self.told, self._since = Told(), self.env.now
+        self.reported, self._since = Totals(), self.env.now
         self.env.run(self._since + seconds)
-        return self.told
+        return self.reported
 
     def _orders(self, rate: float, hits: float, crowd: float, every: float) -> Generator[simpy.Event, object, None]:
         number = 0
@@ -150,7 +150,7 @@ class House:
             kind = self._chance.random()
             thing = -1 - int(self.env.now / every) if kind < crowd else number
             if thing in self._stored or crowd <= kind < crowd + hits:
-                self.told.cached += 1
+                self.reported.cached += 1
                 continue
             self._chosen(thing).ask(thing)
 
@@ -167,17 +167,17 @@ def utilisation(seconds: dict[int, float]) -> None:
     say("| --- |" + " --- |" * len(parts))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.2), sharex=True)
     for devices in DEVICES:
-        told = {part: House(devices).run(part * RATE * devices, seconds[devices]) for part in parts}
+        reported = {part: SimulatedServer(devices).run(part * RATE * devices, seconds[devices]) for part in parts}
         cells = [
             f"{one.percentile(0.5):.2f} / {one.percentile(0.99):.2f}" + (f", {share:.0%} refused" if share else "")
-            for one in told.values()
+            for one in reported.values()
             for share in [round(one.refused / max(1, one.refused + len(one.waits)), 2)]
         ]
         say(f"| {devices:,} | " + " | ".join(cells) + " |")
         label = f"{devices:,} device{'s' * (devices > 1)}"
         for axes, part in ((left, 0.5), (right, 0.99)):
             axes.plot(
-                parts, [one.percentile(part) for one in told.values()], "o-", color=_COLOURS[devices], label=label
+                parts, [one.percentile(part) for one in reported.values()], "o-", color=_COLOURS[devices], label=label
             )
     for axes, title in ((left, "median"), (right, "99th percentile")):
         axes.set(
@@ -199,13 +199,17 @@ def hit_rates(seconds: dict[int, float]) -> None:
     )
     figure, axes = pyplot.subplots(figsize=(5, 3.2))
     for devices in DEVICES:
-        told = [House(devices).run(1.5 * RATE * devices, seconds[devices], hits=share) for share in shares]
+        reported = [
+            SimulatedServer(devices).run(1.5 * RATE * devices, seconds[devices], hits=share) for share in shares
+        ]
         cells = [
             f"{one.percentile(0.99):.2f}, {one.refused / (one.refused + len(one.waits) + one.cached):.0%} refused"
-            for one in told
+            for one in reported
         ]
         say(f"| {devices:,} | " + " | ".join(cells) + " |")
-        axes.plot(shares, [one.percentile(0.99) for one in told], "o-", color=_COLOURS[devices], label=f"{devices:,}")
+        axes.plot(
+            shares, [one.percentile(0.99) for one in reported], "o-", color=_COLOURS[devices], label=f"{devices:,}"
+        )
     axes.set(
         title="1.5 times what the devices can draw is asked",
         xlabel="share of orders whose picture is stored",
@@ -228,10 +232,12 @@ def crowds(seconds: dict[int, float]) -> None:
     shares = (0.0, 0.2, 0.5, 0.8)
     for devices in DEVICES:
         for by_content in (False, True)[: 1 if devices == 1 else 2]:
-            told = []
+            reported = []
             for share in shares:
-                one = House(devices, by_content=by_content).run(0.8 * RATE * devices, seconds[devices], crowd=share)
-                told.append(one)
+                one = SimulatedServer(devices, by_content=by_content).run(
+                    0.8 * RATE * devices, seconds[devices], crowd=share
+                )
+                reported.append(one)
                 asked = len(one.waits) + one.refused + one.cached
                 way = "any" if devices == 1 else "the device of that thing" if by_content else "the less busy of two"
                 twice = statistics.mean(one.crowds.values()) if one.crowds else 0.0
@@ -241,7 +247,7 @@ def crowds(seconds: dict[int, float]) -> None:
                 )
             style = "o--" if by_content else "o-"
             label = f"{devices:,}" + (", by content" if by_content else "")
-            axes.plot(shares, [one.percentile(0.99) for one in told], style, color=_COLOURS[devices], label=label)
+            axes.plot(shares, [one.percentile(0.99) for one in reported], style, color=_COLOURS[devices], label=label)
     axes.set(
         title="80 % of what the devices can draw is asked",
         xlabel="share of orders for the thing of the moment",

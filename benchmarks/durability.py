@@ -62,14 +62,14 @@ def killed(folder: Path, rows: list[tuple[str, str]]) -> None:
         ended = [job(client, job_id) for job_id in ids]
         stored = len(list((folder / "bucket" / "objects").rglob("*.webp")))
         again = [client.get(CREATE, params={"prompt": "x", "save_path": f"{n}.webp"}).json() for n in range(JOBS)]
-    done = sum(told["state"] == "done" for told in ended)
+    done = sum(reported["state"] == "done" for reported in ended)
     rows += [
         (f"{JOBS} accepted jobs, kill -9 with {begun} on the device: done / objects stored", f"{done} / {stored}"),
         ("answered from the bucket when asked again", f"{sum(told['cached'] for told in again)}"),
         ("kill to /healthz answering again", f"{answering:.1f} s"),
         ("kill to able to draw", f"{drawing:.1f} s"),
         ("kill to the last of them done", f"{took:.1f} s"),
-        ("attempts per job", ", ".join(str(told["attempts"]) for told in ended)),
+        ("attempts per job", ", ".join(str(reported["attempts"]) for reported in ended)),
     ]
 
 
@@ -119,13 +119,13 @@ def full(folder: Path, rows: list[tuple[str, str]]) -> None:
         if mounted:
             subprocess.run(["umount", str(data)], check=False)  # noqa: S603, S607  # the mount above
     where = "a disk of 3 MB" if mounted else "a quota of 3 MB"
-    told = f"{refused.status_code} {', '.join(sorted(kinds))}, Retry-After {refused.headers.get('retry-after')}"
+    reported = f"{refused.status_code} {', '.join(sorted(kinds))}, Retry-After {refused.headers.get('retry-after')}"
     rows += [
         (
             f"16 jobs with 300 KB each, journal on {where}: accepted / refused",
             f"{len(accepted)} / {16 - len(accepted)}",
         ),
-        ("the refusal", told),
+        ("the refusal", reported),
         ("jobs that exist / of the accepted ones done", f"{listed} / {done}"),
         ("one more when there is room again", f"{later}"),
     ]
@@ -167,10 +167,10 @@ def accept(client: httpx.Client, prompt: str, **more: Any) -> str:
 def job(client: httpx.Client, job_id: str) -> dict[str, Any]:
     """The job as JSON; a waiting job while the server does not respond."""
     try:
-        told: dict[str, Any] = client.get(f"/jobs/{job_id}").json()
+        reported: dict[str, Any] = client.get(f"/jobs/{job_id}").json()
     except httpx.TransportError:
         return {"state": "queued", "step": 0}
-    return told
+    return reported
 
 
 def asked(client: httpx.Client, path: str) -> int:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import httpx
 import psutil
-from kill_matrix import ASYNC, CREATE, SMALL, House, alive, status_of, until
+from kill_matrix import ASYNC, CREATE, SMALL, SimulatedServer, alive, status_of, until
 from loopback import say
 from watching import ROOT, machine
 
@@ -67,7 +67,7 @@ class Load:
 
 
 @dataclass
-class Drilled(House):
+class Drilled(SimulatedServer):
     """A server with or without a watchdog, with the embedded models or with fake images."""
 
     watched: bool = True
@@ -115,26 +115,26 @@ def main() -> None:
     bad = 0
     for number in range(given.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            house = Drilled(Path(folder), watched=not given.without_watchdog, painted=given.painted)
-            bad += drilled(number + 1, house, given.kills)
+            server = Drilled(Path(folder), watched=not given.without_watchdog, painted=given.painted)
+            bad += drilled(number + 1, server, given.kills)
     raise SystemExit(bool(bad))
 
 
-def drilled(number: int, house: Drilled, kills: int) -> int:
+def drilled(number: int, server: Drilled, kills: int) -> int:
     """Run one round; returns the number of failed or lost jobs."""
     chance, hits = random.Random(number), 0  # noqa: S311  # moments for kills
-    house.start()
-    load = Load(f"http://127.0.0.1:{house.port}")
+    server.start()
+    load = Load(f"http://127.0.0.1:{server.port}")
     thread = threading.Thread(target=load.run)
     try:
         with httpx.Client(base_url=load.url, timeout=60) as client:
             until(lambda: status_of(client, "/readyz") == 200)
             thread.start()
             for _ in range(kills):
-                until(lambda: bool(on_device(house)))
+                until(lambda: bool(on_device(server)))
                 time.sleep(chance.uniform(0, 2))
-                hits += bool(on_device(house))
-                killed(house)
+                hits += bool(on_device(server))
+                killed(server)
                 until(lambda: status_of(client, "/readyz") == 200)
             load.stopped.set()
             thread.join()
@@ -142,9 +142,9 @@ def drilled(number: int, house: Drilled, kills: int) -> int:
             stored = [client.get(each["receipt"]["path"]).status_code for each in ended.values() if each.get("receipt")]
     finally:
         load.stopped.set()
-        assert house.process is not None  # noqa: S101  # started above
-        house.process.terminate()
-        house.process.wait(120)
+        assert server.process is not None  # noqa: S101  # started above
+        server.process.terminate()
+        server.process.wait(120)
     states = [str(each.get("state", "lost")) for each in ended.values()]
     done = sum(status == 200 for status in stored)
     failed, lost = states.count("failed"), len(states) - states.count("failed") - done
@@ -153,41 +153,41 @@ def drilled(number: int, house: Drilled, kills: int) -> int:
     return failed + lost
 
 
-def killed(house: Drilled) -> None:
+def killed(server: Drilled) -> None:
     """SIGKILL to the server; without a watchdog, start it again."""
-    victim = house.worker()
+    victim = server.worker()
     os.kill(victim, signal.SIGKILL)
-    if not house.watched:
-        assert house.process is not None  # noqa: S101  # started before
-        house.process.wait(60)
-        house.start()
+    if not server.watched:
+        assert server.process is not None  # noqa: S101  # started before
+        server.process.wait(60)
+        server.start()
         return
     until(lambda: not alive(victim))
     with suppress(psutil.NoSuchProcess, IndexError):
-        until(lambda: house.worker() != victim)
+        until(lambda: server.worker() != victim)
 
 
-def on_device(house: Drilled) -> list[str]:
+def on_device(server: Drilled) -> list[str]:
     """The requests on the device, from the file that the server writes."""
     try:
-        told: list[str] = json.loads((house.folder / "data" / "device.json").read_bytes())["on_device"]
+        reported: list[str] = json.loads((server.folder / "data" / "device.json").read_bytes())["on_device"]
     except (OSError, ValueError, KeyError):
         return []
-    return told
+    return reported
 
 
 def state_at_the_end(client: httpx.Client, job_id: str) -> dict[str, object]:
     """The job as JSON after it has ended; its state is `lost` if the server does not know it."""
-    told: dict[str, object] = {}
+    reported: dict[str, object] = {}
 
     def over() -> bool:
         answer = client.get(f"/jobs/{job_id}")
-        told.clear()
-        told.update(answer.json() if answer.status_code == 200 else {"state": "lost"})
-        return told["state"] not in ("queued", "running")
+        reported.clear()
+        reported.update(answer.json() if answer.status_code == 200 else {"state": "lost"})
+        return reported["state"] not in ("queued", "running")
 
     until(over)
-    return told
+    return reported
 
 
 if __name__ == "__main__":

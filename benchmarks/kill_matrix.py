@@ -64,7 +64,7 @@ class Cell:
 
 
 @dataclass
-class House:
+class SimulatedServer:
     """A folder and a port for one server after another."""
 
     folder: Path
@@ -114,33 +114,35 @@ def main() -> None:
         if any(word not in names for word in kept):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            cell = tried(Cell(number, target, load), House(Path(folder)))
+            cell = tried(Cell(number, target, load), SimulatedServer(Path(folder)))
         lost += cell.lost + cell.left_over
         say(cell.row())
     if lost:
         raise SystemExit(1)
 
 
-def tried(cell: Cell, house: House) -> Cell:
+def tried(cell: Cell, server: SimulatedServer) -> Cell:
     """Start a server, create the load, send the signal, and wait for the outcome."""
-    house.start()
+    server.start()
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{house.port}", timeout=120) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=120) as client:
             until(lambda: status_of(client, "/readyz") == 200)
             with ThreadPoolExecutor(WAITING) as pool:
                 ids, waiting = put_to_work(cell, client, pool)
-                strike(cell, house, client)
+                strike(cell, server, client)
                 until(lambda: all(state_of(client, job_id) in ("done", "failed") for job_id in ids))
                 cell.finished += time.monotonic()
                 cell.answers = ", ".join(sorted({answered(each) for each in waiting}))
-            told = [client.get(f"/jobs/{job_id}").json() for job_id in ids]
-            stored = [client.get(each["receipt"]["path"]).status_code == 200 for each in told if each.get("receipt")]
+            reported = [client.get(f"/jobs/{job_id}").json() for job_id in ids]
+            stored = [
+                client.get(each["receipt"]["path"]).status_code == 200 for each in reported if each.get("receipt")
+            ]
     finally:
-        assert house.process is not None  # noqa: S101  # started above
-        house.process.terminate()
-        house.process.wait(60)
+        assert server.process is not None  # noqa: S101  # started above
+        server.process.terminate()
+        server.process.wait(60)
     cell.accepted, cell.lost = len(ids), len(ids) - sum(stored)
-    attempts = [each["attempts"] for each in told]
+    attempts = [each["attempts"] for each in reported]
     cell.attempts = str(max(attempts)) if attempts else "–"
     return cell
 
@@ -165,11 +167,11 @@ def put_to_work(
     return ids, waiting
 
 
-def strike(cell: Cell, house: House, client: httpx.Client) -> None:
+def strike(cell: Cell, server: SimulatedServer, client: httpx.Client) -> None:
     """Send the signal, start the server again if no watchdog does, and wait until it is ready."""
-    assert house.process is not None  # noqa: S101  # started before
-    first, before = house.worker(), house.pids
-    targets = {"worker": [first], "watchdog": [house.process.pid], "tree": before}[cell.target]
+    assert server.process is not None  # noqa: S101  # started before
+    first, before = server.worker(), server.pids
+    targets = {"worker": [first], "watchdog": [server.process.pid], "tree": before}[cell.target]
     at = time.monotonic()
     cell.finished = -at
     for pid in targets:
@@ -178,12 +180,12 @@ def strike(cell: Cell, house: House, client: httpx.Client) -> None:
     until(lambda: not alive(first))
     cell.by = "its watchdog"
     if cell.target != "worker":
-        cell.by = f"a start (it ended with {house.process.wait(60)})"
+        cell.by = f"a start (it ended with {server.process.wait(60)})"
         until(lambda: not any(map(alive, before)))
-        house.start()
+        server.start()
     until(lambda: status_of(client, "/readyz") == 200)
     cell.recovered = time.monotonic() - at
-    cell.left_over = sum(alive(pid) for pid in before if pid != house.process.pid)
+    cell.left_over = sum(alive(pid) for pid in before if pid != server.process.pid)
 
 
 def alive(pid: int) -> bool:

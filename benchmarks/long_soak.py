@@ -121,7 +121,7 @@ class Soak:
         answer = await self.client.post(path, data=fields, files=named or None, headers=headers)
         return answer, {"path": path, "fields": fields, "files": named}
 
-    def judged(self, answer: httpx.Response, *fine: int) -> str:
+    def checked(self, answer: httpx.Response, *fine: int) -> str:
         """The status code; an unexpected one is recorded as an error."""
         if answer.status_code not in fine:
             self.wrong[f"{answer.status_code} {answer.text[:160]}"] += 1
@@ -130,7 +130,7 @@ class Soak:
     async def waits(self) -> str:
         """A synchronous request; downloads and checks its image."""
         answer, asked = await self.ask()
-        told = self.judged(answer, 200, 429)
+        reported = self.checked(answer, 200, 429)
         if answer.status_code == 200:
             receipt = answer.json()
             file = (await self.client.get(httpx.URL(receipt["path"]).path)).content
@@ -139,13 +139,13 @@ class Soak:
                 if image.size != (receipt["width"], receipt["height"]):
                     self.wrong[f"{image.size} instead of {receipt['width']} × {receipt['height']}"] += 1
             self.made.append((asked, file))
-        return told
+        return reported
 
     async def job(self) -> str:
         """A job that is polled until it has ended."""
         answer, _ = await self.ask(ASYNC)
-        told = self.judged(answer, 202, 429)
-        return await self.ended(answer) if answer.status_code == 202 else told
+        reported = self.checked(answer, 202, 429)
+        return await self.ended(answer) if answer.status_code == 202 else reported
 
     async def ended(self, answer: httpx.Response, *fine: str) -> str:
         """The final state of a job."""
@@ -160,7 +160,7 @@ class Soak:
         """A job whose events are read to the last one."""
         answer, _ = await self.ask(ASYNC)
         if answer.status_code != 202:
-            return self.judged(answer, 429)
+            return self.checked(answer, 429)
         events = (await self.client.get(f"{answer.headers['location']}/events")).text
         if "event: done" not in events:
             self.wrong[f"no end in {events[-200:]!r}"] += 1
@@ -170,7 +170,7 @@ class Soak:
         """A job that is cancelled at a random moment."""
         answer, _ = await self.ask(ASYNC)
         if answer.status_code != 202:
-            return self.judged(answer, 429)
+            return self.checked(answer, 429)
         await asyncio.sleep(self.chance.random())
         await self.client.delete(answer.headers["location"])
         return await self.ended(answer, "done", "cancelled")
@@ -184,12 +184,12 @@ class Soak:
             answer = await self.client.post(path, data=fields, files=named or None, timeout=patience)
         except httpx.TimeoutException:
             return "gone"
-        return self.judged(answer, 200, 429)
+        return self.checked(answer, 200, 429)
 
     async def deadline(self) -> str:
         """A request whose deadline may pass."""
         answer, _ = await self.ask(timeout=f"{self.chance.uniform(0.02, 1.5):.3f}")
-        return self.judged(answer, 200, 429, 504)
+        return self.checked(answer, 200, 429, 504)
 
     async def hit(self) -> str:
         """A request that was answered before."""
@@ -197,10 +197,10 @@ class Soak:
             return "nothing yet"
         asked, _ = self.chance.choice(self.made)
         answer = await self.client.post(asked["path"], data=asked["fields"], files=asked["files"] or None)
-        told = self.judged(answer, 200)
+        reported = self.checked(answer, 200)
         if answer.status_code == 200 and not answer.json()["cached"]:
             self.wrong["a stored order was drawn again"] += 1
-        return told
+        return reported
 
     async def twins(self) -> str:
         """Four concurrent equal requests, which must return one image."""
@@ -208,11 +208,11 @@ class Soak:
         named = {name: (name, data) for name, data in files.items()}
         asked = [self.client.post(path, data=fields, files=named or None) for _ in range(4)]
         answers = await asyncio.gather(*asked)
-        told = {self.judged(answer, 200, 429) for answer in answers}
+        reported = {self.checked(answer, 200, 429) for answer in answers}
         drawn = [answer.json() for answer in answers if answer.status_code == 200]
         if len({receipt["path"] for receipt in drawn}) > 1:
             self.wrong["twins with several pictures"] += 1
-        return ", ".join(sorted(told))
+        return ", ".join(sorted(reported))
 
     async def replay(self) -> str:
         """Replay an image of this server from its own file."""
@@ -221,25 +221,25 @@ class Soak:
         asked, file = self.chance.choice(self.made)
         files = {"picture_file": ("a", file), **asked["files"]}
         answer = await self.client.post("/v1/replay", files=files)
-        return self.judged(answer, 200, 429)
+        return self.checked(answer, 200, 429)
 
     async def mistake(self) -> str:
         """An invalid request."""
         path, parameters, status = self.chance.choice(WRONG)
         if self.chance.random() < 0.3:
             rubbish = {"image_file": ("a.png", self.chance.randbytes(2000))}
-            return self.judged(await self.client.post(STYLE, data={"prompt": "a"}, files=rubbish), 415, 422)
-        return self.judged(await self.client.post(path, json=parameters), status)
+            return self.checked(await self.client.post(STYLE, data={"prompt": "a"}, files=rubbish), 415, 422)
+        return self.checked(await self.client.post(path, json=parameters), status)
 
     async def looks(self) -> str:
         """Read-only routes, and the OpenAI dialect."""
         for path in ("/metrics", "/readyz", "/history", "/jobs", "/v1/models"):
-            self.judged(await self.client.get(path), 200)
+            self.checked(await self.client.get(path), 200)
         body = {"prompt": "a red circle", "size": "128x128", "n": 1, "response_format": "b64_json"}
         answer = await self.client.post("/v1/images/generations", json=body)
         if answer.status_code == 200:
             base64.b64decode(answer.json()["data"][0]["b64_json"], validate=True)
-        return self.judged(answer, 200, 429)
+        return self.checked(answer, 200, 429)
 
 
 async def probes(client: httpx.AsyncClient) -> list[str]:

@@ -155,15 +155,15 @@ async def by_job(client: httpx.AsyncClient, each: Asked) -> str:
     path = f"/jobs/{answer.raise_for_status().json()['id']}"
     if each.way == "cancels its job":
         await asyncio.sleep(0.02 * (each.number % 8))
-        told = (await client.delete(path)).raise_for_status().json()
+        reported = (await client.delete(path)).raise_for_status().json()
     elif each.way == "follows its job":
         events = (await client.get(f"{path}/events")).raise_for_status().text
         assert "event: done" in events, events[-300:]  # noqa: S101  # a benchmark ends where it is wrong
-        told = (await client.get(path)).json()
+        reported = (await client.get(path)).json()
     else:
-        while (told := (await client.get(path)).json())["state"] in ("queued", "running"):  # noqa: ASYNC110  # polls
+        while (reported := (await client.get(path)).json())["state"] in ("queued", "running"):  # noqa: ASYNC110  # polls
             await asyncio.sleep(0.1)
-    return await checked(client, each, told["receipt"]) if told["state"] == "done" else str(told["state"])
+    return await checked(client, each, reported["receipt"]) if reported["state"] == "done" else str(reported["state"])
 
 
 async def checked(client: httpx.AsyncClient, each: Asked, receipt: dict[str, Any]) -> str:

@@ -139,8 +139,8 @@ def tell(rate: float, seconds: float, seen: Seen, watch: Watch, health: list[flo
     half, most = percentile(seen.accepted, 0.5), percentile(seen.accepted, 0.99)
     say(f"| seconds of an accepted order: half / 99 % | {half:.2f} / {most:.2f} |")
     say(f"| milliseconds of a refusal: half / 99 % / longest | {milliseconds(seen.refused)} |")
-    told = f"{min(seen.retry_after, default=0)} to {max(seen.retry_after, default=0)}"
-    say(f"| `Retry-After` in seconds | {told} |")
+    reported = f"{min(seen.retry_after, default=0)} to {max(seen.retry_after, default=0)}"
+    say(f"| `Retry-After` in seconds | {reported} |")
     say(f"| `/healthz` in ms: half / 99 % / longest of {len(health)} | {milliseconds(health)} |")
     for row in watch.told():
         say(row)

@@ -51,10 +51,10 @@ Ask = Callable[..., Picture]
 def asker(server: str, model: str) -> Ask:
     """A function that sends images and parameters to a route and returns the image, height × width × 3."""
 
-    def ask(door: str, files: dict[str, Picture], **parameters: Any) -> Picture:
+    def ask(route: str, files: dict[str, Picture], **parameters: Any) -> Picture:
         sent = {name: (f"{name}.png", png(picture), "image/png") for name, picture in files.items()}
         asked = {"model": model, "format": "png", "overwrite": "true", **parameters}
-        answer = httpx.post(f"{server}/{door}", data=asked, files=sent, timeout=300).raise_for_status().json()
+        answer = httpx.post(f"{server}/{route}", data=asked, files=sent, timeout=300).raise_for_status().json()
         return np.asarray(Image.open(io.BytesIO(httpx.get(answer["path"]).content)).convert("RGB"))
 
     return ask

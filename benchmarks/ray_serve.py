@@ -81,10 +81,10 @@ def figures(folder: Path, store: StorageServer, python: str, rounds: int) -> Non
             for load, (number, steps) in LOADS.items():
                 seen = [burst(client, f"{steps} steps {turn}", number, 0, steps)[0] for turn in range(rounds)]
                 middles[load].append(statistics.median(seen))
-                told = f"{middles[load][-1]:.2f} ({min(seen):.2f} to {max(seen):.2f})"
-                say(f"| {name} | {load} | {told} | {middles[load][-1] / middles[load][0]:.2f} |")
+                reported = f"{middles[load][-1]:.2f} ({min(seen):.2f} to {max(seen):.2f})"
+                say(f"| {name} | {load} | {reported} | {middles[load][-1] / middles[load][0]:.2f} |")
             pictures.append(fetched(client, store, bucket))
-            rows = [("`/healthz` a second over 8 connections", f"{asyncio.run(doors(str(client.base_url))):.0f}")]
+            rows = [("`/healthz` a second over 8 connections", f"{asyncio.run(routes(str(client.base_url))):.0f}")]
             if command is ray:
                 least = min(alike(a, b) for a, b in zip(*pictures, strict=True))
                 rows.append((f"least alike of {DISTINCT} pictures to those of one process", least_told(least)))
@@ -108,7 +108,7 @@ def together(
     new = objects(store, bucket) - before
     equal = {answer.json()["path"] for answer in answers[DISTINCT:]}
     statuses = Counter(answer.status_code for answer in answers)
-    told = Counter(
+    reported = Counter(
         "cached" if (receipt := answer.json())["cached"] else "coalesced" if receipt["coalesced"] else "drawn"
         for answer in answers[DISTINCT:]
     )
@@ -116,7 +116,7 @@ def together(
     rows += [
         (f"{DISTINCT} distinct and {EQUAL} equal orders at once: statuses", shown(statuses)),
         ("objects in the bucket from them; addresses of the equal ones", f"{len(new)}; {len(equal)}"),
-        ("the equal ones were", shown(told)),
+        ("the equal ones were", shown(reported)),
         ("pictures of another colour than ordered", f"{wrong}"),
     ]
 
@@ -144,8 +144,8 @@ def killed(
         wait = answer.headers.get("retry-after")
         statuses[f"{answer.status_code}{' with Retry-After' if wait else ''}"] += 1
         for job_id in tuple(left):
-            told = client.get(f"/jobs/{job_id}")
-            if told.status_code == 200 and told.json()["state"] in ("done", "failed"):
+            reported = client.get(f"/jobs/{job_id}")
+            if reported.status_code == 200 and reported.json()["state"] in ("done", "failed"):
                 left.discard(job_id)
         if not back and all(client.get(f"/jobs/{job_id}").status_code == 200 for job_id in ids):
             back = time.perf_counter() - killed_at
@@ -257,7 +257,7 @@ async def ordered(base: str, orders: list[dict[str, Any]]) -> list[httpx.Respons
         return list(await asyncio.gather(*(client.post(CREATE, json=wanted) for wanted in orders)))
 
 
-async def doors(base: str, seconds: float = 4.0) -> float:
+async def routes(base: str, seconds: float = 4.0) -> float:
     """Responses of `/healthz` per second over eight keep-alive connections: the cost of routing to a replica."""
     end = time.perf_counter() + seconds
 
@@ -303,8 +303,8 @@ def alike(one: bytes, other: bytes) -> float:
 
 def least_told(least: float) -> str:
     """Format a PSNR, and whether it counts as equal."""
-    told = "equal" if least == float("inf") else f"{least:.1f} dB"
-    return told if least >= _SAME_DB else f"{told}, which is another picture"
+    reported = "equal" if least == float("inf") else f"{least:.1f} dB"
+    return reported if least >= _SAME_DB else f"{reported}, which is another picture"
 
 
 @contextmanager

@@ -52,8 +52,8 @@ def main() -> None:
     say(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {rounds} rounds\n")
     say("| median (least to most) | with the studio | without (UI=0) |\n| --- | --- | --- |")
     for place, what in enumerate(("start to answering, s", "start to able to draw, s", "memory then, MB")):
-        told = (spread([each[place] for each in starts[ui]]) for ui in ("1", "0"))
-        say(f"| {what} | {' | '.join(told)} |")
+        reported = (spread([each[place] for each in starts[ui]]) for ui in ("1", "0"))
+        say(f"| {what} | {' | '.join(reported)} |")
     say("\n| the studio of one server | measured |\n| --- | --- |")
     with server("1") as running:
         opened(running, rounds)

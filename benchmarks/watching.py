@@ -71,7 +71,7 @@ class Watch:
         self._stop.set()
         self._thread.join()
 
-    def told(self) -> list[str]:
+    def reported(self) -> list[str]:
         """Rows of a table: memory, descriptors and threads at every tenth of the time."""
         tenths = [round(tenth * (len(self.at) - 1) / 10) for tenth in range(11)]
         looked_at = {"memory in MB": self.memory, "descriptors": self.descriptors, "threads": self.threads}

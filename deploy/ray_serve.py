@@ -87,8 +87,8 @@ def by_work(context: Any, pictures_each: float = 8.0) -> tuple[int, dict[str, An
 
     Waiting jobs are included.
     """
-    told = context.aggregated_metrics.get("pictures", {})
-    return max(1, math.ceil(sum(told.values()) / pictures_each)), {}
+    reported = context.aggregated_metrics.get("pictures", {})
+    return max(1, math.ceil(sum(reported.values()) / pictures_each)), {}
 
 
 class ByWork:
@@ -118,8 +118,8 @@ class Others:
 
     async def holding(self, scope: Scope) -> dict[int, bool]:
         """Folder number → whether that replica has what a request asks for, for the replicas that respond."""
-        told = await self.handle.broadcast("holds", scope).results_async(timeout_s=_ASKED_OF_ALL_SECONDS)
-        return {answer[0]: answer[1] for answer in told if isinstance(answer, tuple) and answer[0] != self._own}
+        reported = await self.handle.broadcast("holds", scope).results_async(timeout_s=_ASKED_OF_ALL_SECONDS)
+        return {answer[0]: answer[1] for answer in reported if isinstance(answer, tuple) and answer[0] != self._own}
 
     async def ask(self, number: int, scope: Scope) -> AsyncIterator[Message]:
         """The response of the replica with that folder."""

@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from faults.catalogue import GROUPS, PAGE, ROWS, by_row, marked, told  # noqa: E402  # found only by the path above
+from faults.catalogue import GROUPS, PAGE, ROWS, by_row, marked, reported  # noqa: E402  # found only by the path above
 
 _HEAD = """# Robustness tests
 
@@ -107,7 +107,7 @@ def main() -> None:
     """Run the tests, write the page and exit with pytest's status."""
     os.chdir(ROOT)
     if sys.argv[1:2] == ["--names"]:
-        PAGE.write_text(_HEAD + table(Recorder(set()), by_name(told())))
+        PAGE.write_text(_HEAD + table(Recorder(set()), by_name(reported())))
         return
     report = Path(sys.argv[2]).resolve() if sys.argv[1:2] == ["--junit"] else None
     asked = set() if report is not None else set(sys.argv[1:])
@@ -119,7 +119,7 @@ def main() -> None:
     status = pytest.main(["-p", "no:cacheprovider", *only, *files], plugins=[recorder])
     if report is not None:
         recorder.read(report)
-    PAGE.write_text(_HEAD + table(recorder, told() if asked and PAGE.exists() else {}))
+    PAGE.write_text(_HEAD + table(recorder, reported() if asked and PAGE.exists() else {}))
     sys.exit(status)
 
 

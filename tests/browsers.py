@@ -27,7 +27,7 @@ class Tab:
     complaints: list[str] = field(default_factory=list)
     asked: set[str] = field(default_factory=set)
 
-    def told(self, text: str) -> None:
+    def reported(self, text: str) -> None:
         """Wait until a panel shows this text."""
         self.page.locator(".sds-message:visible", has_text=text).first.wait_for()
 

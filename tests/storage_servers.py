@@ -284,9 +284,9 @@ def _handler(rascal: MisbehavingStore, port: int) -> Callable[..., BaseHTTPReque
         def _answer(self, status: int, headers: dict[str, str], content: bytes, length: int | None = None) -> None:
             dropped = ("Transfer-Encoding", "Connection", "Content-Length")
             kept = {name: value for name, value in headers.items() if name.title() not in dropped}
-            told = headers.get("Content-Length") if self.command == "HEAD" else str(len(content))
+            reported = headers.get("Content-Length") if self.command == "HEAD" else str(len(content))
             self.send_response_only(status)
-            for name, value in {**kept, "Content-Length": str(length) if length else told or "0"}.items():
+            for name, value in {**kept, "Content-Length": str(length) if length else reported or "0"}.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":

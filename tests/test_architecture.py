@@ -248,7 +248,7 @@ def run(code: str) -> str:
 
 def test_importing_the_package_does_nothing() -> None:
     """No thread, no file written, no torch: importing every package but the pipelines has no side effects."""
-    rooms = [
+    modules = [
         name_of(path)[:-3].replace("/", ".").removesuffix(".__init__")
         for path in MODULES
         if not re.search(r"pipelines/|ui/tabs/", name_of(path)) and path.name != "__main__.py"
@@ -261,7 +261,7 @@ def watch(file, mode="r", *more, **named):
     return original(file, mode, *more, **named)
 sys.dont_write_bytecode = True
 builtins.open = watch
-for room in {rooms!r}: importlib.import_module(room)
+for module in {modules!r}: importlib.import_module(module)
 print(sorted(set(sys.modules) & {{"torch", "diffusers", "transformers", "gradio"}}), opened, threading.active_count())
 """
     assert run(code) == "[] [] 1"

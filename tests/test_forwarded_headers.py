@@ -69,8 +69,8 @@ def asked(url: str, **headers: str) -> int:
 def test_no_header_makes_another_client_where_no_proxy_is_named(tmp_path: Path, command: str) -> None:
     """Eight forged addresses count as one client: the third request exceeds the rate."""
     with serving(tmp_path, command, RATE_LIMIT="3/hour", ALLOW_ANONYMOUS="1") as url:
-        told = [asked(url, x_forwarded_for=f"198.51.100.{number}") for number in range(8)]
-        assert told == [422] * 3 + [429] * 5
+        reported = [asked(url, x_forwarded_for=f"198.51.100.{number}") for number in range(8)]
+        assert reported == [422] * 3 + [429] * 5
 
 
 @pytest.mark.fault(148)

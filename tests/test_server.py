@@ -210,9 +210,9 @@ def test_a_signal_ends_the_server_although_clients_wait(tmp_path: Path, number: 
         answers = [pool.submit(ask, n) for n in range(6)]
         until(lambda: metric(doomed, "sds_queue_waiting") >= 4)
         doomed.stop(number)
-        told = sorted(answer.result() for answer in answers)
-    assert set(told) == {200, 503}
-    assert told.count(503) >= 3
+        reported = sorted(answer.result() for answer in answers)
+    assert set(reported) == {200, 503}
+    assert reported.count(503) >= 3
 
 
 def test_a_request_without_a_host_is_refused(server: Server) -> None:

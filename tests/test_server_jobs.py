@@ -37,8 +37,8 @@ def accept(server: Server, prompt: str, **more: Any) -> str:
 
 
 def job(server: Server, job_id: str) -> dict[str, Any]:
-    told: dict[str, Any] = httpx.get(f"{server.url}/jobs/{job_id}", timeout=60).json()
-    return told
+    reported: dict[str, Any] = httpx.get(f"{server.url}/jobs/{job_id}", timeout=60).json()
+    return reported
 
 
 def answers(server: Server, path: str = "/healthz") -> bool:
@@ -64,10 +64,10 @@ def test_a_server_that_is_killed_finishes_what_it_had_accepted(tmp_path: Path) -
         assert child_of(server.process) != first
         until(lambda: all(job(server, job_id)["state"] == "done" for job_id in ids), 120)
         ended = [job(server, job_id) for job_id in ids]
-        assert {told["attempts"] for told in ended} <= {1, 2}
-        assert max(told["attempts"] for told in ended) == 2
-        for told in ended:
-            assert httpx.get(told["receipt"]["path"]).headers["content-type"] == "image/webp"
+        assert {reported["attempts"] for reported in ended} <= {1, 2}
+        assert max(reported["attempts"] for reported in ended) == 2
+        for reported in ended:
+            assert httpx.get(reported["receipt"]["path"]).headers["content-type"] == "image/webp"
         stored = sorted(path.name for path in (tmp_path / "bucket" / "objects" / "static" / "uploads").glob("*.webp"))
         assert stored == sorted(f"{n}.webp" for n in range(10))
     finally:

@@ -189,8 +189,8 @@ def test_a_program_that_does_not_stop_when_told_to_is_killed(tmp_path: Path) -> 
     assert watching.stdout is not None
     assert watching.stdout.readline() == b"1\n"
     watching.send_signal(signal.SIGTERM)
-    _, told = watching.communicate(timeout=60)
-    assert b"did not stop within 1 s" in told
+    _, reported = watching.communicate(timeout=60)
+    assert b"did not stop within 1 s" in reported
     assert watching.returncode == 128 + signal.SIGKILL
 
 
@@ -232,7 +232,7 @@ def test_no_program_is_left_that_no_one_watches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "told"),
+    ("arguments", "environment", "reported"),
     [
         ([], {}, "usage"),
         (["serve"], {}, "usage"),
@@ -241,7 +241,7 @@ def test_no_program_is_left_that_no_one_watches(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_told_in_one_sentence(
-    tmp_path: Path, arguments: list[str], environment: dict[str, str], told: str
+    tmp_path: Path, arguments: list[str], environment: dict[str, str], reported: str
 ) -> None:
     """No command, a missing command, a wrong setting."""
     done = subprocess.run(  # noqa: S603  # our own command
@@ -254,5 +254,5 @@ def test_what_is_wrong_is_told_in_one_sentence(
         check=False,
     )
     assert done.returncode == 2
-    assert told in done.stderr
+    assert reported in done.stderr
     assert len(done.stderr.splitlines()) == 1

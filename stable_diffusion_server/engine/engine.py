@@ -101,7 +101,7 @@ class Engine(Generic[P]):
     def check_open(self, owner: str = "", *, background: bool = False) -> None:
         """Raise what `submit` would raise: `NotReady` until the models are loaded, `QueueFull` while the queue is full.
 
-        Also raises `QueueFull` for an owner that holds most of a nearly full queue, to leave room for other owners.
+        Also raises `QueueFull` for an owner that holds most of a nearly full queue, so that others find places.
         This share does not apply to background requests: the job manager limits them when it accepts a job.
         """
         scheduler = self._scheduler

@@ -147,4 +147,4 @@ class ImageLibrary:
 
 def _check_known(caller: Caller) -> None:
     if caller.anonymous:
-        raise Forbidden("Without a key pictures are neither listed, deleted, nor told how they were made.")
+        raise Forbidden("Without an API key, pictures cannot be listed, inspected or deleted.")

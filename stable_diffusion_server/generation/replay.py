@@ -96,7 +96,7 @@ class ReplayService:
         requested = record.get("asked")
         sources, digest = record.get("sources"), str(record.get("digest"))
         if not isinstance(requested, dict) or not isinstance(sources, dict) or not _DIGEST.fullmatch(digest):
-            raise _refused("tells how it was made in words that are not this server's")
+            raise _refused("has metadata in a format that this server did not write")
         return EmbeddedProvenance(_request_of(requested), digest, sources, record.get("transparency") is True)
 
     async def reproduce(

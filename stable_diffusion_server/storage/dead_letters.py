@@ -61,7 +61,7 @@ class DeadLetters:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 path.replace(target)
                 self._write_sidecar(
-                    target, {"reason": reason, "told": caller_informed, "refused_at": round(time.time(), 3)}
+                    target, {"reason": reason, "caller_informed": caller_informed, "refused_at": round(time.time(), 3)}
                 )
             except OSError as error:
                 _log.warning(
@@ -115,7 +115,7 @@ class DeadLetters:
             key = read_header(path)["key"]
         with suppress(FileNotFoundError):
             size = path.lstat().st_size
-            return DeadLetter(path, key, str(why.get("reason", "unknown")), bool(why.get("told")), size)
+            return DeadLetter(path, key, str(why.get("reason", "unknown")), bool(why.get("caller_informed")), size)
         return None
 
     def _evict_oldest(self) -> None:

@@ -154,7 +154,9 @@ class UploadSpool:
 
         `caller_informed`: the caller knows that the store rejected it, so this server does not serve it.
         """
-        _log.error("the storage refuses a picture, which is set aside", name=spooled.stored.key, reason=reason)
+        _log.error(
+            "the storage rejects a picture; it is moved to the dead letters", name=spooled.stored.key, reason=reason
+        )
         self._forget(spooled)
         path = self.dead_letters.add(spooled.path, reason, caller_informed=caller_informed)
         if path is not None and not caller_informed:
@@ -201,7 +203,9 @@ class UploadSpool:
             return _load_file(path)
         except (OSError, ValueError, RecursionError) as error:
             reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
-            _log.error("a spooled picture cannot be read and is set aside", file=path.name, reason=reason)
+            _log.error(
+                "a spooled picture cannot be read; it is moved to the dead letters", file=path.name, reason=reason
+            )
             self.dead_letters.add(path, f"It could not be read: {reason}.", caller_informed=True)
             return None
 

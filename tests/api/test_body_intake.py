@@ -71,9 +71,9 @@ def test_a_body_that_stands_still_is_refused_at_every_route(
         line = opened(live, stack, path, media_type, None if chunked else 100_000)
         if begun:
             line.sendall(b"%x\r\n%b\r\n" % (len(begun), begun) if chunked else begun)
-        status, told = answered(line)
+        status, reported = answered(line)
         assert status == 408
-        assert "0.5 seconds" in json.dumps(told)
+        assert "0.5 seconds" in json.dumps(reported)
 
 
 @pytest.mark.fault(114)

@@ -45,9 +45,9 @@ def test_every_operation_is_told_whole(running_app: RunningApp) -> None:
         assert re.fullmatch(r"[a-z][a-z0-9_]*", operation["operationId"]), path
         assert operation["summary"]
         assert operation["tags"]
-        for status, told in operation["responses"].items():
+        for status, reported in operation["responses"].items():
             if status >= "4" and method != "head":
-                (content,) = told["content"].values()
+                (content,) = reported["content"].values()
                 assert content["schema"]["$ref"].startswith("#/components/schemas/"), (path, status)
         assert {"default", "401", "403", "421", "500"} <= set(operation["responses"])
     assert len(set(ids)) == len(ids)

@@ -303,16 +303,16 @@ def test_the_record_of_a_picture_is_told(run_app: Callable[..., RunningApp], fil
         answer = running_app.client.get(f"/files/{key}?record=1")
         return (answer.json()["source"], answer.json()["record"]) if answer.status_code == 200 else ("", {})
 
-    source, told = record()
-    assert (source, told["prompt"], told["model"]) == ("history", "a red square", "sdxl")
-    (digest,) = {told["digest"]}
+    source, reported = record()
+    assert (source, reported["prompt"], reported["model"]) == ("history", "a red square", "sdxl")
+    (digest,) = {reported["digest"]}
     with sqlite3.connect(running_app.folder / "data" / "history.db") as base:
         base.execute("DELETE FROM drawn")
-    source, told = record()
-    assert (source, told["digest"]) == ("object", digest)
+    source, reported = record()
+    assert (source, reported["digest"]) == ("object", digest)
     (running_app.folder / "bucket" / "records" / key).unlink()
-    source, told = record()
-    assert (source, told.get("digest")) == (("picture", digest) if embedded == "full" else ("", None))
+    source, reported = record()
+    assert (source, reported.get("digest")) == (("picture", digest) if embedded == "full" else ("", None))
     assert running_app.client.get("/files/static/uploads/none.webp?record=1").status_code == 404
 
 

@@ -98,11 +98,11 @@ def test_hundreds_of_followers_of_one_job_cost_the_others_nothing(live_of: Calla
         until(lambda: sum(each.done() for each in following) >= 120, 120)
         assert client.get(f"{live.url}/healthz").status_code == 200
         gate.set()
-        told = [each.result() for each in following]
-    counted = Counter(status for status, _ in told)
+        reported = [each.result() for each in following]
+    counted = Counter(status for status, _ in reported)
     assert counted[429] >= 100
     assert 1 <= counted[200] <= 100
-    assert all("event: done" in text for status, text in told if status == 200)
+    assert all("event: done" in text for status, text in reported if status == 200)
     assert "event: done" in httpx.get(f"{live.url}/jobs/{job_id}/events", timeout=60).text
 
 

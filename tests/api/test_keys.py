@@ -66,7 +66,7 @@ def test_keys_may_lie_in_a_file(run_app: Callable[..., RunningApp], tmp_path: Pa
 
 
 # Expected status per caller (no key, wrong key, valid key) and kind of route.
-DOORS = {
+ROUTES = {
     ("GET", "/create_and_upload_image"): (401, 401, 200),
     ("GET", "/make_image"): (401, 401, 200),
     ("POST", "/inpaint_and_upload_image"): (401, 401, 422),
@@ -98,19 +98,19 @@ DOORS = {
 }
 
 
-@pytest.mark.parametrize(("door", "expected"), DOORS.items(), ids=lambda value: str(value))
+@pytest.mark.parametrize(("route", "expected"), ROUTES.items(), ids=lambda value: str(value))
 def test_the_table_of_doors_and_keys(
-    run_app: Callable[..., RunningApp], door: tuple[str, str], expected: tuple[int | None, ...]
+    run_app: Callable[..., RunningApp], route: tuple[str, str], expected: tuple[int | None, ...]
 ) -> None:
     """Only routes that neither generate nor reveal are open: health, docs, and images, which are meant to be shown."""
     running_app = run_app(api_keys="right")
-    method, path = door
+    method, path = route
     for key, status in zip((None, "wrong", "right"), expected, strict=True):
         headers = {"authorization": f"Bearer {key}"} if key else {}
         answer = running_app.client.request(
             method, path, params=ORDER if path.endswith("image") else None, headers=headers
         )
-        assert status is None or answer.status_code == status, (door, key, answer.text)
+        assert status is None or answer.status_code == status, (route, key, answer.text)
 
 
 def test_a_key_over_its_rate_is_told_when_to_come_back(run_app: Callable[..., RunningApp]) -> None:

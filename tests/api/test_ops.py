@@ -118,7 +118,7 @@ def test_what_makes_no_progress_is_told_and_stops_the_beat(
         raise ModelLoadError("let go")
 
     package = "stable_diffusion_server"
-    owner, told = {
+    owner, reported = {
         "decoder": (f"{package}.imaging.sandbox.pool._WorkerProcess.ask", "The decoder of pictures makes no progress"),
         "jobs": (f"{package}.generation.service.GenerationService.generate", "Accepted jobs make no progress"),
     }[part]
@@ -139,7 +139,7 @@ def test_what_makes_no_progress_is_told_and_stops_the_beat(
         )
         assert sent.status_code == 202
         until(lambda: client.get("/readyz").status_code == 503)
-        assert any(sentence.startswith(told) for sentence in client.get("/readyz").json()["missing"])
+        assert any(sentence.startswith(reported) for sentence in client.get("/readyz").json()["missing"])
         os.utime(beat, (1.0, 1.0))
         time.sleep(0.3)
         assert beat.stat().st_mtime == 1.0

@@ -134,9 +134,9 @@ def test_wrong_keys_from_one_address_slow_down(run_app: Callable[..., RunningApp
         sent = {"x-forwarded-for": address, "x-api-key": key, **headers}
         return running_app.client.get("/v1/models", headers=sent).status_code
 
-    told = [asked(f"wrong-{number}") for number in range(100)]
-    assert set(told[:20]) == {401}
-    assert set(told[20:]) == {429}
+    reported = [asked(f"wrong-{number}") for number in range(100)]
+    assert set(reported[:20]) == {401}
+    assert set(reported[20:]) == {429}
     refused = running_app.client.get("/v1/models", headers={"x-forwarded-for": "203.0.113.5", "x-api-key": "w"})
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert asked("right") == 200

@@ -54,9 +54,9 @@ def paths_of(running_app: RunningApp, host: str) -> dict[str, str]:
 def test_every_answer_has_the_host_and_port_its_reader_used(running_app: RunningApp, host: str) -> None:
     """Generated under another Host first, so responses are cached, replayed or stored: each has the reader's host."""
     paths_of(running_app, "127.0.0.1:8000")
-    told = paths_of(running_app, host)
-    assert {name: urlsplit(path)[:2] for name, path in told.items()} == dict.fromkeys(told, ("http", host))
-    assert running_app.client.get(told["receipt"]).content[8:12] == b"WEBP"
+    reported = paths_of(running_app, host)
+    assert {name: urlsplit(path)[:2] for name, path in reported.items()} == dict.fromkeys(reported, ("http", host))
+    assert running_app.client.get(reported["receipt"]).content[8:12] == b"WEBP"
 
 
 @pytest.mark.fault(130)

@@ -30,15 +30,15 @@ CREATE = ("/create_and_upload_image", {})
 
 
 @pytest.fixture
-def rooms(run_app: Callable[..., RunningApp]) -> RunningApp:
+def app(run_app: Callable[..., RunningApp]) -> RunningApp:
     """A running app with fake models that use their inputs."""
     return run_app(FakeImageDenoiser())
 
 
-def made(running_app: RunningApp, door: tuple[str, dict[str, bytes]], **words: Any) -> bytes:
+def made(running_app: RunningApp, route: tuple[str, dict[str, bytes]], **words: Any) -> bytes:
     """The file of an image generated on a route."""
-    data = {"prompt": "a red square", **({"width": 64, "height": 64} if door is CREATE else {}), **words}
-    answer = running_app.client.post(door[0], data=data, files=door[1] or None)
+    data = {"prompt": "a red square", **({"width": 64, "height": 64} if route is CREATE else {}), **words}
+    answer = running_app.client.post(route[0], data=data, files=route[1] or None)
     assert answer.status_code == 200, answer.text
     return running_app.client.get(answer.json()["path"]).content
 
@@ -51,7 +51,7 @@ def replayed(
 
 @pytest.mark.parametrize("file_format", ["webp", "png", "jpeg"])
 @pytest.mark.parametrize(
-    ("door", "words"),
+    ("route", "words"),
     [
         (CREATE, {"seed": 7, "width": 70, "height": 90, "guidance_scale": 3.5, "negative_prompt": "blur"}),
         (CREATE, {"seed": "random", "model": "flux", "num_inference_steps": 3}),
@@ -61,33 +61,33 @@ def replayed(
     ids=["text", "random seed", "style", "inpaint"],
 )
 def test_a_picture_is_drawn_again_bit_for_bit(
-    rooms: RunningApp, door: tuple[str, dict[str, bytes]], words: dict[str, Any], file_format: str
+    app: RunningApp, route: tuple[str, dict[str, bytes]], words: dict[str, Any], file_format: str
 ) -> None:
     """The record and the source images are enough: same request, same digest, same pixels."""
-    picture = made(rooms, door, format=file_format, **words)
-    before = len(rooms.squares.finished)
-    answer = replayed(rooms, picture, door[1])
+    picture = made(app, route, format=file_format, **words)
+    before = len(app.squares.finished)
+    answer = replayed(app, picture, route[1])
     assert answer.status_code == 200, answer.text
     body = answer.json()
     assert body["replay"] == {"same_order": True, "equal": True, "decibels": None}
     assert (body["cached"], body["batched"]) == (False, False)
-    assert len(rooms.squares.finished) == before + 1
-    again = rooms.client.get(body["path"])
+    assert len(app.squares.finished) == before + 1
+    again = app.client.get(body["path"])
     assert again.headers["content-type"] == f"image/{file_format}"
-    told, retold = read_record(picture), read_record(again.content)
-    assert told is not None
+    reported, retold = read_record(picture), read_record(again.content)
+    assert reported is not None
     assert retold is not None
-    assert {**told, "alone": True} == {**retold, "alone": True}
-    assert rooms.squares.finished[-1].alone
+    assert {**reported, "alone": True} == {**retold, "alone": True}
+    assert app.squares.finished[-1].alone
 
 
-def test_it_is_drawn_anew_each_time_and_stored_where_one_likes(rooms: RunningApp) -> None:
+def test_it_is_drawn_anew_each_time_and_stored_where_one_likes(app: RunningApp) -> None:
     """Below `replays/` by default, overwriting; a given name behaves like any other name."""
-    picture = made(rooms, CREATE)
-    bodies = [replayed(rooms, picture).json() for _ in range(2)]
+    picture = made(app, CREATE)
+    bodies = [replayed(app, picture).json() for _ in range(2)]
     assert [body["cached"] for body in bodies] == [False, False]
     assert bodies[0]["key"].startswith("static/uploads/replays/")
-    named = [replayed(rooms, picture, save_path="again.png", format="png", batch="any").json() for _ in range(2)]
+    named = [replayed(app, picture, save_path="again.png", format="png", batch="any").json() for _ in range(2)]
     assert [body["cached"] for body in named] == [False, True]
     assert named[0]["replay"]["same_order"] is True
     assert named[0]["replay"]["decibels"] > 30, "a lossy file beside a lossless one"
@@ -109,15 +109,15 @@ def refused(answer: httpx.Response) -> str:
     return str(answer.json()["field"])
 
 
-def test_the_sources_have_to_be_the_very_files(rooms: RunningApp) -> None:
+def test_the_sources_have_to_be_the_very_files(app: RunningApp) -> None:
     """Missing, different or extra: reported by name and digest, before anything is generated."""
-    picture, before = made(rooms, INPAINT), len(rooms.squares.finished)
+    picture, before = made(app, INPAINT), len(app.squares.finished)
     other = file_of(disc(96, 80, "green", "white"))
-    assert refused(replayed(rooms, picture)) == "image_file"
-    assert refused(replayed(rooms, picture, {**FILES, "image_file": other})) == "image_file"
-    assert refused(replayed(rooms, picture, {"image_file": IMAGE})) == "mask_file"
-    assert refused(replayed(rooms, made(rooms, CREATE), {"image_file": IMAGE})) == "image_file"
-    assert len(rooms.squares.finished) == before + 1
+    assert refused(replayed(app, picture)) == "image_file"
+    assert refused(replayed(app, picture, {**FILES, "image_file": other})) == "image_file"
+    assert refused(replayed(app, picture, {"image_file": IMAGE})) == "mask_file"
+    assert refused(replayed(app, made(app, CREATE), {"image_file": IMAGE})) == "image_file"
+    assert len(app.squares.finished) == before + 1
 
 
 def forged(picture: bytes, **changes: Any) -> bytes:
@@ -157,33 +157,33 @@ def forged(picture: bytes, **changes: Any) -> bytes:
         ({"digest": None}, "picture_file"),
     ],
 )
-def test_what_a_file_says_is_checked_as_at_any_door(rooms: RunningApp, changes: dict[str, Any], field: str) -> None:
+def test_what_a_file_says_is_checked_as_at_any_door(app: RunningApp, changes: dict[str, Any], field: str) -> None:
     """A forged record reaches no file, URL or number that a parameter could not."""
-    picture, before = made(rooms, CREATE), len(rooms.squares.finished)
+    picture, before = made(app, CREATE), len(app.squares.finished)
     if isinstance(changes.get("asked"), list):
         picture = encode_image(disc(), Format.PNG, 100, {**(read_record(picture) or {}), "asked": []})
     else:
         picture = forged(picture, **json.loads(json.dumps(changes)))
-    answer = replayed(rooms, picture)
+    answer = replayed(app, picture)
     assert refused(answer) == field
-    assert len(rooms.squares.finished) == before
+    assert len(app.squares.finished) == before
 
 
-def test_another_order_is_told(rooms: RunningApp) -> None:
+def test_another_order_is_told(app: RunningApp) -> None:
     """A changed record is generated as it says, and not reported as identical."""
-    body = replayed(rooms, forged(made(rooms, CREATE), asked={"prompt": "a blue square"})).json()
+    body = replayed(app, forged(made(app, CREATE), asked={"prompt": "a blue square"})).json()
     assert body["replay"]["same_order"] is False
     assert body["replay"]["equal"] is False
 
 
 @pytest.mark.parametrize("picture", [b"", b"no picture", IMAGE, file_of(disc(), "WEBP")])
-def test_a_picture_that_says_nothing_is_refused(rooms: RunningApp, picture: bytes) -> None:
+def test_a_picture_that_says_nothing_is_refused(app: RunningApp, picture: bytes) -> None:
     """422 naming the field; so is a request without an image."""
-    assert refused(replayed(rooms, picture)) == "picture_file"
-    assert refused(rooms.client.post("/v1/replay", json={})) == "picture_file"
+    assert refused(replayed(app, picture)) == "picture_file"
+    assert refused(app.client.post("/v1/replay", json={})) == "picture_file"
 
 
-def test_every_field_of_an_order_is_told_or_known_not_to_matter(rooms: RunningApp) -> None:
+def test_every_field_of_an_order_is_told_or_known_not_to_matter(app: RunningApp) -> None:
     """Fails if a new request field is neither recorded nor listed as irrelevant."""
-    record = read_record(made(rooms, CREATE)) or {}
+    record = read_record(made(app, CREATE)) or {}
     assert set(record["asked"]) == {part.name for part in fields(GenerationRequest)} - NOT_RECORDED  # type: ignore[call-overload]  # a mapping

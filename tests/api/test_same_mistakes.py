@@ -115,7 +115,7 @@ def _fits(value: object) -> bool:
 
 Door = tuple[Callable[..., dict[str, Any] | None], bool, Callable[[RunningApp, dict[str, Any]], httpx.Response]]
 STYLE, INPAINT = "/style_transfer_and_upload_image", "/inpaint_and_upload_image"
-DOORS: dict[str, Door] = {
+ROUTES: dict[str, Door] = {
     "GET create": (ours, False, lambda running_app, asked: by_query(running_app, "/create_and_upload_image", asked)),
     "POST create": (ours, False, lambda running_app, asked: by_json(running_app, "/create_and_upload_image", asked)),
     "GET make": (ours, False, lambda running_app, asked: by_query(running_app, "/make_image", asked)),
@@ -146,14 +146,14 @@ DOORS: dict[str, Door] = {
 
 
 @pytest.mark.fault(1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17)
-@pytest.mark.parametrize("door", DOORS)
-def test_the_same_mistake_is_answered_alike_through_every_door(run_app: Callable[..., RunningApp], door: str) -> None:
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_same_mistake_is_answered_alike_through_every_door(run_app: Callable[..., RunningApp], route: str) -> None:
     """The status of the table, in the dialect's error format.
 
     Nothing is generated; a valid request still works afterwards.
     """
     running_app = run_app(FakeImageDenoiser())
-    translate, picture, ask = DOORS[door]
+    translate, picture, ask = ROUTES[route]
     answered: dict[str, int] = {}
     for mistake, (change, expected) in MISTAKES.items():
         if mistake == "a strength that leaves no step" and not picture:

@@ -71,7 +71,7 @@ def test_no_seed_is_another_picture_each_time_and_several_count_on(client: webui
 
 
 @pytest.mark.parametrize(
-    ("sampler", "ours", "told"),
+    ("sampler", "ours", "reported"),
     [
         ("Euler", "euler", False),
         ("Euler a", "euler_a", False),
@@ -84,12 +84,12 @@ def test_no_seed_is_another_picture_each_time_and_several_count_on(client: webui
     ],
 )
 def test_samplers_are_mapped_and_what_is_not_quite_it_is_told(
-    live: LiveServer, client: webuiapi.WebUIApi, sampler: str, ours: str, told: bool
+    live: LiveServer, client: webuiapi.WebUIApi, sampler: str, ours: str, reported: bool
 ) -> None:
     """The closest scheduler, and a warning where the sampler or its timestep spacing differs."""
     result = client.txt2img(prompt="a red square", sampler_name=sampler, **SIZE)
     assert live.squares.finished[0].scheduler == ours
-    assert bool(result.info["not_honoured"]) == told
+    assert bool(result.info["not_honoured"]) == reported
 
 
 def test_what_is_known_and_not_honoured_is_told(client: webuiapi.WebUIApi) -> None:
@@ -216,11 +216,11 @@ def test_progress_tells_of_ones_own_task_alone(live_of: Callable[..., LiveServer
     with ThreadPoolExecutor(1) as pool:
         drawing = pool.submit(_task, ann, "mine", 60)
         until(lambda: ann.get_progress()["current_image"] is not None)
-        told = ann.get_progress()
-        assert 0 < told["progress"] < 1
-        assert told["state"]["sampling_steps"] == 60
-        assert told["state"]["sampling_step"] > 0
-        assert told["state"]["job"] == "mine"
+        reported = ann.get_progress()
+        assert 0 < reported["progress"] < 1
+        assert reported["state"]["sampling_steps"] == 60
+        assert reported["state"]["sampling_step"] > 0
+        assert reported["state"]["job"] == "mine"
         assert bob.get_progress()["progress"] == 0
         assert bob.get_progress()["state"]["job_count"] == 0
         by_name = ann.session.post(f"{live.url}/internal/progress", json={"id_task": "mine"}).json()

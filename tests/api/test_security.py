@@ -155,13 +155,13 @@ def test_who_asks_is_told_by_key_and_address() -> None:
     assert admitted(AccessPolicy(), "127.0.0.1") == Caller(address="127.0.0.1")
     assert admitted(AccessPolicy(), "127.0.0.1").has_full_access
     anyone = AccessPolicy(allow_anonymous=True)
-    for address, told in (
+    for address, reported in (
         ("127.0.0.1", "127.0.0.1"),  # a proxy on this machine looks the same
         ("203.0.113.5", "203.0.113.5"),
         ("::ffff:203.0.113.5", "203.0.113.5"),
         ("2001:db8:1:2:aaaa::1", "2001:db8:1:2::/64"),
     ):
-        assert admitted(anyone, address) == Caller(anonymous=True, address=told)
+        assert admitted(anyone, address) == Caller(anonymous=True, address=reported)
     assert admitted(anyone, "2001:db8:1:2::9").owner == admitted(anyone, "2001:db8:1:2:ffff::").owner
     for policy in (AccessPolicy(keys=keys), AccessPolicy(keys=keys, allow_anonymous=True)):
         held = admitted(policy, "203.0.113.5", **{"x-api-key": "a"})

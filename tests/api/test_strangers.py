@@ -42,8 +42,8 @@ class One:
 
     def ended(self, job_id: str) -> dict[str, Any]:
         until(lambda: self.ask("GET", f"/jobs/{job_id}").json()["state"] not in ("queued", "running"))
-        told: dict[str, Any] = self.ask("GET", f"/jobs/{job_id}").json()
-        return told
+        reported: dict[str, Any] = self.ask("GET", f"/jobs/{job_id}").json()
+        return reported
 
 
 Two = tuple[RunningApp, One, One]
@@ -230,12 +230,12 @@ def test_a_replay_tells_no_more_than_the_picture_itself(run_app: Callable[..., R
     for other in (bob, pre):
         refused = other.ask("POST", "/v1/replay", files=picture)
         assert (refused.status_code, refused.json()["field"]) == (422, "picture_file")
-        told = {
+        reported = {
             "record": refused.text,
             "history": other.ask("GET", "/history").text,
             "job": other.ask("GET", "/jobs").text,
         }
-        assert prompt not in told[where]
+        assert prompt not in reported[where]
     for owner in (ann, root):
         assert owner.ask("POST", "/v1/replay", files=picture).json()["replay"]["equal"]
 
@@ -321,9 +321,9 @@ def test_keys_that_draw_one_picture_at_a_time_are_not_told_so(run_app: Callable[
         others = [pool.submit(one.draw, seed=3) for one in (bob, root)]
         assert squares.gate is not None
         squares.gate.set()
-        told = [asked.result().json() for asked in (first, *others)]
-    assert [receipt["coalesced"] for receipt in told[:2]] == [False, False]
-    assert len({receipt["key"] for receipt in told}) == 3
+        reported = [asked.result().json() for asked in (first, *others)]
+    assert [receipt["coalesced"] for receipt in reported[:2]] == [False, False]
+    assert len({receipt["key"] for receipt in reported}) == 3
 
 
 @pytest.mark.fault(145)
@@ -373,9 +373,9 @@ def test_how_the_server_stands_is_told_to_keys_alone(run_app: Callable[..., Runn
     """Without a key only the state: no model folder and no error detail."""
     running_app = run_app(_Telling(), api_keys=KEYS)
     for headers in ({}, {"x-api-key": "wrong"}, {"authorization": "Basic eHg6eHg="}):
-        told = running_app.client.get("/readyz", headers=headers)
-        assert (told.status_code, told.json()["status"]) == (200, "ready")
-        assert not any(value for name, value in told.json().items() if name != "status")
+        reported = running_app.client.get("/readyz", headers=headers)
+        assert (reported.status_code, reported.json()["status"]) == (200, "ready")
+        assert not any(value for name, value in reported.json().items() if name != "status")
     assert "private-weights" in running_app.client.get("/readyz", headers={"x-api-key": "secret-b"}).text
     assert "private-weights" in run_app(_Telling()).client.get("/readyz").text, "the operator's own server"
     for elsewhere in (

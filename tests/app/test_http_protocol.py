@@ -72,7 +72,7 @@ def serving(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[], int]]:
     assert all(json.loads(line)["level"] == "warning" for line in logged.splitlines())
 
 
-def told(port: int, *parts: bytes, path: bytes = b"/") -> bytes:
+def reported(port: int, *parts: bytes, path: bytes = b"/") -> bytes:
     """The whole response to a body sent in these pieces, until the server closes or stops sending."""
     with closing(socket.create_connection(("127.0.0.1", port), timeout=2)) as client:
         client.sendall(b"POST " + path + b" HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -104,7 +104,7 @@ def test_chunks_have_a_useful_size_or_are_refused(serving: Callable[[], int], bo
 
     A client that continues after a refusal may see a connection reset before it reads the response.
     """
-    assert told(serving(), body)[9:12] in (status, b"" if status == b"400" else status)
+    assert reported(serving(), body)[9:12] in (status, b"" if status == b"400" else status)
 
 
 @pytest.mark.fault(174)
@@ -116,7 +116,7 @@ def test_rubbish_in_a_body_is_refused_or_the_connection_closed(
     serving: Callable[[], int], rubbish: bytes, path: bytes
 ) -> None:
     """Before, after and during a response: at most one response, and no traceback in the log."""
-    heard = told(serving(), SMALL, rubbish, path=path)
+    heard = reported(serving(), SMALL, rubbish, path=path)
     assert heard.count(b"HTTP/1.1") <= 1
     assert heard.startswith(b"HTTP/1.1 400" if path == b"/" else b"HTTP/1.1 200") or not heard
 
@@ -158,7 +158,7 @@ def test_a_server_answers_others_under_a_flood_of_small_chunks(live_of: Callable
     live = live_of(api_keys="ann:secret-of-ann")
     port = int(live.url.rsplit(":", 1)[1])
     for path in (b"/create_and_upload_image", b"/ui/key", b"/healthz", b"/style_transfer_and_upload_image"):
-        assert told(port, SMALL * 400, *[SMALL * 1000] * 30, path=path).count(b"HTTP/1.1") <= 1
+        assert reported(port, SMALL * 400, *[SMALL * 1000] * 30, path=path).count(b"HTTP/1.1") <= 1
     assert httpx.get(f"{live.url}/healthz").status_code == 200
 
 

@@ -68,7 +68,7 @@ def test_who_comes_while_the_server_stops_is_answered(tmp_path: Path, name: str)
 def test_a_crowd_that_asks_all_the_while_is_answered_or_refused_as_a_whole(tmp_path: Path) -> None:
     """Eight clients send on new connections from before the signal to the end: no response is truncated."""
     server = started(tmp_path, "painted")
-    told: list[object] = []
+    reported: list[object] = []
     over = threading.Event()
 
     def ask() -> None:
@@ -82,9 +82,9 @@ def test_a_crowd_that_asks_all_the_while_is_answered_or_refused_as_a_whole(tmp_p
                 continue  # the server had not accepted the connection
             try:
                 line.request("GET", "/healthz")
-                told.append(line.getresponse().status)
+                reported.append(line.getresponse().status)
             except (OSError, http.client.HTTPException) as error:
-                told.append(error)
+                reported.append(error)
             finally:
                 line.close()
 
@@ -94,7 +94,7 @@ def test_a_crowd_that_asks_all_the_while_is_answered_or_refused_as_a_whole(tmp_p
     for each in crowd:
         each.start()
     time.sleep(0.3)
-    before = len(told)
+    before = len(reported)
     server.process.send_signal(signal.SIGTERM)
     try:
         server.process.wait(60)
@@ -104,8 +104,8 @@ def test_a_crowd_that_asks_all_the_while_is_answered_or_refused_as_a_whole(tmp_p
     over.set()
     for each in crowd:
         each.join(60)
-    assert len(told) > before, "asked while it stopped"
-    broken = [each for each in told if each != 200]
+    assert len(reported) > before, "asked while it stopped"
+    broken = [each for each in reported if each != 200]
     # The kernel resets connections that arrive at the moment the socket is closed.
     assert len(broken) <= 8, broken[:9]
-    assert len(broken) <= len(told) / 20
+    assert len(broken) <= len(reported) / 20

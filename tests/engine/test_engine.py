@@ -132,8 +132,15 @@ def test_events_tell_the_life_of_a_job(engine_of: EngineOf) -> None:
     engine = engine_of(FakeDenoiser(), observe=events.append)
     engine.submit(job("a square", 3)).result.result(10)
     until(lambda: events[-1].kind is EngineEventKind.DONE)
-    told = [(event.kind.value, event.step, event.steps) for event in events]
-    assert told == [("queued", 0, 3), ("started", 0, 3), ("step", 1, 3), ("step", 2, 3), ("step", 3, 3), ("done", 3, 3)]
+    reported = [(event.kind.value, event.step, event.steps) for event in events]
+    assert reported == [
+        ("queued", 0, 3),
+        ("started", 0, 3),
+        ("step", 1, 3),
+        ("step", 2, 3),
+        ("step", 3, 3),
+        ("done", 3, 3),
+    ]
 
 
 def test_models_that_cannot_be_loaded_are_told_and_nothing_is_accepted() -> None:

@@ -151,15 +151,15 @@ def test_who_watches_is_told_of_the_place_in_the_line_and_the_time_left(
         engine.submit(job("measured", steps=8)).result.result(10)
     assert gated.gate is not None
     gated.gate.clear()
-    told: list[Any] = []
-    tickets = [engine.submit(job(f"job {n}"), watch=told.append if n == 2 else None) for n in range(3)]
+    reported: list[Any] = []
+    tickets = [engine.submit(job(f"job {n}"), watch=reported.append if n == 2 else None) for n in range(3)]
     open_gate(gated)
     for ticket in tickets:
         ticket.result.result(10)
-    until(lambda: told[-1].kind is EngineEventKind.DONE)
-    places = [event.position for event in told if event.kind is EngineEventKind.QUEUED]
+    until(lambda: reported[-1].kind is EngineEventKind.DONE)
+    places = [event.position for event in reported if event.kind is EngineEventKind.QUEUED]
     assert places == sorted(places, reverse=True)
     assert places[-1] == 1
-    assert [event.step for event in told if event.kind is EngineEventKind.STEP] == [1, 2, 3, 4]
-    assert all(event.position == 0 for event in told if event.kind is EngineEventKind.STEP)
-    assert all(event.eta_seconds is not None and event.eta_seconds >= 0 for event in told if event.kind != "done")
+    assert [event.step for event in reported if event.kind is EngineEventKind.STEP] == [1, 2, 3, 4]
+    assert all(event.position == 0 for event in reported if event.kind is EngineEventKind.STEP)
+    assert all(event.eta_seconds is not None and event.eta_seconds >= 0 for event in reported if event.kind != "done")

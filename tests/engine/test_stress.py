@@ -68,14 +68,14 @@ def test_whatever_happens_every_job_gets_its_own_answer(
 ) -> None:
     """Random shapes, steps, owners, classes, cancellations, failures and out-of-memory: each image is its own job's."""
     chance = random.Random(seed)  # noqa: S311  # no secret
-    told: dict[str, list[EngineEvent]] = {}
+    reported: dict[str, list[EngineEvent]] = {}
     painter = Stepwise(resident=resident, seconds_per_step=0.0002)
     engine = engine_of(
         painter,
         queue_limit=JOBS,
         max_batch=8,
         workers=workers,
-        observe=lambda event: told.setdefault(event.job_id, []).append(event),
+        observe=lambda event: reported.setdefault(event.job_id, []).append(event),
     )
     tickets: list[Ticket[FakePixels]] = []
     for number in range(JOBS):
@@ -105,7 +105,7 @@ def test_whatever_happens_every_job_gets_its_own_answer(
             pass
         except RuntimeError as error:
             assert (wanted.prompt, str(error)) == ("unsteppable", "cannot step this")  # noqa: PT017  # one of three ends
-        until(lambda: told[ticket.id][-1].kind in ends)  # noqa: B023  # called at once
-        assert sum(event.kind in ends for event in told[ticket.id]) == 1
+        until(lambda: reported[ticket.id][-1].kind in ends)  # noqa: B023  # called at once
+        assert sum(event.kind in ends for event in reported[ticket.id]) == 1
     assert max(painter.groups) > 1
     assert engine.submit(job("the next")).result.result(10)

@@ -154,11 +154,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 
 def test_what_is_to_be_warm_is_drawn_before_the_server_is_ready(tmp_path: Path) -> None:
     """Each size by each model, alone and batched, as a compiler needs it; nothing is stored."""
-    painter, told = FakeDenoiser(), list[int]()
+    painter, reported = FakeDenoiser(), list[int]()
 
     class Counting(ProcessHooks):
         def ready(self) -> None:
-            told.append(len(painter.finished))
+            reported.append(len(painter.finished))
 
     app = create_app(
         settings_in(tmp_path, warmup_sizes=("256x256", "384x256", "4096x4096"), models="embedded"),
@@ -166,7 +166,7 @@ def test_what_is_to_be_warm_is_drawn_before_the_server_is_ready(tmp_path: Path) 
         hooks=Counting(),
     )
     with TestClient(app):
-        until(lambda: told == [6])  # the largest runs on the first one's canvas, and SDXL with guidance and without
+        until(lambda: reported == [6])  # the largest runs on the first one's canvas, and SDXL with guidance and without
     drawn = {(job.model, job.width, job.height, job.guidance_scale > 1) for job in painter.finished}
     assert drawn == {
         (model, width, 256, guided)

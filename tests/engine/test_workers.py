@@ -101,18 +101,18 @@ def test_weights_that_travel_are_used_in_phases(engine_of: EngineOf) -> None:
 
 def test_previews_are_made_for_those_who_want_them(engine_of: EngineOf) -> None:
     """At most every other step, as a small image; requests without previews cost nothing."""
-    painter, told = PreviewingDenoiser(seconds_per_step=0.01), list[EngineEvent]()
+    painter, reported = PreviewingDenoiser(seconds_per_step=0.01), list[EngineEvent]()
     engine = engine_of(painter)
     engine.submit(job("plain", steps=8), watch=lambda event: None).result.result(10)
     assert painter.sketches == 0
     # On a busy machine a preview that waited for a CPU seems too expensive, and the next ones are skipped.
     until(
         lambda: (
-            bool(engine.submit(job("watched", steps=8), previews=True, watch=told.append).result.result(10))
-            and any(event.preview is not None for event in told)
+            bool(engine.submit(job("watched", steps=8), previews=True, watch=reported.append).result.result(10))
+            and any(event.preview is not None for event in reported)
         )
     )
-    sketched = [event for event in told if event.preview is not None]
+    sketched = [event for event in reported if event.preview is not None]
     assert all(event.preview is not None and np.all(event.preview == event.step) for event in sketched)
     for _, events in groupby(sketched, lambda event: event.job_id):
         assert all(later.step - earlier.step >= MIN_STEPS_BETWEEN for earlier, later in pairwise(events))

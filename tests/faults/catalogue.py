@@ -204,7 +204,7 @@ def marked() -> dict[str, tuple[str, ...]]:
     return {name: rows for path in sorted(TESTS.rglob("test_*.py")) for name, rows in _marked_in(path)}
 
 
-def told() -> dict[str, dict[str, str]]:
+def reported() -> dict[str, dict[str, str]]:
     """The content of the page: row → its tests and their results. Raises `ValueError` for a row with other words."""
     found: dict[str, dict[str, str]] = {}
     row = ""

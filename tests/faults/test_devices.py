@@ -76,12 +76,12 @@ def test_a_device_that_another_has_filled_is_used_as_it_is_or_refused_in_a_sente
     from stable_diffusion_server.pipelines import registry
 
     with _hogged(share):
-        devices, told = set(), ""
+        devices, reported = set(), ""
         try:
             devices = {model.device for model in registry.load(ROOT / "models", "cuda", 1).loaded}
         except ModelLoadError as error:
-            told = error.detail
-        assert devices == {"cuda"} or "memory" in told
+            reported = error.detail
+        assert devices == {"cuda"} or "memory" in reported
 
 
 @pytest.mark.fault(59)

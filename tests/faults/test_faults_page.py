@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from faults.catalogue import ROWS, by_row, marked, told
+from faults.catalogue import ROWS, by_row, marked, reported
 
 # Root skips some, since it can read every file. The last kind of result only says that the suite runs the test.
 GOOD = re.compile(r"\d+ passed( \(gpu\))?(, \d+ skipped( \(gpu\))?)?|\d+ skipped( \(gpu\))?|with `make test`")
@@ -33,12 +33,12 @@ def test_no_test_names_a_row_that_is_not_there() -> None:
 
 def test_the_page_lists_exactly_the_tests_that_carry_the_mark() -> None:
     """Run scripts/fault_table.py again after adding or renaming a test."""
-    assert {row: list(tests) for row, tests in told().items()} == {
+    assert {row: list(tests) for row, tests in reported().items()} == {
         row: tests for row, tests in by_row(marked()).items() if tests
     }
 
 
 def test_the_page_tells_of_no_failure() -> None:
     """Every result is a number of passed cases, or a skip where the device is missing."""
-    results = {result for tests in told().values() for result in tests.values()}
+    results = {result for tests in reported().values() for result in tests.values()}
     assert [result for result in results if not GOOD.fullmatch(result)] == []

@@ -62,19 +62,19 @@ def test_whatever_is_killed_what_was_accepted_is_drawn(tmp_path: Path, target: s
             reach(server, ids, under_way if load else all_done)
             server = struck(server, target, number, port)
             reach(server, ids, all_done)
-            ended = told(server, ids)
+            ended = reported(server, ids)
             assert {each["attempts"] for each in ended} <= ({1, 2} if load else {1})
             assert [httpx.get(each["receipt"]["path"]).status_code for each in ended] == [200] * len(ids)
     finally:
         server.stop()
 
 
-def told(server: Server, ids: list[str]) -> list[dict[str, Any]]:
+def reported(server: Server, ids: list[str]) -> list[dict[str, Any]]:
     return [job(server, job_id) for job_id in ids]
 
 
 def reach(server: Server, ids: list[str], how: Callable[[list[dict[str, Any]]], bool]) -> None:
-    until(lambda: how(told(server, ids)), 60)
+    until(lambda: how(reported(server, ids)), 60)
 
 
 def all_done(jobs: list[dict[str, Any]]) -> bool:

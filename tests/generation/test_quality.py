@@ -52,7 +52,7 @@ def remedy(**changes: Any) -> RetryPolicy:
     return RetryPolicy(**values)
 
 
-async def judged(easel: Easel, job: DiffusionRequest = JOB, **changes: Any) -> tuple[CheckedImage[Product], list[str]]:
+async def checked(easel: Easel, job: DiffusionRequest = JOB, **changes: Any) -> tuple[CheckedImage[Product], list[str]]:
     result = await generate_with_retries(job, easel.draw, remedy(**changes))
     return result, [warning.code for warning in result.warnings]
 
@@ -60,7 +60,7 @@ async def judged(easel: Easel, job: DiffusionRequest = JOB, **changes: Any) -> t
 async def test_a_good_picture_is_drawn_once_and_nothing_is_told() -> None:
     """The common case costs one check."""
     easel = Easel(GOOD)
-    result, codes = await judged(easel)
+    result, codes = await checked(easel)
     assert (easel.jobs, codes, result.request) == ([JOB], [], JOB)
 
 
@@ -86,8 +86,8 @@ async def test_tries_are_few_the_best_is_kept_and_all_is_told(
 ) -> None:
     """Exactly these attempts: black and not finite once each, too bumpy twice; the result's warnings say which."""
     easel = Easel(*results)
-    result, told = await judged(easel)
-    assert told == codes
+    result, reported = await checked(easel)
+    assert reported == codes
     assert easel.results == []
     assert result.product.pixels is results[kept]
     assert result.request == easel.jobs[kept]
@@ -98,7 +98,7 @@ async def test_not_finite_twice_is_the_callers_answer() -> None:
     """One retry with a new seed, then the named error."""
     easel = Easel(NAN, NAN)
     with pytest.raises(NotFinite):
-        await judged(easel)
+        await checked(easel)
     assert len(easel.jobs) == 2
 
 
@@ -107,7 +107,7 @@ async def test_not_finite_twice_with_adapters_is_told_as_their_doing() -> None:
     """One retry with a new seed, then an error of the `loras` parameter with their names and weights."""
     easel = Easel(NAN, NAN)
     with pytest.raises(InvalidInput, match=r"With ink:2, pastel:-0\.5 the picture is not finite") as refused:
-        await judged(easel, replace(JOB, loras=(("ink", 2.0), ("pastel", -0.5))))
+        await checked(easel, replace(JOB, loras=(("ink", 2.0), ("pastel", -0.5))))
     assert refused.value.field == "lora"
     assert len(easel.jobs) == 2
 
@@ -117,7 +117,7 @@ async def test_a_fault_that_drawing_again_can_not_mend_is_not_tried_again(error:
     """A full queue or a wrong parameter is final."""
     easel = Easel(error)
     with pytest.raises(type(error)):
-        await judged(easel)
+        await checked(easel)
     assert len(easel.jobs) == 1
 
 
@@ -126,7 +126,7 @@ async def test_a_redraw_for_black_changes_the_seed_alone_and_always_to_the_same_
     jobs = []
     for _ in range(2):
         easel = Easel(BLACK, GOOD)
-        await judged(easel)
+        await checked(easel)
         jobs.append(easel.jobs[1])
     assert jobs[0] == jobs[1]
     assert jobs[0].seed != JOB.seed
@@ -136,11 +136,11 @@ async def test_a_redraw_for_black_changes_the_seed_alone_and_always_to_the_same_
 async def test_a_bumpy_picture_is_asked_for_with_detail_and_a_step_more() -> None:
     """As the original did, and never more steps than allowed, nor a prompt beyond the text encoder's limit."""
     easel = Easel(BUMPY, BUMPY, GOOD)
-    await judged(easel)
+    await checked(easel)
     assert [job.prompt for job in easel.jobs] == ["a red disc", "a red disc detail", "a red disc detail detail"]
     assert [job.num_inference_steps for job in easel.jobs] == [4, 5, 6]
     easel = Easel(BUMPY, GOOD)
-    await judged(easel, max_steps=4, fit=lambda text: text[:5])
+    await checked(easel, max_steps=4, fit=lambda text: text[:5])
     assert (easel.jobs[1].prompt, easel.jobs[1].num_inference_steps) == ("a red", 4)
 
 
@@ -148,25 +148,25 @@ async def test_a_bumpy_style_transfer_stays_a_little_closer_to_its_image() -> No
     """Strength decreases by 0.01, the steps stay; not where that would leave no step."""
     style = replace(JOB, task=Task.IMAGE_TO_IMAGE, image=ImageArray(GOOD), strength=0.6)
     easel = Easel(BUMPY, BUMPY, GOOD)
-    await judged(easel, style)
+    await checked(easel, style)
     assert [job.strength for job in easel.jobs] == [0.6, 0.59, 0.58]
     assert {job.num_inference_steps for job in easel.jobs} == {4}
     easel = Easel(BUMPY, GOOD)
-    await judged(easel, replace(style, strength=0.25))
+    await checked(easel, replace(style, strength=0.25))
     assert easel.jobs[1].strength == 0.25
 
 
 async def test_an_inpainting_is_not_judged_by_the_bumps_of_the_rest() -> None:
     """Most of the image is the caller's own; a black result is still detected."""
     inpaint = replace(JOB, task=Task.INPAINT, image=ImageArray(BUMPY), mask=ImageArray(GOOD[..., 0]))
-    assert (await judged(Easel(BUMPY), inpaint))[1] == []
-    assert (await judged(Easel(BLACK, GOOD), inpaint))[1] == ["redrawn-black"]
+    assert (await checked(Easel(BUMPY), inpaint))[1] == []
+    assert (await checked(Easel(BLACK, GOOD), inpaint))[1] == ["redrawn-black"]
 
 
 async def test_bumps_can_be_let_be() -> None:
     """With zero retries the check does not run and gives no warning; black is still detected."""
-    assert (await judged(Easel(BUMPY), redraws=0))[1] == []
-    assert (await judged(Easel(BLACK, GOOD), redraws=0))[1] == ["redrawn-black"]
+    assert (await checked(Easel(BUMPY), redraws=0))[1] == []
+    assert (await checked(Easel(BLACK, GOOD), redraws=0))[1] == ["redrawn-black"]
 
 
 def test_no_model_is_judged_by_bumps_unless_the_operator_asks() -> None:

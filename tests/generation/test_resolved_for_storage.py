@@ -62,7 +62,7 @@ class ResolverHarness:
 
 
 @pytest.fixture
-async def rooms() -> AsyncIterator[ResolverHarness]:
+async def app() -> AsyncIterator[ResolverHarness]:
     """One harness."""
     made = ResolverHarness()
     yield made
@@ -72,7 +72,7 @@ async def rooms() -> AsyncIterator[ResolverHarness]:
 
 @pytest.mark.fault(162)
 @pytest.mark.parametrize(
-    ("fact", "value", "told"),
+    ("fact", "value", "reported"),
     [
         ("revision", "other-weights", "model"),
         ("default_steps", 7, "num_inference_steps"),
@@ -81,52 +81,52 @@ async def rooms() -> AsyncIterator[ResolverHarness]:
     ],
 )
 async def test_a_model_that_became_another_is_drawn_anew(
-    fact: str, value: Any, told: str, rooms: ResolverHarness
+    fact: str, value: Any, reported: str, app: ResolverHarness
 ) -> None:
     """Loading may replace a model: the new one's identity and defaults apply."""
-    first = await rooms.service.generate(ORDER)
-    assert rooms.service.lookup_cached(ORDER) is not None
-    rooms.change(**{fact: value})
-    assert rooms.service.lookup_cached(ORDER) is None
-    second = await rooms.service.generate(ORDER)
-    assert (second.cached, second.key == first.key, len(rooms.painter.finished)) == (False, False, 2)
-    assert getattr(second, told) == (value if told != "model" else "sdxl")
-    rooms.change(**{fact: getattr(MODELS["sdxl"], fact)})
-    again = rooms.service.lookup_cached(ORDER)
+    first = await app.service.generate(ORDER)
+    assert app.service.lookup_cached(ORDER) is not None
+    app.change(**{fact: value})
+    assert app.service.lookup_cached(ORDER) is None
+    second = await app.service.generate(ORDER)
+    assert (second.cached, second.key == first.key, len(app.painter.finished)) == (False, False, 2)
+    assert getattr(second, reported) == (value if reported != "model" else "sdxl")
+    app.change(**{fact: getattr(MODELS["sdxl"], fact)})
+    again = app.service.lookup_cached(ORDER)
     assert again is not None
     assert again.key == first.key
 
 
 @pytest.mark.fault(162)
-async def test_a_model_that_is_no_longer_here_draws_nothing_from_memory(rooms: ResolverHarness) -> None:
+async def test_a_model_that_is_no_longer_here_draws_nothing_from_memory(app: ResolverHarness) -> None:
     """The default model changed its family, a named one was removed: the cache answers for neither."""
-    first = await rooms.service.generate(ORDER)
+    first = await app.service.generate(ORDER)
     named = replace(ORDER, model="sdxl")
-    assert (await rooms.service.generate(named)).key == first.key
-    del rooms.models["sdxl"]
-    assert rooms.service.lookup_cached(ORDER) is None
-    assert (await rooms.service.generate(ORDER)).model == "flux"
-    for ask in (rooms.service.lookup_cached, rooms.service.check_open):
-        if ask == rooms.service.lookup_cached:
+    assert (await app.service.generate(named)).key == first.key
+    del app.models["sdxl"]
+    assert app.service.lookup_cached(ORDER) is None
+    assert (await app.service.generate(ORDER)).model == "flux"
+    for ask in (app.service.lookup_cached, app.service.check_open):
+        if ask == app.service.lookup_cached:
             with pytest.raises(InvalidInput, match="not a model here"):
                 ask(named)
     with pytest.raises(InvalidInput, match="not a model here"):
-        await rooms.service.generate(named)
+        await app.service.generate(named)
 
 
 @pytest.mark.fault(162)
-async def test_an_adapter_with_other_content_is_another_picture_at_once(rooms: ResolverHarness) -> None:
+async def test_an_adapter_with_other_content_is_another_picture_at_once(app: ResolverHarness) -> None:
     """The same request in the same process.
 
     Generated again, under another name, with the new content's digest in the job.
     """
     order = replace(ORDER, loras=(("ink", 1.0),))
-    first = await rooms.service.generate(order)
-    assert (await rooms.service.generate(order)).cached
-    rooms.loras["ink"] = "2b"
-    second = await rooms.service.generate(order)
+    first = await app.service.generate(order)
+    assert (await app.service.generate(order)).cached
+    app.loras["ink"] = "2b"
+    second = await app.service.generate(order)
     assert (second.cached, second.key == first.key) == (False, False)
-    assert [job.lora_digests for job in rooms.painter.finished] == [("1a",), ("2b",)]
+    assert [job.lora_digests for job in app.painter.finished] == [("1a",), ("2b",)]
 
 
 @pytest.mark.fault(162)
@@ -155,12 +155,12 @@ def test_jobs_with_other_adapter_contents_share_neither_flight_nor_forward_pass(
 
 
 @pytest.mark.fault(162)
-async def test_a_name_is_looked_up_off_the_event_loop(rooms: ResolverHarness) -> None:
+async def test_a_name_is_looked_up_off_the_event_loop(app: ResolverHarness) -> None:
     """A cached answer reads no file, so a request with LoRAs never uses it."""
     order = replace(ORDER, loras=(("ink", 1.0),))
-    await rooms.service.generate(order)
-    rooms.loras = _Unread()
-    assert rooms.service.lookup_cached(order) is None
+    await app.service.generate(order)
+    app.loras = _Unread()
+    assert app.service.lookup_cached(order) is None
 
 
 class _Unread(dict[str, str]):

@@ -71,8 +71,8 @@ def test_an_adapter_is_told_by_its_weights_and_not_by_its_name_alone() -> None:
     """Other weights under the same name give another image; the same weights the same one."""
     order = replace(UPLOADED, loras=(("pastel", 0.5),))
     mine, same, other = (
-        resolve_request(order, replace(OPTIONS, loras=lambda told=told: {"pastel": told})).content_digest
-        for told in ("1a", "1a", "2b")
+        resolve_request(order, replace(OPTIONS, loras=lambda reported=reported: {"pastel": reported})).content_digest
+        for reported in ("1a", "1a", "2b")
     )
     assert mine == same != other
 
@@ -164,8 +164,8 @@ def test_edges_are_followed_by_default_where_a_model_can(model: str, asked: bool
         replace(UPLOADED, task=Task.IMAGE_TO_IMAGE, mask=None, model=model, canny=asked), EDGELESS_FLUX
     )
     assert plan.parameters.canny is follows
-    told = {warning.code for warning in plan.parameters.warnings}
-    assert ("canny-unavailable" in told) is (model == "flux")
+    reported = {warning.code for warning in plan.parameters.warnings}
+    assert ("canny-unavailable" in reported) is (model == "flux")
 
 
 def test_edges_that_cannot_be_followed_are_refused_when_asked_for() -> None:

@@ -242,7 +242,7 @@ async def test_a_cached_answer_remembers_that_the_prompt_was_shortened(
     harness = harness_of()
     asked = order("a red square " + "with the very best of details " * 60, save_path="a.webp")
     codes = [{w.code for w in (await harness.service.generate(asked)).warnings} for _ in range(2)]
-    assert all("prompt-shortened" in told for told in codes)
+    assert all("prompt-shortened" in reported for reported in codes)
 
 
 class FullBucket(LocalBucket):

@@ -237,9 +237,9 @@ async def test_a_child_sees_no_environment_and_bounds_itself(
     monkeypatch.setenv("API_KEYS", "secret")
     await decoder.decode(PNG, "image_file")
     (pid,) = children()
-    told = {name: await asyncio.to_thread(Path(f"/proc/{pid}/{name}").read_text) for name in ("environ", "limits")}
-    assert told["environ"] == ""
-    limits = {line[:26].strip(): line[26:].split()[0] for line in told["limits"].splitlines()}
+    reported = {name: await asyncio.to_thread(Path(f"/proc/{pid}/{name}").read_text) for name in ("environ", "limits")}
+    assert reported["environ"] == ""
+    limits = {line[:26].strip(): line[26:].split()[0] for line in reported["limits"].splitlines()}
     assert int(limits["Max address space"]) < 2**30
     assert (limits["Max file size"], limits["Max core file size"]) == ("0", "0")
     assert int(limits["Max cpu time"]) < 60

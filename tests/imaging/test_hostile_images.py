@@ -95,8 +95,8 @@ async def test_a_bomb_is_refused_by_what_its_header_claims(decoder: DecoderPool,
 def peak_memory(decoder: DecoderPool) -> int:
     """Peak memory of the one process, in bytes."""
     (worker,) = decoder._idle
-    told = Path(f"/proc/{worker._process.pid}/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in told.splitlines() if line.startswith("VmHWM"))
+    reported = Path(f"/proc/{worker._process.pid}/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in reported.splitlines() if line.startswith("VmHWM"))
 
 
 @pytest.mark.fault(32)

@@ -117,8 +117,8 @@ def test_a_damaged_row_holds_up_no_other(tmp_path: Path, table: str, column: str
         for caller in ("", "ann"):
             assert all(isinstance(entry.state, JobState) for entry in journal.list_recent(caller, 99))
         for name in ("damaged", "ended"):
-            told = journal.find(name)
-            assert told is None or isinstance(told.accepted_at, int | float)
+            reported = journal.find(name)
+            assert reported is None or isinstance(reported.accepted_at, int | float)
         for key in ("key-1", "key-2", "key-3"):
             journal.claim(CLAIM.__class__("ann", key, "print"), 5.0)
         for message in journal.due_messages(time.time(), 9):
@@ -224,8 +224,8 @@ def test_what_is_put_aside_is_kept_whole(run_app: Callable[..., RunningApp], tmp
     (tmp_path / "data" / name).write_bytes(noise)
     run_app()
     until(lambda: bool(list((tmp_path / "data").glob(f"{name}.broken-*"))))
-    (aside,) = (tmp_path / "data").glob(f"{name}.broken-*")
-    assert aside.read_bytes() == noise
+    (elsewhere,) = (tmp_path / "data").glob(f"{name}.broken-*")
+    assert elsewhere.read_bytes() == noise
 
 
 @pytest.mark.fault(153)

@@ -154,15 +154,15 @@ async def test_the_events_of_a_job_are_told_in_order_and_from_any_point_on(offic
     """Queued, start, each step, done; a client that resumes with an event id gets only later events."""
     office = await office_of(FakeDenoiser(seconds_per_step=0.02))
     job_id = (await office.accepted(order())).id
-    told = await office.happened(job_id)
-    assert [(event.kind, event.status.step) for event in told if event.kind != "queued"] == [
+    reported = await office.happened(job_id)
+    assert [(event.kind, event.status.step) for event in reported if event.kind != "queued"] == [
         *(("step", number) for number in range(5)),
         ("done", 4),
     ]
-    assert len({event.id for event in told}) == len(told)
-    assert told[-1].id == "end"
+    assert len({event.id for event in reported}) == len(reported)
+    assert reported[-1].id == "end"
     again = await office_of()
-    assert [event.kind for event in await again.happened(job_id, told[2].id)] == ["done"]
+    assert [event.kind for event in await again.happened(job_id, reported[2].id)] == ["done"]
     assert await again.jobs.follow(job_id, ANN, "end") is None
 
 

@@ -32,25 +32,25 @@ class Receiver:
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
     """Listen on loopback."""
-    told = Receiver()
+    reported = Receiver()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            told.heard.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
-            time.sleep(told.silence)
-            self.send_response(told.status)
-            self.send_header("Location", f"http://127.0.0.1:{told.port}/elsewhere")
+            reported.heard.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
+            time.sleep(reported.silence)
+            self.send_response(reported.status)
+            self.send_header("Location", f"http://127.0.0.1:{reported.port}/elsewhere")
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    told.port = server.server_port
+    reported.port = server.server_port
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield told
+    yield reported
     server.shutdown()
     server.server_close()
     thread.join()

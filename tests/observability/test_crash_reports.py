@@ -186,10 +186,10 @@ def test_a_job_that_ends_the_server_is_failed_and_its_neighbours_are_drawn(tmp_p
     try:
         names = [*(f"a red circle {n}" for n in range(5)), f"it {how}"]
         ids = [accept(server, name) for name in names]
-        told = ended(server, ids)
-        states = {each["id"]: each["state"] for each in told}
+        reported = ended(server, ids)
+        states = {each["id"]: each["state"] for each in reported}
         assert states.pop(ids[-1]) == "failed"
-        assert told[-1]["problem"]["type"].endswith("poison-job")
+        assert reported[-1]["problem"]["type"].endswith("poison-job")
         assert set(states.values()) == {"done"}
         later = accept(server, "a green circle")
         assert ended(server, [later])[0]["state"] == "done"
@@ -248,10 +248,10 @@ def test_killing_the_server_again_and_again_fails_no_job(tmp_path: Path, watched
 def on_device(folder: Path) -> list[str]:
     """Requests on the device, from the server's own record."""
     try:
-        told: list[str] = json.loads((folder / "data" / crash_reports.DEVICE_FILE).read_bytes())["on_device"]
+        reported: list[str] = json.loads((folder / "data" / crash_reports.DEVICE_FILE).read_bytes())["on_device"]
     except (OSError, ValueError):
         return []
-    return told
+    return reported
 
 
 def killed(server: Server, folder: Path, port: int, *, watched: bool) -> Server:

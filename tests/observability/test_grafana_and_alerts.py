@@ -53,8 +53,8 @@ def labels_of(text: str) -> dict[str, set[str]]:
 
 
 def panels() -> list[dict[str, Any]]:
-    told: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
-    return [panel for panel in told if panel["type"] != "row"]
+    reported: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
+    return [panel for panel in reported if panel["type"] != "row"]
 
 
 def rules() -> list[dict[str, Any]]:

@@ -28,13 +28,13 @@ def test_a_request_is_one_line_with_its_id_key_and_reason(
     running_app.client.get(CREATE, params=ORDER, headers=KEY)
     running_app.client.get(CREATE, params={**ORDER, "width": 1}, headers=KEY)
     logged = "".join(capfd.readouterr())
-    told = [line for line in lines(logged) if line.get("request_id") == "the-id"]
-    requests = [line for line in told if line["event"] == "request" and line["path"] == CREATE]
+    reported = [line for line in lines(logged) if line.get("request_id") == "the-id"]
+    requests = [line for line in reported if line["event"] == "request" and line["path"] == CREATE]
     assert [(line["status"], line["key"], line.get("reason")) for line in requests] == [
         (200, "anna", None),
         (422, "anna", "invalid-input"),
     ]
-    (stored,) = [line for line in told if line["event"] == "picture stored"]
+    (stored,) = [line for line in reported if line["event"] == "picture stored"]
     assert (stored["key"], "prompt" in stored) == ("anna", False)
     assert stored["name"].startswith("static/uploads/")
     assert not [word for word in ("confidential", "secret-of-anna") if word in logged]

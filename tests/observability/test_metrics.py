@@ -129,9 +129,9 @@ def test_readiness_is_a_figure(tmp_path: Path) -> None:
 
 def test_calls_to_a_bucket_are_timed_and_their_failures_counted() -> None:
     """A call that returns "not found" succeeded; errors are failures."""
-    told: list[tuple[str, bool]] = []
+    reported: list[tuple[str, bool]] = []
     bucket = MemoryBucket()
-    timed = InstrumentedBucket(bucket, lambda call, seconds, failed: told.append((call, failed)))
+    timed = InstrumentedBucket(bucket, lambda call, seconds, failed: reported.append((call, failed)))
     timed.open()
     timed.create("a", b"x", "image/webp", {})
     with pytest.raises(NotFound):
@@ -139,7 +139,7 @@ def test_calls_to_a_bucket_are_timed_and_their_failures_counted() -> None:
     bucket.stat = _down  # type: ignore[method-assign]  # the one call that fails
     with pytest.raises(StorageUnavailable):
         timed.stat("a")
-    assert told == [("open", False), ("create", False), ("read", False), ("stat", True)]
+    assert reported == [("open", False), ("create", False), ("read", False), ("stat", True)]
 
 
 def test_the_embedded_models_tell_what_they_are(server: object) -> None:

@@ -82,9 +82,9 @@ def test_a_request_and_its_parts_are_spans_of_the_callers_trace(
     until(lambda: len(collector.named(f"GET {CREATE}")) == 1, 30)
     (request,) = collector.named(f"GET {CREATE}")
     assert request.trace_id.hex() == CALLERS
-    told = facts(request)
-    assert (told["http.response.status_code"], told["http.route"], told["sds.key"]) == (200, CREATE, "anna")
-    assert told["sds.request_id"] == "the-id"
+    reported = facts(request)
+    assert (reported["http.response.status_code"], reported["http.route"], reported["sds.key"]) == (200, CREATE, "anna")
+    assert reported["sds.request_id"] == "the-id"
     for name in ("cache_lookup", "prepare", "generate", "store"):
         (part,) = collector.named(name)
         assert (part.trace_id.hex(), part.parent_span_id) == (CALLERS, request.span_id)

@@ -249,8 +249,8 @@ def test_whatever_others_wrote_beside_an_object_its_receipt_can_be_sent(
         for path in (running_app.folder).rglob("*kept.webp*")
         if path.is_file() and b'"record"' in path.read_bytes()
     )
-    told = json.loads(facts.read_bytes())
-    facts.write_text(json.dumps({**told, "record": {**told["record"], **changes}}))
+    reported = json.loads(facts.read_bytes())
+    facts.write_text(json.dumps({**reported, "record": {**reported["record"], **changes}}))
     for answer in (
         running_app.client.post(CREATE, json=name),
         running_app.client.get("/files/static/uploads/kept.webp?record=1"),

@@ -115,7 +115,7 @@ def test_an_odd_entry_is_set_aside_and_the_rest_is_brought(
     letters = DeadLetters(tmp_path / "dead-letters", 10**9)
     [letter] = letters.list_all()
     assert (letter.id, letter.reason.startswith("It could not be read")) == ("00", True)
-    assert "is set aside" in "".join(capfd.readouterr())
+    assert "it is moved to the dead letters" in "".join(capfd.readouterr())
     if kind != "a folder":
         letters.drop(letter)
         assert letters.list_all() == []

@@ -29,7 +29,7 @@ class Counted(MemoryBucket):
         return super().stat(key)
 
 
-class House:
+class SimulatedServer:
     """A cached bucket over a counting one, with a clock that the test sets."""
 
     def __init__(self, folder: Path, capacity: int = 10) -> None:
@@ -41,11 +41,11 @@ class House:
 
 
 @pytest.fixture
-def running_app(tmp_path: Path) -> House:
-    return House(tmp_path)
+def running_app(tmp_path: Path) -> SimulatedServer:
+    return SimulatedServer(tmp_path)
 
 
-def test_what_was_seen_is_not_asked_for_again(running_app: House) -> None:
+def test_what_was_seen_is_not_asked_for_again(running_app: SimulatedServer) -> None:
     """After a store or a stat: the next hit makes no call, and works during an outage."""
     running_app.store.create("theirs", b"data", "image/webp", {})
     ours, _ = running_app.bucket.create("ours", b"data", "image/webp", {})
@@ -56,14 +56,14 @@ def test_what_was_seen_is_not_asked_for_again(running_app: House) -> None:
     assert running_app.store.asked == asked
 
 
-def test_absence_is_never_remembered(running_app: House) -> None:
+def test_absence_is_never_remembered(running_app: SimulatedServer) -> None:
     """A key that another server stores right after a miss is found at once."""
     assert running_app.bucket.stat("k") is None
     running_app.store.create("k", b"data", "image/webp", {})
     assert running_app.bucket.stat("k") is not None
 
 
-def test_what_is_deleted_or_overwritten_here_is_forgotten_at_once(running_app: House) -> None:
+def test_what_is_deleted_or_overwritten_here_is_forgotten_at_once(running_app: SimulatedServer) -> None:
     """Local changes never leave stale entries."""
     running_app.bucket.create("k", b"data", "image/webp", {"seed": "1"})
     new = running_app.bucket.overwrite("k", b"newer", "image/webp", {"seed": "2"})
@@ -72,7 +72,7 @@ def test_what_is_deleted_or_overwritten_here_is_forgotten_at_once(running_app: H
     assert running_app.bucket.stat("k") is None
 
 
-def test_what_others_delete_is_seen_when_its_time_is_over(running_app: House) -> None:
+def test_what_others_delete_is_seen_when_its_time_is_over(running_app: SimulatedServer) -> None:
     """Cached until the time is over, and not longer."""
     running_app.bucket.create("k", b"data", "image/webp", {})
     running_app.store.delete("k")
@@ -84,7 +84,7 @@ def test_what_others_delete_is_seen_when_its_time_is_over(running_app: House) ->
 
 def test_the_oldest_gives_way_when_the_memory_is_full(tmp_path: Path) -> None:
     """The bound holds, and an evicted key is queried again."""
-    running_app = House(tmp_path, capacity=2)
+    running_app = SimulatedServer(tmp_path, capacity=2)
     for key in "abc":
         running_app.bucket.create(key, b"data", "image/webp", {})
     asked = running_app.store.asked
@@ -94,7 +94,7 @@ def test_the_oldest_gives_way_when_the_memory_is_full(tmp_path: Path) -> None:
     assert running_app.store.asked == asked + 1
 
 
-def test_what_waits_is_not_remembered_as_stored(running_app: House) -> None:
+def test_what_waits_is_not_remembered_as_stored(running_app: SimulatedServer) -> None:
     """The URL of a spooled object changes with its upload, so it is queried each time."""
     running_app.store.off = True
     assert running_app.bucket.create("k", b"data", "image/webp", {})[0].waiting
@@ -104,7 +104,7 @@ def test_what_waits_is_not_remembered_as_stored(running_app: House) -> None:
     assert running_app.bucket.url("k") is None
 
 
-def test_what_others_deleted_is_forgotten_when_it_cannot_be_read(running_app: House) -> None:
+def test_what_others_deleted_is_forgotten_when_it_cannot_be_read(running_app: SimulatedServer) -> None:
     """Cached but deleted: the reader gets an error, and the next stat queries the bucket."""
     running_app.bucket.create("k", b"data", "image/webp", {})
     running_app.store.delete("k")

@@ -118,7 +118,7 @@ async def test_a_visitor_is_told_that_the_server_does_not_answer() -> None:
     # As the UI client requests, but with a shorter timeout.
     http.request = lambda *given, **named: request(*given, **{**named, "timeout": 0.2})  # type: ignore[method-assign]  # to ask more briefly
     desk = ApiClient(http, BASE)
-    wish = UiRequest("/v1/images/edits", {}, {"image": b"png"})
-    for ask in (desk.jobs, desk.history, desk.readiness, *[lambda: desk.start(wish)] * 10):
+    wanted = UiRequest("/v1/images/edits", {}, {"image": b"png"})
+    for ask in (desk.jobs, desk.history, desk.readiness, *[lambda: desk.start(wanted)] * 10):
         with pytest.raises(RefusedError, match="cannot be reached"):
             await ask()

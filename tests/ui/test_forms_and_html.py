@@ -27,19 +27,19 @@ def test_several_pictures_have_seeds_of_their_own() -> None:
     A non-number is passed to the server to refuse.
     """
     kept = forms.create(CommonFields("a star", seed="7", count=3), 512, 256)
-    assert [wish.fields["seed"] for wish in kept] == ["7", "8", "9"]
+    assert [wanted.fields["seed"] for wanted in kept] == ["7", "8", "9"]
     assert (kept[0].fields["width"], kept[0].fields["height"]) == ("512", "256")
     free = forms.create(CommonFields("a star", count=2), 64, 64)
-    assert [wish.fields["seed"] for wish in free] == ["random", "random"]
+    assert [wanted.fields["seed"] for wanted in free] == ["random", "random"]
     assert forms.create(CommonFields("a star", seed="x"), 64, 64)[0].fields["seed"] == "x"
     assert "model" not in free[0].fields
 
 
 def test_exploring_draws_the_originals_six() -> None:
     """The prompt alone, and with each of the original's suffixes, all with one seed."""
-    wishes = forms.create(CommonFields("a star", seed="7"), 64, 64, explore=True)
-    assert [wish.fields["prompt"] for wish in wishes][:2] == ["a star", "a star awesome"]
-    assert (len(wishes), {wish.fields["seed"] for wish in wishes}) == (6, {"7"})
+    all_wanted = forms.create(CommonFields("a star", seed="7"), 64, 64, explore=True)
+    assert [wanted.fields["prompt"] for wanted in all_wanted][:2] == ["a star", "a star awesome"]
+    assert (len(all_wanted), {wanted.fields["seed"] for wanted in all_wanted}) == (6, {"7"})
 
 
 def test_edges_are_asked_for_only_when_wanted() -> None:
@@ -118,8 +118,8 @@ def test_a_record_fills_the_fields_again() -> None:
     was = details.settings(record)
     assert (was["prompt"], was["seed"], was["guidance"], was["steps"], was["width"]) == ("a star", "0", "0", "", 64)
     evil = "<img src=x onerror=alert(1)>"
-    told = details.page({"prompt": evil, "model": evil}, {}) + details.picture({"path": evil, "prompt": evil})
-    assert told.count("<img") == 1
+    reported = details.page({"prompt": evil, "model": evil}, {}) + details.picture({"path": evil, "prompt": evil})
+    assert reported.count("<img") == 1
 
 
 def test_what_was_painted_is_the_mask() -> None:
@@ -138,10 +138,10 @@ def test_what_was_painted_is_the_mask() -> None:
 def test_the_status_reads_figures_that_there_are(running_app: RunningApp) -> None:
     """Every metric on the Status tab exists in `/metrics`, and is shown by its label."""
     figures = running_app.client.get("/metrics").text
-    told = status.page({}, figures, [])
+    reported = status.page({}, figures, [])
     for name, label in status.FIGURES.items():
         assert f"\n{name} " in figures
-        assert f"<dt>{label}</dt>" in told
+        assert f"<dt>{label}</dt>" in reported
 
 
 def test_a_record_becomes_calls_that_can_be_pasted() -> None:

@@ -64,10 +64,10 @@ def test_null_in_every_field_of_every_event_is_what_the_field_begins_with(visito
     events = [event for event in visitor.events if event["backend_fn"]]
     assert len(events) > 20
     for chosen in (None, {"index": None, "value": None}):
-        told = failed(
+        reported = failed(
             run(visitor, f"null{chosen is None}x", [(event, [None] * len(event["inputs"]), chosen) for event in events])
         )
-        assert told == []
+        assert reported == []
 
 
 @pytest.mark.fault(175)
@@ -82,6 +82,6 @@ def test_what_gradio_cannot_take_is_one_line_without_the_text(visitor: Visitor) 
             turns = [list(itertools.islice(itertools.cycle(column), longest)) for column in columns]
             rows += [(event, list(data), {"index": 10**6, "value": CANARY}) for data in zip(*turns, strict=True)]
     lines = run(visitor, "odd", rows)
-    told = failed(lines)
-    assert 0 < len(told) <= len(rows)
-    assert CANARY not in json.dumps(told)
+    reported = failed(lines)
+    assert 0 < len(reported) <= len(rows)
+    assert CANARY not in json.dumps(reported)

@@ -44,8 +44,8 @@ def test_what_an_event_takes_is_passed_on_and_nothing_else() -> None:
     }
     assert sanitized(sent(**more), EVENTS) == GOOD
     assert sanitized(sent(data=[None] * 6, event_data=None, trigger_id=None), EVENTS)["data"] == [None] * 6
-    told = {"index": 1, "value": {"image": FILE}, "selected": FILE, "path": "/etc/passwd"}
-    assert sanitized(sent(event_data=told), EVENTS)["event_data"] == {"index": 1, "value": None}
+    reported = {"index": 1, "value": {"image": FILE}, "selected": FILE, "path": "/etc/passwd"}
+    assert sanitized(sent(event_data=reported), EVENTS)["event_data"] == {"index": 1, "value": None}
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -142,14 +142,14 @@ async def test_a_stranger_is_one_by_way_of_the_ui_too(running_app: RunningApp) -
 async def test_what_a_page_draws_counts_for_its_visitor(run_app: Callable[..., RunningApp]) -> None:
     """With ALLOW_ANONYMOUS each address has its own rate, not that of the machine that runs the UI."""
     running_app = run_app(allow_anonymous=True, rate_limit="1/minute")
-    wish = UiRequest("/create_and_upload_image", {"prompt": "a red square", "width": "8", "height": "64"})
+    wanted = UiRequest("/create_and_upload_image", {"prompt": "a red square", "width": "8", "height": "64"})
     clients = [
         ServerAddress("203.0.113.6"),
         ServerAddress("203.0.113.6"),
         ServerAddress("203.0.113.7"),
         ServerAddress(),
     ]
-    assert [await status_of(desk_of(running_app, client).start(wish)) for client in clients] == [422, 429, 422, 422]
+    assert [await status_of(desk_of(running_app, client).start(wanted)) for client in clients] == [422, 429, 422, 422]
 
 
 @pytest.mark.fault(107)

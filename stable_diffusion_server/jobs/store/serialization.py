@@ -67,7 +67,7 @@ def fingerprint(route: str, request: GenerationRequest) -> str:
     """Return a digest that identifies a request with an idempotency key. Slow for large files: it hashes them."""
     sent = {source.parameter: source.data for source in request.sources if source.data is not None}
     files = {parameter: hashlib.sha256(data).hexdigest() for parameter, data in sent.items()}
-    return digest({"door": route, "order": dump_request(request), "files": files})
+    return digest({"route": route, "request": dump_request(request), "files": files})
 
 
 def load_payload(text: str, files: Mapping[str, bytes]) -> JobPayload:

@@ -37,8 +37,8 @@ def ended(running_app: RunningApp, job_id: str) -> dict[str, Any]:
         return running_app.client.get(f"/jobs/{job_id}").json()["state"] not in ("queued", "running")
 
     until(has_ended)
-    told: dict[str, Any] = running_app.client.get(f"/jobs/{job_id}").json()
-    return told
+    reported: dict[str, Any] = running_app.client.get(f"/jobs/{job_id}").json()
+    return reported
 
 
 def events_of(answer: httpx.Response) -> list[dict[str, str]]:
