@@ -44,6 +44,7 @@ class DialectContext:
     """Limits, models by name, their aliases, and the names of the LoRAs.
 
     `max_n` is the maximum number of images per request, `max_response_bytes` that of bytes of base64 per response.
+    `device_memory` returns bytes by device and kind.
     """
 
     limits: RequestLimits
@@ -53,6 +54,7 @@ class DialectContext:
     max_n: int
     max_response_bytes: int
     loras: Callable[[], Iterable[str]] = tuple
+    device_memory: Callable[[], Mapping[str, Mapping[str, int]]] = dict
 
     def model(self, name: str | None) -> ModelSpec:
         """Return the model of a name or alias; the default model without one. Raises `InvalidInput`."""

@@ -26,6 +26,9 @@ from stable_diffusion_server.errors import ServerError
 _log = structlog.get_logger(__name__)
 
 _PROBLEM = "application/problem+json"
+# Paths of AUTOMATIC1111's API, of its ControlNet extension, and of the Gradio page below it.
+_AUTOMATIC1111_ROOTS = ("/sdapi/", "/internal/", "/controlnet/")
+_AUTOMATIC1111_PATHS = ("/config", "/user", "/app_id")
 # Default `Retry-After` of temporary errors, in seconds.
 _RETRY_SECONDS = 5
 # Error types of OpenAI by status; other statuses are an invalid request or a server error.
@@ -49,6 +52,11 @@ def install_exception_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _handle_unknown_error)
 
 
+def is_automatic1111_path(path: str) -> bool:
+    """Return whether errors at a path have AUTOMATIC1111's format."""
+    return path.startswith(_AUTOMATIC1111_ROOTS) or path in _AUTOMATIC1111_PATHS
+
+
 def error_response(error: ServerError, path: str, request_id: str) -> JSONResponse:
     """Return the response for an error at a path, with `Retry-After` where retrying can help."""
     headers: dict[str, str] = {}
@@ -56,7 +64,9 @@ def error_response(error: ServerError, path: str, request_id: str) -> JSONRespon
     if (wait := _RETRY_SECONDS if error.retry_after is None and temporary else error.retry_after) is not None:
         headers["Retry-After"] = str(wait)
     if error.status == HTTPStatus.UNAUTHORIZED:
-        headers["WWW-Authenticate"] = "Bearer"
+        # AUTOMATIC1111's clients send a key as the password of HTTP Basic, some only after a challenge that names it.
+        basic = is_automatic1111_path(path)
+        headers["WWW-Authenticate"] = 'Basic realm="stable-diffusion-server"' if basic else "Bearer"
     body: ProblemBody = {**problem_body(error), "request_id": request_id}
     return _response(body, path, error.kind, headers)
 
@@ -128,7 +138,7 @@ def _response(body: ProblemBody, path: str, kind: str, headers: Mapping[str, str
     if path.startswith(("/v1/images/", "/v1/models")):
         openai: OpenAIErrorBody = {"error": openai_error(body, kind)}
         return JSONResponse(_encodable(openai), body["status"], headers)
-    if path.startswith(("/sdapi/", "/internal/")):
+    if is_automatic1111_path(path):
         automatic1111: Automatic1111ErrorBody = {
             "error": body["title"],
             "detail": body["detail"],

@@ -83,7 +83,7 @@ def create_app(
     sessions = SessionStore()
     add_middleware(app, settings, metrics, tracing, visitor_key(sessions))
     app.add_middleware(CloseConnectionsMiddleware, shutdown=shutdown)
-    add_routes(app, settings, service, jobs, stores, options)
+    add_routes(app, settings, service, jobs, stores, options, models, readers.decoder.decode)
     add_replay(app, service, stores, options, readers.decoder.decode)
     ui = mount_ui(app, settings, readers.decoder.decode, sessions, hooks)
     app.include_router(health_router(readiness.missing, metrics.exposition, models.describe, models.remarks))

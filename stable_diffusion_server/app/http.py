@@ -36,6 +36,7 @@ from stable_diffusion_server.api import (
     openai_router,
     replay_router,
 )
+from stable_diffusion_server.app.models import ModelState
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.generation import DecodeImage, GenerationOptions, GenerationService, ReplayService
 from stable_diffusion_server.jobs import JobManager
@@ -115,18 +116,20 @@ def add_routes(
     jobs: JobManager,
     stores: StorageStack,
     options: GenerationOptions,
+    models: ModelState,
+    decode: DecodeImage,
 ) -> None:
     """Add the routes of generation, jobs, files, history and the API documentation."""
     url_of = stores.url_of
     dispatcher = RequestDispatcher(service, jobs, url_of, stores.base_of)
     app.include_router(generate_router(dispatcher, options.limits, url_of, get_generates=settings.get_generates))
-    dialects = build_dialect_context(settings, options)
+    dialects = build_dialect_context(settings, options, models)
     app.include_router(openai_router(service, dispatcher, dialects, url_of))
     previews = EncodedPreviews()
     followers = FollowerLimiter(
         settings.event_streams, settings.event_streams_per_caller, settings.event_streams_per_job
     )
-    app.include_router(automatic1111_router(service, dialects, url_of, previews))
+    app.include_router(automatic1111_router(service, dialects, url_of, previews, decode))
     app.include_router(jobs_router(jobs, url_of, followers, previews))
     app.include_router(files_router(stores.bucket, stores.library, stores.signer, stores.folder))
     app.include_router(history_router(stores.library, url_of))
@@ -146,7 +149,7 @@ def add_replay(
     app.include_router(replay_router(replays, options.limits, stores.url_of))
 
 
-def build_dialect_context(settings: Settings, options: GenerationOptions) -> DialectContext:
+def build_dialect_context(settings: Settings, options: GenerationOptions, models: ModelState) -> DialectContext:
     """Return the server's limits, models and names for the OpenAI and AUTOMATIC1111 routes."""
     pairs = (entry.partition("=") for entry in settings.model_aliases)
     return DialectContext(
@@ -157,6 +160,7 @@ def build_dialect_context(settings: Settings, options: GenerationOptions) -> Dia
         max_n=settings.max_n,
         max_response_bytes=settings.max_response_bytes,
         loras=lambda: options.loras(),
+        device_memory=models.memory,
     )
 
 

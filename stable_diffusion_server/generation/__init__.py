@@ -9,10 +9,11 @@ from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX, Reques
 from stable_diffusion_server.generation.prompts import load_stop_words
 from stable_diffusion_server.generation.quality import DecodedPixels
 from stable_diffusion_server.generation.replay import IMAGE_FIELD, EmbeddedProvenance, ReplayService, with_sources
-from stable_diffusion_server.generation.resolver import GenerationOptions
+from stable_diffusion_server.generation.resolver import DEFAULT_QUALITY, GenerationOptions
 from stable_diffusion_server.generation.service import GenerationService
 
 __all__ = [
+    "DEFAULT_QUALITY",
     "IMAGE_FIELD",
     "NAME_MAX",
     "TEXT_MAX",

@@ -28,6 +28,7 @@ from stable_diffusion_server.imaging.metadata import (
 )
 from stable_diffusion_server.imaging.resize import CropBox, Pixels, crop_around, fill_masked, fit_image, resize_image
 from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
+from stable_diffusion_server.imaging.upscaling import Resampling, blend, upscale
 
 __all__ = [
     "ALIGNMENT",
@@ -39,7 +40,9 @@ __all__ = [
     "DecoderPool",
     "DigitalSourceType",
     "Pixels",
+    "Resampling",
     "binarize_mask",
+    "blend",
     "canny",
     "crop_around",
     "crop_to_size",
@@ -64,5 +67,6 @@ __all__ = [
     "source_type_of",
     "to_canvas",
     "to_mask",
+    "upscale",
     "xmp_packet",
 ]

@@ -106,11 +106,45 @@ def answers(running_app: RunningApp) -> Iterator[tuple[str, Any]]:
     yield "Automatic1111Lora", loras_body(context)[0]
     yield "Automatic1111PngInfo", client.post("/sdapi/v1/png-info", json={"image": pictures["images"][0]}).json()
     yield "Automatic1111PngInfo", client.post("/sdapi/v1/png-info", json={"image": _TEXT}).json()
+    yield from automatic1111_lists(running_app)
     picture = client.get(receipt.json()["path"]).content
     yield "ReplayResult", client.post("/v1/replay", files={"picture_file": ("a.png", picture, "image/png")}).json()
     yield "ImageRecord", client.get(f"/files/{receipt.json()['key']}?record=1").json()
     yield "Health", client.get("/healthz").json()
     yield "Readiness", client.get("/readyz").json()
+
+
+def automatic1111_lists(running_app: RunningApp) -> Iterator[tuple[str, Any]]:
+    """Responses of AUTOMATIC1111's lists, of its extension and its page, and of enlarging."""
+    client = running_app.client
+    for path, name in (
+        ("/sdapi/v1/upscalers", "Automatic1111Upscaler"),
+        ("/sdapi/v1/latent-upscale-modes", "Automatic1111Name"),
+        ("/sdapi/v1/schedulers", "Automatic1111Scheduler"),
+        ("/sdapi/v1/script-info", "Automatic1111ScriptInfo"),
+    ):
+        items = client.get(path).json()
+        assert items
+        yield from ((name, item) for item in items)
+    for path, name in (
+        ("/sdapi/v1/embeddings", "Automatic1111Embeddings"),
+        ("/sdapi/v1/scripts", "Automatic1111Scripts"),
+        ("/sdapi/v1/cmd-flags", "Automatic1111Flags"),
+        ("/sdapi/v1/memory", "Automatic1111Memory"),
+        ("/controlnet/version", "ControlNetVersion"),
+        ("/controlnet/model_list", "ControlNetModels"),
+        ("/controlnet/module_list", "ControlNetModules"),
+        ("/controlnet/settings", "ControlNetSettings"),
+        ("/controlnet/control_types", "ControlNetTypes"),
+        ("/config", "GradioConfig"),
+        ("/app_id", "GradioAppId"),
+    ):
+        yield name, client.get(path).json()
+    edges = {"controlnet_module": "canny", "controlnet_input_images": [_TEXT]}
+    yield "ControlNetDetect", client.post("/controlnet/detect", json=edges).json()
+    yield "Automatic1111ExtraImage", client.post("/sdapi/v1/extra-single-image", json={"image": _TEXT}).json()
+    batch = {"imageList": [{"data": _TEXT, "name": "a.png"}]}
+    yield "Automatic1111ExtraImages", client.post("/sdapi/v1/extra-batch-images", json=batch).json()
 
 
 def test_every_answer_has_the_members_its_schema_names_and_no_others(running_app: RunningApp) -> None:

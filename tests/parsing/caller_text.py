@@ -22,7 +22,15 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from stable_diffusion_server.api import base64_images, dispatch, request_parsing
-from stable_diffusion_server.api.automatic1111 import name_mapping, protocol, responses
+from stable_diffusion_server.api.automatic1111 import (
+    checkpoint_names,
+    controlnet_routes,
+    name_mapping,
+    options,
+    protocol,
+    responses,
+    upscale_routes,
+)
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.api.middleware import access, access_policy, api_keys, proxy_headers
 from stable_diffusion_server.api.openai import protocol as openai_parameters
@@ -37,7 +45,7 @@ from stable_diffusion_server.parsing import strict_json, unicode_text
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.storage import object_headers
 from stable_diffusion_server.storage.keys import KEY_MAX_BYTES, object_key
-from stable_diffusion_server.types import StoredObject
+from stable_diffusion_server.types import Caller, StoredObject
 
 PACKAGE = Path(strict_json.__file__).parent.parent
 HEADER = 16_384
@@ -350,18 +358,35 @@ PARSERS = [
     ),
     Parser("tags of an AUTOMATIC1111 prompt", limits.TEXT_MAX, name_mapping.extract_loras, refuses=False),
     Parser("weights of an AUTOMATIC1111 prompt", limits.TEXT_MAX, name_mapping.ignored_syntax, refuses=False),
-    Parser("prompt of /sdapi", 5000, lambda text: protocol.parse_task(protocol.Txt2Img(prompt=text), HOUSE, None)),
+    Parser("prompt of /sdapi", 5000, lambda text: protocol.parse_task(protocol.Txt2Img(prompt=text), HOUSE, {})),
     Parser(
         "sampler of /sdapi",
         limits.NAME_MAX,
-        lambda text: protocol.parse_task(protocol.Txt2Img(sampler_name=text), HOUSE, None),
+        lambda text: protocol.parse_task(protocol.Txt2Img(sampler_name=text), HOUSE, {}),
     ),
     Parser(
         "model of /sdapi",
         limits.NAME_MAX,
-        lambda text: protocol.parse_task(
-            protocol.Txt2Img(override_settings={"sd_model_checkpoint": text}), HOUSE, None
-        ),
+        lambda text: protocol.parse_task(protocol.Txt2Img(override_settings={"sd_model_checkpoint": text}), HOUSE, {}),
+    ),
+    Parser("name of a checkpoint", limits.NAME_MAX, lambda text: checkpoint_names.model_named(text, HOUSE)),
+    Parser("an option of /sdapi", 1000, lambda text: options.CallerOptions().update(Caller(), {"a": text}, HOUSE)),
+    Parser("name of an option", 100, lambda text: options.CallerOptions().update(Caller(), {text: 1}, HOUSE)),
+    Parser(
+        "upscaler of /sdapi",
+        limits.NAME_MAX,
+        lambda text: upscale_routes.ExtrasParams.model_validate({"upscaler_1": text, "upscaler_2": text}).report(),
+    ),
+    Parser(
+        "numbers as text of /sdapi",
+        10_000,
+        lambda text: upscale_routes.ExtrasParams.model_validate({"upscaling_resize_w": text, "upscaling_resize": text}),
+        refuses=False,
+    ),
+    Parser(
+        "module of /controlnet",
+        limits.NAME_MAX,
+        lambda text: controlnet_routes.DetectParams(controlnet_module=text).size_of(64, 64),
     ),
     Parser(
         "size of OpenAI",

@@ -106,7 +106,7 @@ def test_lists_of_one_caller_leave_threads_to_others(
 ) -> None:
     """Eighty concurrent slow lists: one caller gets at most half of the slots, the rest is 429."""
     under_way, most = [0], [0]
-    from stable_diffusion_server.api.automatic1111 import info_routes, responses
+    from stable_diffusion_server.api.automatic1111 import list_routes, responses
 
     function = {"sd-models": "models_body", "samplers": "samplers_body", "loras": "loras_body"}[name]
     right = getattr(responses, function)
@@ -125,5 +125,5 @@ def test_lists_of_one_caller_leave_threads_to_others(
         answer = httpx.get(f"{live.url}/sdapi/v1/{name}", headers=headers, timeout=30)
         assert answer.status_code == 200
         assert httpx.get(f"{live.url}/readyz", headers=headers, timeout=30).status_code == 200
-    assert most[0] <= info_routes.LIST_CONCURRENCY
+    assert most[0] <= list_routes.LIST_CONCURRENCY
     assert {200, 429} == set(statuses)

@@ -1,11 +1,10 @@
-"""Maps AUTOMATIC1111's names of samplers, models and parameters to ours, and reads LoRA tags from its prompts."""
+"""Maps AUTOMATIC1111's names of samplers and parameters to ours, and reads LoRA tags from its prompts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.errors import InvalidInput, ServerError
 from stable_diffusion_server.pipelines import ModelSpec
 
@@ -75,23 +74,6 @@ def samplers_of(models: Mapping[str, ModelSpec]) -> list[str]:
     """Return the samplers that have an exact counterpart."""
     here = {scheduler for spec in models.values() for scheduler in spec.schedulers}
     return [name for name in SAMPLERS if name in _EXACT and here & set(SAMPLERS[name])]
-
-
-def title_of(spec: ModelSpec) -> str:
-    """Return the title of a model in AUTOMATIC1111's clients."""
-    return f"{spec.name} [{spec.revision}]"
-
-
-def model_named(name: str, context: DialectContext) -> str:
-    """Return the name of a model by its title, name, folder, revision or alias. Raises `InvalidInput`."""
-    wanted = name.strip().lower()
-    for spec in context.models.values():
-        if wanted in {title_of(spec).lower(), spec.name, spec.folder.lower(), spec.revision.lower()}:
-            return spec.name
-    try:
-        return context.model(name.strip()).name
-    except InvalidInput as error:
-        raise InvalidInput(f"sd_model_checkpoint: {error.detail}", field="override_settings") from error
 
 
 def renamed(error: ServerError) -> ServerError:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from secrets import randbelow
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stable_diffusion_server.api.automatic1111.checkpoint_names import model_named
 from stable_diffusion_server.api.automatic1111.controlnet_units import CannyUnit, parse_units
-from stable_diffusion_server.api.automatic1111.name_mapping import (
-    extract_loras,
-    ignored_syntax,
-    model_named,
-    scheduler_for,
-)
+from stable_diffusion_server.api.automatic1111.name_mapping import extract_loras, ignored_syntax, scheduler_for
+from stable_diffusion_server.api.automatic1111.options import FORMATS, Option
 from stable_diffusion_server.api.base64_images import bytes_of
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.errors import InvalidInput
@@ -23,7 +21,6 @@ from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, Generatio
 
 _FITS = (Fit.STRETCH, Fit.CROP, Fit.PAD, Fit.STRETCH)
 _FILLS = (Fill.SURROUNDINGS, Fill.ORIGINAL, Fill.NOISE, Fill.GREY)
-_FORMATS = {"png": Format.PNG, "jpg": Format.JPEG, "jpeg": Format.JPEG, "webp": Format.WEBP}
 # Parameters without effect on this server, with their neutral values, which cause no warning.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("subseed_strength", "seed_resize_from_h", "seed_resize_from_w", "s_churn", "s_tmax"), (0, -1)),
@@ -127,14 +124,15 @@ class ParsedTask:
     ignored: list[str]
 
 
-def parse_task(params: Txt2Img, context: DialectContext, model: str | None) -> ParsedTask:
-    """Convert the parameters; `model` is the caller's choice if they name no model. Raises `InvalidInput`."""
+def parse_task(params: Txt2Img, context: DialectContext, options: Mapping[str, Option]) -> ParsedTask:
+    """Convert the parameters; `options` are the caller's, which `override_settings` override. Raises `InvalidInput`."""
     longest = context.limits.max_prompt_characters + _TAGS_MAX
     if len(params.prompt) > longest:
         raise InvalidInput(f"prompt must not be longer than {longest} characters, tags included.", field="prompt")
-    settings = params.override_settings or {}
-    named = _text(settings, "sd_model_checkpoint")
-    own = model_named(named, context) if named else model
+    overridden = {name: value for name, value in (params.override_settings or {}).items() if value is not None}
+    settings = {**options, **overridden}
+    named = _text(settings, "sd_model_checkpoint") or str(options.get("sd_model_checkpoint", ""))
+    own = model_named(named, context) if named else None
     spec = context.model(own)
     scheduler, about_scheduler = scheduler_for(
         params.sampler_name or params.sampler_index or "", params.scheduler or "", spec
@@ -240,9 +238,9 @@ def _text(settings: dict[str, Any], name: str) -> str:
 
 def _format(settings: dict[str, Any]) -> Format:
     wanted = (_text(settings, "samples_format") or "png").lower()
-    if wanted not in _FORMATS:
+    if wanted not in FORMATS:
         raise InvalidInput("samples_format must be png, jpg or webp.", field="override_settings")
-    return _FORMATS[wanted]
+    return FORMATS[wanted]
 
 
 def _ignored_parameters(params: Txt2Img, settings: dict[str, Any]) -> list[str]:
@@ -254,5 +252,5 @@ def _ignored_parameters(params: Txt2Img, settings: dict[str, Any]) -> list[str]:
     ]
     return [
         *ignored,
-        *(f"override_settings: {name[:50]} is not known." for name in settings if name not in _KNOWN_SETTINGS),
+        *(f"override_settings: {name[:50]} is not honoured." for name in settings if name not in _KNOWN_SETTINGS),
     ]

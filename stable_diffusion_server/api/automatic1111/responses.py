@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
 
-from stable_diffusion_server.api.automatic1111.name_mapping import SAMPLERS, samplers_of, title_of
+from stable_diffusion_server.api.automatic1111.checkpoint_names import title_of
+from stable_diffusion_server.api.automatic1111.name_mapping import SAMPLERS, samplers_of
 from stable_diffusion_server.api.automatic1111.progress import TrackedTask
 from stable_diffusion_server.api.automatic1111.protocol import ParsedTask, Txt2Img
 from stable_diffusion_server.api.base64_images import text_of
@@ -75,15 +76,6 @@ class Automatic1111TaskProgressBody(TypedDict):
     live_preview: str | None
     id_live_preview: int
     textinfo: str | None
-
-
-class Automatic1111OptionsBody(TypedDict):
-    """The options that this server supports."""
-
-    sd_model_checkpoint: str
-    samples_format: str
-    CLIP_stop_at_last_layers: int
-    sd_vae: str
 
 
 class Automatic1111ModelBody(TypedDict):
@@ -195,16 +187,6 @@ def samplers_body(context: DialectContext) -> list[Automatic1111SamplerBody]:
 def loras_body(context: DialectContext) -> list[Automatic1111LoraBody]:
     """List the LoRAs."""
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in sorted(context.loras())]
-
-
-def options_body(context: DialectContext, model: str | None) -> Automatic1111OptionsBody:
-    """Return the options that this server supports; `model` is the caller's choice."""
-    return {
-        "sd_model_checkpoint": title_of(context.model(model)),
-        "samples_format": "png",
-        "CLIP_stop_at_last_layers": 1,
-        "sd_vae": "Automatic",
-    }
 
 
 def png_info_body(file: bytes) -> Automatic1111PngInfoBody:

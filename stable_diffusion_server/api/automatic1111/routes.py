@@ -10,16 +10,17 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
 from stable_diffusion_server.api.automatic1111 import responses
-from stable_diffusion_server.api.automatic1111.info_routes import (
-    ModelChoices,
-    add_list_routes,
-    add_option_routes,
-    add_progress_routes,
-)
+from stable_diffusion_server.api.automatic1111.controlnet_routes import add_controlnet_routes
+from stable_diffusion_server.api.automatic1111.gradio_routes import add_gradio_routes
+from stable_diffusion_server.api.automatic1111.image_work import ImageWorker
+from stable_diffusion_server.api.automatic1111.info_routes import add_png_info_route, add_progress_routes
+from stable_diffusion_server.api.automatic1111.list_routes import add_list_routes, add_order_routes
 from stable_diffusion_server.api.automatic1111.name_mapping import BOUNDED, renamed
+from stable_diffusion_server.api.automatic1111.options import CallerOptions, add_option_routes, image_options
 from stable_diffusion_server.api.automatic1111.progress import TaskTracker, TrackedTask
 from stable_diffusion_server.api.automatic1111.protocol import Img2Img, Txt2Img, parse_task
 from stable_diffusion_server.api.automatic1111.responses import Automatic1111ImagesBody, TaskImage
+from stable_diffusion_server.api.automatic1111.upscale_routes import add_upscale_routes
 from stable_diffusion_server.api.base64_images import EncodedPreviews
 from stable_diffusion_server.api.concurrency import cancel_on_disconnect, gather_or_cancel, run_if_large
 from stable_diffusion_server.api.dependencies import DialectContext, UrlOf, caller_of, scope_to_caller
@@ -28,18 +29,24 @@ from stable_diffusion_server.api.openapi.document import bounded_properties, jso
 from stable_diffusion_server.api.request_parsing import read_json
 from stable_diffusion_server.api.schemas.params import raise_invalid
 from stable_diffusion_server.errors import ServerError, TooLarge
-from stable_diffusion_server.generation import GenerationService, RequestLimits
+from stable_diffusion_server.generation import DecodeImage, GenerationService, RequestLimits
 from stable_diffusion_server.types import GenerationRequest
 
 A = TypeVar("A", bound=Txt2Img)
 
 
 def automatic1111_router(
-    service: GenerationService, context: DialectContext, url_of: UrlOf, previews: EncodedPreviews
+    service: GenerationService,
+    context: DialectContext,
+    url_of: UrlOf,
+    previews: EncodedPreviews,
+    decode: DecodeImage,
 ) -> APIRouter:
     """Return all routes of the dialect; `url_of` makes the URL of an object key."""
     routes = APIRouter(tags=["automatic1111"])
-    images = _ImageTasks(service, context, url_of, TaskTracker(), ModelChoices())
+    options = CallerOptions()
+    images = _ImageTasks(service, context, url_of, TaskTracker(), options)
+    worker = ImageWorker(context, decode)
 
     @routes.post(
         "/sdapi/v1/txt2img",
@@ -66,8 +73,13 @@ def automatic1111_router(
         return await images.answer(request, await _read(Img2Img, request))
 
     add_list_routes(routes, context)
+    add_order_routes(routes)
     add_progress_routes(routes, images.tasks, previews)
-    add_option_routes(routes, context, images.choices)
+    add_option_routes(routes, context, options)
+    add_png_info_route(routes)
+    add_upscale_routes(routes, worker, options)
+    add_controlnet_routes(routes, worker)
+    add_gradio_routes(routes, context)
     return routes
 
 
@@ -79,7 +91,7 @@ class _ImageTasks:
     context: DialectContext
     url_of: UrlOf
     tasks: TaskTracker
-    choices: ModelChoices
+    options: CallerOptions
 
     async def answer(self, request: Request, params: Txt2Img) -> Response:
         """Generate the images of a request. Raises errors with the parameter names of this dialect."""
@@ -91,7 +103,7 @@ class _ImageTasks:
     async def _generate(self, request: Request, params: Txt2Img) -> Response:
         caller = caller_of(request)
         size = len(await request.body())
-        parsed = await run_if_large(size, parse_task, params, self.context, self.choices.get(caller))
+        parsed = await run_if_large(size, parse_task, params, self.context, image_options(self.options.of(caller)))
         parsed = replace(parsed, generations=[scope_to_caller(caller, one) for one in parsed.generations])
         name = params.force_task_id or f"task({uuid4().hex})"
         with self.tasks.track(caller, name, len(parsed.generations)) as task:

@@ -90,10 +90,20 @@ _READY = "/readyz"
 # Cheap, and clients poll them: these need a key, but do not count against its rate limit.
 _CHEAP_PATHS = (
     "/metrics /jobs /history /files /ui /v1/models /internal/progress /sdapi/v1/progress /sdapi/v1/interrupt "
-    "/sdapi/v1/sd-models /sdapi/v1/samplers /sdapi/v1/options /sdapi/v1/loras /sdapi/v1/png-info"
+    "/sdapi/v1/sd-models /sdapi/v1/samplers /sdapi/v1/options /sdapi/v1/loras /sdapi/v1/png-info "
+    "/sdapi/v1/skip /sdapi/v1/cmd-flags /sdapi/v1/upscalers /sdapi/v1/latent-upscale-modes /sdapi/v1/schedulers "
+    "/sdapi/v1/sd-vae /sdapi/v1/sd-modules /sdapi/v1/hypernetworks /sdapi/v1/face-restorers "
+    "/sdapi/v1/realesrgan-models /sdapi/v1/prompt-styles /sdapi/v1/embeddings /sdapi/v1/scripts /sdapi/v1/script-info "
+    "/sdapi/v1/extensions /sdapi/v1/memory /sdapi/v1/artists /sdapi/v1/artist-categories /sdapi/v1/lycos "
+    "/sdapi/v1/refresh-checkpoints /sdapi/v1/refresh-vae /sdapi/v1/refresh-loras /sdapi/v1/refresh-embeddings "
+    "/sdapi/v1/unload-checkpoint /sdapi/v1/reload-checkpoint /internal/ping /config /user /app_id "
+    "/controlnet/version /controlnet/model_list /controlnet/module_list /controlnet/settings /controlnet/control_types"
 ).split()
 # Routes whose JSON bodies hold images in base64.
-_IMAGE_PATHS = ("/inpaint_", "/style_transfer_", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/png-info")
+_IMAGE_PATHS = (
+    *("/inpaint_", "/style_transfer_", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/png-info"),
+    *("/sdapi/v1/extra-single-image", "/sdapi/v1/extra-batch-images", "/sdapi/v1/interrogate", "/controlnet/detect"),
+)
 # Maximum digits of a `Content-Length`; `int` raises for more than 4300.
 _LONGEST_LENGTH = 18
 # Under a cheap path, but uploads to the UI are decoded, which costs time.

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, TypeAdapter
 
+from stable_diffusion_server.api.problems import is_automatic1111_path
 from stable_diffusion_server.api.request_parsing import BODY_TYPES
 from stable_diffusion_server.api.schemas.responses import (
     Automatic1111ErrorBody,
@@ -102,7 +103,7 @@ def _add_errors(path: str, operation: Schema) -> None:
 def _error_of(path: str) -> tuple[type, str]:
     if path.startswith(("/v1/images/", "/v1/models")):
         return OpenAIErrorBody, "application/json"
-    if path.startswith(("/sdapi/", "/internal/")):
+    if is_automatic1111_path(path):
         return Automatic1111ErrorBody, "application/json"
     return ProblemBody, "application/problem+json"
 

@@ -1,0 +1,191 @@
+"""Responses of AUTOMATIC1111's lists of what is installed, and the lists themselves.
+
+A list of what this server does not have is empty, so that a client's menu is empty and the client starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
+
+from stable_diffusion_server.api.dependencies import DialectContext
+
+LATENT_UPSCALERS = ("Latent",)
+# Pillow's resampling filters, under AUTOMATIC1111's names.
+UPSCALERS = ("Lanczos", "Nearest")
+CONTROLNET_SCRIPT = "controlnet"
+
+
+class Automatic1111UpscalerBody(TypedDict):
+    """An upscaler. `model_name`, `model_path` and `model_url` are null: it has no weights."""
+
+    name: str
+    model_name: str | None
+    model_path: str | None
+    model_url: str | None
+    scale: float
+
+
+class Automatic1111NameBody(TypedDict):
+    """An entry that has a name only."""
+
+    name: str
+
+
+class Automatic1111SchedulerBody(TypedDict):
+    """A spacing of the denoising steps."""
+
+    name: str
+    label: str
+    aliases: list[str] | None
+    default_rho: float
+    need_inner_model: bool
+
+
+class Automatic1111EmbeddingsBody(TypedDict):
+    """Textual inversion embeddings by name."""
+
+    loaded: dict[str, object]
+    skipped: dict[str, object]
+
+
+class Automatic1111ScriptsBody(TypedDict):
+    """Names of the scripts, in lower case."""
+
+    txt2img: list[str]
+    img2img: list[str]
+
+
+class Automatic1111ScriptInfoBody(TypedDict):
+    """A script."""
+
+    name: str
+    is_alwayson: bool
+    is_img2img: bool
+    args: list[dict[str, object]]
+
+
+class Automatic1111FlagsBody(TypedDict):
+    """Command line flags that describe this server. Paths are null: they are private."""
+
+    api: bool
+    nowebui: bool
+    api_server_stop: bool
+    enable_insecure_extension_access: bool
+    lowvram: bool
+    medvram: bool
+    ckpt_dir: str | None
+    vae_dir: str | None
+    lora_dir: str | None
+    embeddings_dir: str | None
+    hypernetwork_dir: str | None
+
+
+class Automatic1111MemoryBody(TypedDict):
+    """Bytes of memory: `free`, `used` and `total` of the process's RAM, and of the accelerator, or an `error`."""
+
+    ram: dict[str, object]
+    cuda: dict[str, object]
+
+
+def upscalers_body(context: DialectContext) -> list[Automatic1111UpscalerBody]:
+    """List the upscalers of `extra-single-image`."""
+    return [
+        {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
+        for name in ("None", *UPSCALERS)
+    ]
+
+
+def latent_upscalers_body(context: DialectContext) -> list[Automatic1111NameBody]:
+    """List the upscalers of latents in a second pass."""
+    return [{"name": name} for name in LATENT_UPSCALERS]
+
+
+def schedulers_body(context: DialectContext) -> list[Automatic1111SchedulerBody]:
+    """List the spacings of the steps: each sampler here has one, its own."""
+    return [
+        {
+            "name": "automatic",
+            "label": "Automatic",
+            "aliases": None,
+            "default_rho": -1.0,
+            "need_inner_model": False,
+        }
+    ]
+
+
+def embeddings_body(context: DialectContext) -> Automatic1111EmbeddingsBody:
+    """List the textual inversion embeddings: none."""
+    return {"loaded": {}, "skipped": {}}
+
+
+def scripts_body(context: DialectContext) -> Automatic1111ScriptsBody:
+    """List the scripts: ControlNet where a model has one."""
+    names = [CONTROLNET_SCRIPT] if has_controlnet(context) else []
+    return {"txt2img": names, "img2img": names}
+
+
+def script_info_body(context: DialectContext) -> list[Automatic1111ScriptInfoBody]:
+    """Describe the scripts. The units of ControlNet are objects, so it has no arguments in a fixed order."""
+    return [
+        {"name": CONTROLNET_SCRIPT, "is_alwayson": True, "is_img2img": is_img2img, "args": []}
+        for is_img2img in (False, True)
+        if has_controlnet(context)
+    ]
+
+
+def flags_body(context: DialectContext) -> Automatic1111FlagsBody:
+    """Return the command line flags that describe this server."""
+    return {
+        "api": True,
+        "nowebui": True,
+        "api_server_stop": False,
+        "enable_insecure_extension_access": False,
+        "lowvram": False,
+        "medvram": False,
+        "ckpt_dir": None,
+        "vae_dir": None,
+        "lora_dir": None,
+        "embeddings_dir": None,
+        "hypernetwork_dir": None,
+    }
+
+
+def memory_body(context: DialectContext, *, anonymous: bool) -> Automatic1111MemoryBody:
+    """Return the bytes of RAM, and of the first accelerator. Anonymous callers learn nothing of the machine."""
+    unknown: dict[str, object] = {"error": "unavailable"}
+    if anonymous:
+        return {"ram": unknown, "cuda": unknown}
+    whole = psutil.virtual_memory()
+    ram: dict[str, object] = {
+        "free": whole.available,
+        "used": psutil.Process().memory_info().rss,
+        "total": whole.total,
+    }
+    return {"ram": ram, "cuda": _cuda(context.device_memory()) or unknown}
+
+
+def _cuda(devices: Mapping[str, Mapping[str, int]]) -> dict[str, object]:
+    """Return the memory of the first CUDA device by kind, in AUTOMATIC1111's shape; empty without one."""
+    kinds = next((kinds for name, kinds in devices.items() if name.startswith("cuda") and kinds), None)
+    if kinds is None:
+        return {}
+    free, reserved = kinds["free"], kinds["reserved"]
+    return {
+        "system": {"free": free, "used": reserved, "total": free + reserved},
+        "allocated": {"current": kinds["used"]},
+        "reserved": {"current": reserved},
+    }
+
+
+def empty_list(context: DialectContext) -> list[Any]:
+    """Return an empty list: this server has none of these."""
+    return []
+
+
+def has_controlnet(context: DialectContext) -> bool:
+    """Return whether a model has a ControlNet."""
+    return any(spec.control_folder for spec in context.models.values())
