@@ -11,6 +11,7 @@ from stable_diffusion_server.api.middleware.access import AccessMiddleware, Body
 from stable_diffusion_server.api.middleware.access_policy import AccessPolicy, OriginPolicy, allowed_host_names
 from stable_diffusion_server.api.middleware.api_keys import ApiKeyring, HashedApiKey, hashed
 from stable_diffusion_server.api.middleware.body_intake import BodyIntakeMiddleware
+from stable_diffusion_server.api.middleware.cors import CrossOriginMiddleware
 from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
 from stable_diffusion_server.api.openai.routes import openai_router
 from stable_diffusion_server.api.openapi.docs_page import docs_router
@@ -31,6 +32,7 @@ __all__ = [
     "ApiKeyring",
     "BodyIntakeMiddleware",
     "BodyLimitMiddleware",
+    "CrossOriginMiddleware",
     "DialectContext",
     "EncodedPreviews",
     "FollowerLimiter",

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
+from stable_diffusion_server.api.dialect_paths import is_openai_path, openai_hint
 from stable_diffusion_server.api.http_responses import JSONResponse, add_security_headers, client_closed_request
 from stable_diffusion_server.api.schemas.responses import (
     Automatic1111ErrorBody,
@@ -98,23 +99,32 @@ async def _handle_server_error(request: Request, error: Exception) -> JSONRespon
     return error_response(error, request.url.path, request_id_of(request))
 
 
-async def _handle_http_exception(request: Request, error: Exception) -> JSONResponse:
-    """Answer errors that the framework raises before it calls a route: 404, 405, 413 and others."""
+async def _handle_http_exception(request: Request, error: Exception) -> Response:
+    """Answer errors that the framework raises before it calls a route: 404, 405, 413 and others.
+
+    OPTIONS is such a 405, and no error: some clients ask by it whether the server is there.
+    """
     assert isinstance(error, HTTPException)  # noqa: S101  # registered for this class alone; narrows the type
     status = HTTPStatus(error.status_code)
     headers = dict(error.headers or {})
+    path, detail = request.url.path, str(error.detail)
     if status is HTTPStatus.METHOD_NOT_ALLOWED:
-        headers["Allow"] = ", ".join(sorted(_methods_at(request)))
+        methods = _methods_at(request)
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"Allow": ", ".join(sorted({*methods, "OPTIONS"}))})
+        headers["Allow"] = ", ".join(sorted(methods))
+    if status is HTTPStatus.NOT_FOUND and is_openai_path(path):
+        detail = openai_hint(path)
     kind = status.phrase.lower().replace(" ", "-")
     request.scope["state"]["reason"] = kind
     body: ProblemBody = {
         "type": "about:blank",
         "title": status.phrase,
         "status": status.value,
-        "detail": str(error.detail),
+        "detail": detail,
         "request_id": request_id_of(request),
     }
-    return _response(body, request.url.path, kind, headers)
+    return _response(body, path, kind, headers)
 
 
 async def _handle_disconnect(request: Request, error: Exception) -> Response:
@@ -135,7 +145,7 @@ async def _handle_unknown_error(request: Request, error: Exception) -> JSONRespo
 
 def _response(body: ProblemBody, path: str, kind: str, headers: Mapping[str, str]) -> JSONResponse:
     headers = {**headers, "X-Request-ID": body["request_id"]}
-    if path.startswith(("/v1/images/", "/v1/models")):
+    if is_openai_path(path):
         openai: OpenAIErrorBody = {"error": openai_error(body, kind)}
         return JSONResponse(_encodable(openai), body["status"], headers)
     if is_automatic1111_path(path):

@@ -18,6 +18,12 @@ from stable_diffusion_server.parsing import JsonLimits, parse_object
 
 _FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 BODY_TYPES = ("application/json", *_FORM_TYPES)
+# JSON comes with these media types too if a client sets none: `curl --data` says it is a form, `fetch` plain text. A
+# page of another origin could send these without a preflight request, but the access policy refuses its origin.
+JSON_TYPES = ("application/json", "", "text/plain", _FORM_TYPES[0])
+_BOM = b"\xef\xbb\xbf"
+# Bytes of a body in which its first character is looked for.
+_HEAD_BYTES = 64
 _MAX_FIELDS = 100
 # Maximum percent signs in a form, enough for 32,000 emoji. A malformed escape costs as much as 1,000 letters.
 _MAX_ESCAPES = 131_072
@@ -60,14 +66,15 @@ async def read_parameters(
     files: Set[str] = frozenset(),
     lists: Set[str] = frozenset(),
     pictures: Set[str] = frozenset(),
+    ignored: Set[str] = frozenset(),
 ) -> dict[str, object]:
     """Return query and body of a request as one mapping. Raises `MalformedRequest` for a repeated parameter.
 
     `files` are the parameters that may be files of a multipart form; the result has them as `UploadedFile`. `lists` are
     the parameters that may repeat; the result has a list, under the name without `[]`. `pictures` are the parameters
-    that may hold an image in base64 in JSON.
+    that may hold an image in base64 in JSON, `ignored` those of a query that mean nothing here.
     """
-    query = _read_pairs(request.scope["query_string"], "query")
+    query = [pair for pair in _read_pairs(request.scope["query_string"], "query") if pair[0] not in ignored]
     return _merged([*query, *(await _read_body(request, files, lists, pictures))], lists)
 
 
@@ -107,12 +114,19 @@ async def read_json(request: Request, pictures: Set[str] = frozenset()) -> dict[
     body = await request.body()
     if not body:
         return {}
-    if _media_type_of(request) != "application/json":
+    if not _is_json(_media_type_of(request), body):
         raise UnsupportedMedia("Send application/json.")
     parsed = await run_if_large(len(body), parse_object, body, limits_of(request).for_json(pictures))
     if len(parsed) > _MAX_FIELDS:
         raise MalformedRequest(f"The body has more than {_MAX_FIELDS} fields.")
     return parsed
+
+
+def _is_json(media_type: str, body: bytes) -> bool:
+    """Return whether a body is JSON: by its media type, or by its first character if the client chose no type."""
+    if media_type == "application/json":
+        return True
+    return media_type in JSON_TYPES and body[:_HEAD_BYTES].removeprefix(_BOM).lstrip().startswith(b"{")
 
 
 def _media_type_of(request: Request) -> str:
@@ -127,7 +141,7 @@ async def _read_body(
     media_type = _media_type_of(request)
     if media_type != _FORM_TYPES[1] and not await request.body():
         return []
-    if media_type == "application/json":
+    if media_type in JSON_TYPES and _is_json(media_type, await request.body()):
         parsed = await read_json(request, pictures)
         return [(name, RawJson(value) if isinstance(value, str) else value) for name, value in parsed.items()]
     if media_type == _FORM_TYPES[0]:

@@ -9,7 +9,6 @@ import limits as rates
 import structlog
 from fastapi import FastAPI
 from starlette.datastructures import Headers
-from starlette.middleware.cors import CORSMiddleware
 
 from stable_diffusion_server.api import (
     AccessMiddleware,
@@ -17,6 +16,7 @@ from stable_diffusion_server.api import (
     ApiKeyring,
     BodyIntakeMiddleware,
     BodyLimitMiddleware,
+    CrossOriginMiddleware,
     DialectContext,
     EncodedPreviews,
     FollowerLimiter,
@@ -78,35 +78,7 @@ def add_middleware(
         AccessMiddleware, policy=policy, proxies=proxies, record_request=metrics.record_request, tracing=tracing
     )
     if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=[
-                "Authorization",
-                "Content-Type",
-                "X-API-Key",
-                "X-Request-ID",
-                "Prefer",
-                "Idempotency-Key",
-                "Last-Event-ID",
-                "X-Job-ID",
-            ],
-            expose_headers=[
-                "X-Request-ID",
-                "Retry-After",
-                "Location",
-                "Content-Location",
-                "X-Warnings",
-                "Preference-Applied",
-                "X-Job-ID",
-                "Idempotency-Replayed",
-                "RateLimit-Limit",
-                "RateLimit-Remaining",
-                "RateLimit-Reset",
-                "RateLimit-Policy",
-            ],
-        )
+        app.add_middleware(CrossOriginMiddleware, origins=settings.cors_origins)
 
 
 def add_routes(

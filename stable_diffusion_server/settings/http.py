@@ -11,6 +11,31 @@ from pydantic import Field, field_validator
 from stable_diffusion_server.settings.auth import is_rate
 from stable_diffusion_server.settings.base import Names, SettingsGroup
 
+# Schemes of apps (`app://obsidian.md`, `tauri://localhost`) are compared as text, like the others.
+_ORIGIN = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?P<port>:\d{1,5})?"
+)
+# Pages of these have the origin `null`, or no pages have them.
+_NO_ORIGINS = ("file", "data", "blob", "about", "javascript", "ws", "wss", "ftp")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
+
+def _origin(text: str) -> str:
+    """Return an origin as browsers send it. Raises `ValueError`."""
+    if text == "null":
+        return text
+    if text == "*":
+        raise ValueError("'*' would let every web site draw here: list the origins, such as https://app.example")
+    match = _ORIGIN.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not an origin such as https://app.example or app://obsidian.md, without a path")
+    scheme, host, port = match["scheme"], match["host"], match["port"] or ""
+    if scheme in _NO_ORIGINS:
+        raise ValueError(f"{text!r} is not an origin: browsers send `null` for pages of {scheme}:")
+    if scheme not in _DEFAULT_PORTS:
+        return text
+    return f"{scheme}://{host.lower()}{port if port != _DEFAULT_PORTS[scheme] else ''}"
+
 
 class HttpSettings(SettingsGroup):
     """Where the server listens, and which HTTP requests it accepts."""
@@ -24,7 +49,10 @@ class HttpSettings(SettingsGroup):
     allowed_hosts: Names = Field((), description="More host names this server answers to, separated by commas.")
     cors_origins: Names = Field(
         (),
-        description="Origins of web pages that may send requests, such as `https://app.example`, separated by commas.",
+        description=(
+            "Origins of web pages and apps that may send requests, such as `https://app.example` or "
+            "`app://obsidian.md`, separated by commas. `null` admits every local file and sandboxed frame."
+        ),
     )
     allow_same_site: bool = Field(
         False,
@@ -99,12 +127,7 @@ class HttpSettings(SettingsGroup):
     @field_validator("cors_origins")
     @classmethod
     def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in value:
-            parts = urlsplit(origin)
-            exact = origin == f"{parts.scheme}://{parts.netloc}"
-            if parts.scheme not in ("http", "https") or not parts.netloc or not exact:
-                raise ValueError(f"{origin!r} is not an origin such as https://app.example")
-        return value
+        return tuple(_origin(text) for text in value)
 
     @field_validator("trusted_proxies")
     @classmethod

@@ -21,7 +21,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from stable_diffusion_server.api import base64_images, dispatch, request_parsing
+from stable_diffusion_server.api import base64_images, dialect_paths, dispatch, request_parsing
 from stable_diffusion_server.api.automatic1111 import (
     checkpoint_names,
     controlnet_routes,
@@ -32,7 +32,7 @@ from stable_diffusion_server.api.automatic1111 import (
     upscale_routes,
 )
 from stable_diffusion_server.api.dependencies import DialectContext
-from stable_diffusion_server.api.middleware import access, access_policy, api_keys, proxy_headers
+from stable_diffusion_server.api.middleware import access, access_policy, api_keys, cors, proxy_headers
 from stable_diffusion_server.api.openai import protocol as openai_parameters
 from stable_diffusion_server.api.schemas import params
 from stable_diffusion_server.errors import ServerError
@@ -328,6 +328,10 @@ def head_of(text: str) -> Any:
     return {"type": "http", "path": "/", "query_string": b"", "headers": headers}
 
 
+def asking(text: str) -> Headers:
+    return Headers(raw=[(b"access-control-request-headers", text.encode("latin-1", "replace"))])
+
+
 def traced(headers: Headers) -> object:
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -457,6 +461,14 @@ PARSERS = [
         HEADER,
         lambda text: api_keys.ApiKeyring().holder(Headers({"authorization": f"Basic {text}"})),
         refuses=False,
+    ),
+    Parser("a bare key", HEADER, api_keys._authorized, refuses=False),
+    Parser("names of a preflight request", 4096, lambda text: cors._preflight_response("a", asking(text))),
+    Parser("a path", 1000, dialect_paths.canonical_path, lambda text: f"/models/{text}"),
+    Parser(
+        "a path without a route",
+        1000,
+        lambda text: (dialect_paths.is_openai_path(text), dialect_paths.openai_hint(text)),
     ),
     Parser("Host", HEADER, access_policy._host_name, refuses=False),
     Parser("X-Forwarded-For", HEADER, seen),

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stable_diffusion_server.api.dialect_paths import canonical_path
 from stable_diffusion_server.api.http_responses import add_security_headers
 from stable_diffusion_server.api.middleware.access_policy import PAGE_BYTES, AccessPolicy
 from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
@@ -25,7 +26,7 @@ from stable_diffusion_server.types import Caller
 _log = structlog.get_logger("access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_QUIET = ("/healthz", "/readyz", "/metrics")
+_QUIET = ("/healthz", "/health", "/ping", "/readyz", "/metrics")
 # uvicorn's h11 limits all headers to 64 KiB; its httptools, where installed, and other servers have no limit.
 _HEAD_MAX_BYTES, _MAX_HEADERS, _HEADER_MAX_BYTES = 65_536, 128, 16_384
 
@@ -44,8 +45,8 @@ def check_header_limits(scope: Scope) -> None:
 class AccessMiddleware:
     """ASGI middleware: gives each request an id, applies the policy, and logs the response.
 
-    Sets `state.caller`. Does not log query strings, because they hold prompts. `record_request` receives a sample of
-    each request, `tracing` a span.
+    Sets `state.caller`, and mends the path of an OpenAI route that a slip in a base URL missed. Does not log query
+    strings, because they hold prompts. `record_request` receives a sample of each request, `tracing` a span.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = self._proxies.seen_through(scope, receive)
+        scope = _mended(self._proxies.seen_through(scope, receive))
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         scope["state"]["request_id"] = request_id
@@ -141,6 +142,12 @@ class BodyLimitMiddleware:
         if scope["type"] == "http":
             scope.setdefault("state", {})["body_limits"] = self._policy.body_limits
         await self._counted[self._policy.body_limit(scope.get("path", ""), headers)](scope, receive, send)
+
+
+def _mended(scope: Scope) -> Scope:
+    """Return the scope with the path of the OpenAI route that its path means."""
+    path = canonical_path(scope["path"])
+    return scope if path == scope["path"] else {**scope, "path": path, "raw_path": path.encode("utf-8", "replace")}
 
 
 def _sample_of(scope: Scope, status: int, seconds: float) -> RequestSample:

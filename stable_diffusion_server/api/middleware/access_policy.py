@@ -15,7 +15,7 @@ from starlette.types import Scope
 
 from stable_diffusion_server.api.middleware.api_keys import ApiKeyring, HashedApiKey, holds_key
 from stable_diffusion_server.api.middleware.rate_limiter import FailedLoginLimiter, RateLimitStatus
-from stable_diffusion_server.api.request_parsing import BodyLimits
+from stable_diffusion_server.api.request_parsing import JSON_TYPES, BodyLimits
 from stable_diffusion_server.errors import Forbidden, RateLimited, ServerError, TooLarge, Unauthorized, UnknownHost
 from stable_diffusion_server.types import Caller
 
@@ -80,9 +80,9 @@ def _is_of(url: str, origins: set[str]) -> bool:
 
 _HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
 # Public pages: they do not generate and hold no secrets, so other sites may link to them.
-_OPEN_PATHS = ("/healthz", "/favicon.ico", "/readyz", "/docs", "/openapi.json")
+_OPEN_PATHS = ("/health", "/ping", "/favicon.ico", "/readyz", "/docs", "/openapi.json")
 # Pages of other sites may embed these.
-_EMBEDDABLE = ("/healthz", "/favicon.ico", "/files/")
+_EMBEDDABLE = ("/health", "/ping", "/favicon.ico", "/files/")
 # Other sites may link to this page; the routes that it calls check the origin.
 _PAGES = ("/ui", "/ui/")
 # The response depends on the caller: some callers may read details.
@@ -101,6 +101,7 @@ _CHEAP_PATHS = (
 ).split()
 # Routes whose JSON bodies hold images in base64.
 _IMAGE_PATHS = (
+    *("/v1/images/edits", "/v1/images/variations"),
     *("/inpaint_", "/style_transfer_", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/png-info"),
     *("/sdapi/v1/extra-single-image", "/sdapi/v1/extra-batch-images", "/sdapi/v1/interrogate", "/controlnet/detect"),
 )
@@ -149,9 +150,9 @@ class AccessPolicy:
         """Return the maximum bytes of a body: more for uploads, which are multipart files or base64 in JSON."""
         if _is_under(path, ("/ui",)) and path != _UPLOAD_PATH:
             return min(PAGE_BYTES, self.max_body_bytes)
-        media_type = headers.get("content-type", "").lstrip().lower()
-        pictures = media_type.startswith("application/json") and path.startswith(_IMAGE_PATHS)
-        long = pictures or media_type.startswith("multipart/form-data") or path == _UPLOAD_PATH
+        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        pictures = media_type in JSON_TYPES and path.startswith(_IMAGE_PATHS)
+        long = pictures or media_type == "multipart/form-data" or path == _UPLOAD_PATH
         return self.max_upload_bytes if long else self.max_body_bytes
 
     def admit(self, scope: Scope, headers: Headers) -> AdmittedRequest:

@@ -49,18 +49,32 @@ class ApiKeyring:
         # Compares every key, so that the time is independent of which one matches.
         matching = [key for key in self._keys if hmac.compare_digest(given, key.digest)]
         if not matching:
-            raise Unauthorized("Send a key as 'Authorization: Bearer …' or 'X-API-Key: …'.")
+            raise Unauthorized("Send a key as 'Authorization: Bearer …', 'X-API-Key: …' or 'api-key: …'.")
         return matching[0]
+
+
+# `api-key` is Azure's.
+_KEY_HEADERS = ("x-api-key", "api-key")
+_SCHEMES = ("basic", "bearer", "digest", "negotiate", "ntlm")
 
 
 def holds_key(headers: Headers) -> bool:
     """Return whether a request has a key, right or wrong."""
-    return "authorization" in headers or "x-api-key" in headers
+    return any(name in headers for name in ("authorization", *_KEY_HEADERS))
 
 
 def _secret_of(headers: Headers) -> str:
-    """Return the secret of a request: bearer token, password of HTTP Basic with any name, or X-API-Key."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
+    """Return the secret of a request: bearer token, password of HTTP Basic with any name, bare key, or a key header.
+
+    The Authorization header comes first, unless it holds no secret.
+    """
+    shown = _authorized(headers.get("authorization", "").strip())
+    return shown or next((headers[name] for name in _KEY_HEADERS if headers.get(name)), "")
+
+
+def _authorized(header: str) -> str:
+    """Return the secret in an Authorization header; empty if there is none."""
+    scheme, _, token = header.partition(" ")
     match scheme.lower():
         case "bearer":
             return token.strip()
@@ -70,4 +84,5 @@ def _secret_of(headers: Headers) -> str:
             except ValueError:
                 return ""
         case _:
-            return headers.get("x-api-key", "")
+            # A key without a scheme, as some programs send it; a word and more is another scheme.
+            return header if not token and scheme.lower() not in _SCHEMES else ""

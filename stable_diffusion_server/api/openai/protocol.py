@@ -61,6 +61,8 @@ class ImagesParams(GenerationParams):
     complexity: str | None = Field(None, description="Accepted and ignored, with a warning.")
 
     numbers: ClassVar[frozenset[str]] = GenerationParams.numbers - {"quality"}
+    # Azure's clients send it with every request.
+    ignored: ClassVar[frozenset[str]] = frozenset({"api-version"})
     own: ClassVar[frozenset[str]] = frozenset(
         "n size response_format output_format output_compression background quality stream partial_images moderation "
         "user safety_identifier style input_fidelity complexity".split()

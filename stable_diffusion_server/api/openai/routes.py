@@ -104,7 +104,7 @@ def openai_router(
         return JSONResponse(responses.models_body(context.models.values(), context.aliases))
 
     @routes.get(
-        "/models/{model}",
+        "/models/{model:path}",
         summary="OpenAI: one model",
         operation_id="retrieve_model",
         response_model=None,

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, TypeAdapter
 
+from stable_diffusion_server.api.dialect_paths import is_openai_path
 from stable_diffusion_server.api.problems import is_automatic1111_path
 from stable_diffusion_server.api.request_parsing import BODY_TYPES
 from stable_diffusion_server.api.schemas.responses import (
@@ -64,13 +65,14 @@ def _build(app: FastAPI, models: Mapping[str, tuple[str, ...]], *, keys_needed: 
     components["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer", "description": "One of API_KEYS."},
         "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        "azure": {"type": "apiKey", "in": "header", "name": "api-key"},
         "password": {"type": "http", "scheme": "basic", "description": "A key as the password, with any name."},
     }
     for path, operations in document["paths"].items():
         for operation in operations.values():
             _add_errors(path, operation)
             if keys_needed and operation["operationId"] not in _WITHOUT_KEY:
-                operation["security"] = [{"bearer": []}, {"key": []}, {"password": []}]
+                operation["security"] = [{"bearer": []}, {"key": []}, {"azure": []}, {"password": []}]
             for properties in _parameters_of(operation):
                 _set_names(properties, models)
     return _without_body_suffix(document)
@@ -101,7 +103,7 @@ def _add_errors(path: str, operation: Schema) -> None:
 
 
 def _error_of(path: str) -> tuple[type, str]:
-    if path.startswith(("/v1/images/", "/v1/models")):
+    if is_openai_path(path):
         return OpenAIErrorBody, "application/json"
     if is_automatic1111_path(path):
         return Automatic1111ErrorBody, "application/json"

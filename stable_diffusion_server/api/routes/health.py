@@ -32,6 +32,9 @@ def health_router(
     async def root() -> Response:
         return RedirectResponse("/docs")
 
+    # Names that other servers give it.
+    @routes.get("/health", include_in_schema=False)
+    @routes.get("/ping", include_in_schema=False)
     @routes.get(
         "/healthz",
         operation_id="healthz",

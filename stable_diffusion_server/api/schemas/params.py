@@ -45,6 +45,8 @@ class RequestParams(BaseModel):
     lists: ClassVar[frozenset[str]] = frozenset()
     # Parameters that may hold an image as base64 text.
     pictures: ClassVar[frozenset[str]] = frozenset()
+    # Parameters of a query that are dropped, repeated or not.
+    ignored: ClassVar[frozenset[str]] = frozenset()
 
 
 class GenerationParams(RequestParams):
@@ -206,7 +208,8 @@ def params_from_request(schema: type[P]) -> Callable[[Request], Awaitable[P]]:
     """
 
     async def read(request: Request) -> P:
-        return validated(schema, await read_parameters(request, schema.files, schema.lists, schema.pictures))
+        found = await read_parameters(request, schema.files, schema.lists, schema.pictures, schema.ignored)
+        return validated(schema, found)
 
     return read
 

@@ -1,0 +1,62 @@
+"""Paths of the OpenAI routes: slips in a client's base URL are mended, and unknown paths get a hint."""
+
+from __future__ import annotations
+
+import re
+
+# A path longer than this is no slip of a base URL.
+_LONGEST = 1000
+# The dot matches line breaks, so that no path is tried twice.
+_SLIP = re.compile(r"/*(?:(?:api/+)?v1/+)?(images/+(?:generations|edits|variations)|models(?:/.*)?)/*", re.DOTALL)
+_SLASHES = re.compile(r"/{2,}")
+_IMAGES = ("/images/generations", "/images/edits", "/images/variations")
+# Ends of OpenAI's paths that this server does not have.
+_OTHER_ENDS = (
+    "/chat/completions",
+    "/completions",
+    "/responses",
+    "/embeddings",
+    "/moderations",
+    "/audio/speech",
+    "/audio/transcriptions",
+)
+# A path of this server's own API with the prefix of OpenAI's.
+_NATIVE = "/v1/replay"
+# Below these, other parts of the server answer in their own format.
+_OTHER_DIALECTS = ("/sdapi/", "/internal/", "/controlnet/", "/ui/", "/files/", "/jobs/", "/history/")
+
+
+def canonical_path(path: str) -> str:
+    """Return the path of the OpenAI route that a path means: without `/v1`, with `/api/v1`, or with further slashes.
+
+    Returns every other path unchanged.
+    """
+    match = _SLIP.fullmatch(path) if len(path) <= _LONGEST else None
+    if match is None:
+        return path
+    return "/v1/" + _SLASHES.sub("/", match[1]).rstrip("/")
+
+
+def is_openai_path(path: str) -> bool:
+    """Return whether errors at a path have OpenAI's format: all of `/v1`, and paths that end like one of OpenAI's."""
+    if path.startswith("/v1/"):
+        return not path.startswith(_NATIVE)
+    if len(path) > _LONGEST or path.startswith(_OTHER_DIALECTS):
+        return False
+    return _plain(path).endswith((*_IMAGES, *_OTHER_ENDS, "/models"))
+
+
+def openai_hint(path: str) -> str:
+    """Return a sentence that names the right path, for a path with OpenAI's format and without a route."""
+    shown = path[:100]
+    for end in (*_IMAGES, "/models"):
+        if _plain(path[:_LONGEST]).endswith(end):
+            return f"There is nothing at {shown}; the API is at /v1{end}."
+    return (
+        f"There is nothing at {shown}; this server makes images, at /v1/images/generations, /v1/images/edits and "
+        "/v1/images/variations, and lists its models at /v1/models."
+    )
+
+
+def _plain(path: str) -> str:
+    return _SLASHES.sub("/", path).rstrip("/")
