@@ -18,7 +18,7 @@ from stable_diffusion_server.types import DiffusionRequest, GenerationResult, Re
 # The largest integer that every JSON reader represents exactly.
 _MAX_EXACT_INTEGER = 2**53
 _STORED_LATER = RequestWarning(
-    "stored-later", "The storage does not answer; the picture is kept here and brought there later."
+    "stored-later", "The storage does not take the image now; it is kept here and uploaded later."
 )
 
 

@@ -45,10 +45,8 @@ class Settings(
         bucket, data = self.local_bucket_dir.resolve(), self.data_dir.resolve()
         if bucket == data or bucket in data.parents or data in bucket.parents:
             raise ValueError("LOCAL_BUCKET_DIR and DATA_DIR must not contain one another")
-        if self.storage_provider != "local" and not self.bucket_name:
-            raise ValueError(f"BUCKET_NAME is needed with STORAGE_PROVIDER={self.storage_provider}")
-        if self.storage_provider == "r2" and not self.r2_endpoint_url:
-            raise ValueError("R2_ENDPOINT_URL is needed with STORAGE_PROVIDER=r2")
+        if fault := self.storage_fault():
+            raise ValueError(fault)
         try:
             self.read_keys()
         except ValueError as error:

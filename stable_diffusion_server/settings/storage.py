@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -9,6 +10,30 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, SecretStr, field_validator
 
 from stable_diffusion_server.settings.base import SettingsGroup, none_if_empty
+
+# Paths that belong to the endpoint of a service (Supabase).
+_ENDPOINT_PATHS = ("/storage/v1/s3",)
+# Services whose buckets also have host names of their own, below the account's.
+_CLOUDS = (
+    ".amazonaws.com",
+    ".r2.cloudflarestorage.com",
+    ".digitaloceanspaces.com",
+    ".backblazeb2.com",
+    ".wasabisys.com",
+)
+# What the stores' own clients take: a name, or the ARN of an access point.
+_BUCKET_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:[A-Za-z0-9:/._-]{1,500}")
+
+
+def _name_hint(name: str) -> str:
+    """Return what BUCKET_NAME should be instead of an address or a path."""
+    scheme, separator, rest = name.partition("://")
+    bucket, _, folder = rest.partition("/") if separator else name.partition("/")
+    if separator and scheme.lower() in ("http", "https"):
+        return "give the name alone; the address belongs in R2_ENDPOINT_URL or PUBLIC_BASE_URL"
+    if not _BUCKET_NAME.fullmatch(bucket):
+        return "give letters, digits, dots and dashes alone"
+    return f"give {bucket} alone" + (f", and {folder.strip('/')} as BUCKET_PATH" if folder.strip("/") else "")
 
 
 class StorageSettings(SettingsGroup):
@@ -43,6 +68,13 @@ class StorageSettings(SettingsGroup):
         ge=0,
         le=604_800,
         description="For private buckets: how long the signed URLs in responses are valid. 0: URLs are not signed.",
+    )
+    signed_url_endpoint: str = Field(
+        "",
+        description=(
+            "Public URL of the store, for signed URLs, if clients reach it by another address than this server "
+            "(R2_ENDPOINT_URL). Needs SIGNED_URL_SECONDS."
+        ),
     )
     url_secret: SecretStr = Field(
         SecretStr(""),
@@ -92,7 +124,7 @@ class StorageSettings(SettingsGroup):
         ),
     )
 
-    @field_validator("r2_endpoint_url")
+    @field_validator("r2_endpoint_url", "signed_url_endpoint")
     @classmethod
     def _is_address(cls, value: str) -> str:
         parts = urlsplit(value)
@@ -100,7 +132,27 @@ class StorageSettings(SettingsGroup):
             raise ValueError("is not an http or https address")
         if "@" in parts.netloc:
             raise ValueError("must not hold credentials")
+        if parts.path.strip("/") and not parts.path.rstrip("/").endswith(_ENDPOINT_PATHS):
+            raise ValueError(f"has a path: give {parts.scheme}://{parts.netloc} alone, and the bucket as BUCKET_NAME")
         return value.rstrip("/")
+
+    def storage_fault(self) -> str:
+        """Return a sentence about storage settings that do not fit together; empty if they do."""
+        if self.storage_provider == "local":
+            return ""
+        if not self.bucket_name:
+            return f"BUCKET_NAME is needed with STORAGE_PROVIDER={self.storage_provider}"
+        if not _BUCKET_NAME.fullmatch(self.bucket_name):
+            return f"BUCKET_NAME {self.bucket_name[:100]!r} is no name of a bucket: {_name_hint(self.bucket_name)}"
+        if self.storage_provider == "r2" and not self.r2_endpoint_url:
+            return "R2_ENDPOINT_URL is needed with STORAGE_PROVIDER=r2"
+        for name, url in (("R2_ENDPOINT_URL", self.r2_endpoint_url), ("SIGNED_URL_ENDPOINT", self.signed_url_endpoint)):
+            host = urlsplit(url).hostname or ""
+            if host.startswith(f"{self.bucket_name}.") and host.endswith(_CLOUDS):
+                return f"{name} begins with the bucket's name: give the account's address without {self.bucket_name}"
+        if self.signed_url_endpoint and not self.signed_url_seconds:
+            return "SIGNED_URL_ENDPOINT needs SIGNED_URL_SECONDS: without it URLs are not signed"
+        return ""
 
     @field_validator("bucket_path")
     @classmethod

@@ -50,6 +50,10 @@ class StorageOptions(Protocol):
         """SIGNED_URL_SECONDS."""
 
     @property
+    def signed_url_endpoint(self) -> str:
+        """SIGNED_URL_ENDPOINT."""
+
+    @property
     def bucket_acl(self) -> str:
         """BUCKET_ACL."""
 
@@ -88,6 +92,7 @@ def open_bucket(options: StorageOptions) -> Bucket:
                     region="auto" if provider == "r2" else "",
                     base_url=base_url,
                     signed_url_seconds=options.signed_url_seconds,
+                    signing_url=options.signed_url_endpoint,
                     acl=options.bucket_acl,
                     prefix=options.bucket_path,
                     timeout=options.storage_timeout,
@@ -101,6 +106,7 @@ def open_bucket(options: StorageOptions) -> Bucket:
                     credentials=options.google_application_credentials,
                     base_url=base_url,
                     signed_url_seconds=options.signed_url_seconds,
+                    signing_url=options.signed_url_endpoint,
                     prefix=options.bucket_path,
                     timeout=options.storage_timeout,
                 )

@@ -56,6 +56,7 @@ NEVER_CALLERS = {
     "settings/models.py": "settings are the operator's",
     "settings/auth.py": "settings are the operator's",
     "settings/http.py": "settings are the operator's",
+    "settings/storage.py": "settings are the operator's",
     "storage/factory.py": "the bucket's name and address are settings",
     "pipelines/loading/hub.py": "names of files in a repository the operator chose, a few dozen characters each",
 }

@@ -236,6 +236,9 @@ def test_no_variable_of_the_tests_environment_is_taken_for_a_slip() -> None:
     read_settings()
 
 
+STORE = {"STORAGE_PROVIDER": "r2", "BUCKET_NAME": "pictures", "R2_ENDPOINT_URL": "https://r2.example"}
+
+
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
@@ -245,6 +248,27 @@ def test_no_variable_of_the_tests_environment_is_taken_for_a_slip() -> None:
         ({"STORAGE_PROVIDER": "tape"}, "STORAGE_PROVIDER"),
         ({"R2_ENDPOINT_URL": "account.r2.cloudflarestorage.com"}, "R2_ENDPOINT_URL is not an http"),
         ({"R2_ENDPOINT_URL": "https://key:secret@r2.example"}, "must not hold credentials"),
+        *(
+            ({**STORE, "R2_ENDPOINT_URL": url}, "R2_ENDPOINT_URL has a path: give https://r2.example alone")
+            for url in ("https://r2.example/pictures", "https://r2.example/pictures/", "https://r2.example//a/b")
+        ),
+        ({"R2_ENDPOINT_URL": "https://r2.example/pictures"}, "R2_ENDPOINT_URL has a path"),
+        ({**STORE, "R2_ENDPOINT_URL": "https://pictures.a.r2.cloudflarestorage.com"}, "begins with the bucket's name"),
+        ({**STORE, "R2_ENDPOINT_URL": "https://pictures.s3.eu-west-1.amazonaws.com"}, "R2_ENDPOINT_URL begins with"),
+        (
+            {**STORE, "BUCKET_NAME": "s3://pictures"},
+            "BUCKET_NAME 's3://pictures' is no name .* give pictures alone",
+        ),
+        ({**STORE, "BUCKET_NAME": "s3://pictures/"}, "BUCKET_NAME .* give pictures alone"),
+        ({**STORE, "BUCKET_NAME": "r2://pictures/a/b"}, "BUCKET_NAME .* give pictures alone, and a/b as BUCKET_PATH"),
+        ({"STORAGE_PROVIDER": "gcs", "BUCKET_NAME": "gs://pictures"}, "BUCKET_NAME .* give pictures alone"),
+        ({**STORE, "BUCKET_NAME": "pictures/static"}, "BUCKET_NAME .* give pictures alone, and static as BUCKET_PATH"),
+        ({**STORE, "BUCKET_NAME": "https://pictures.s3.amazonaws.com"}, "BUCKET_NAME .* give the name alone"),
+        ({**STORE, "BUCKET_NAME": "my pictures"}, "BUCKET_NAME .* letters, digits"),
+        ({**STORE, "BUCKET_NAME": "写真"}, "BUCKET_NAME .* letters, digits"),
+        ({**STORE, "SIGNED_URL_ENDPOINT": "https://cdn.example"}, "SIGNED_URL_ENDPOINT needs SIGNED_URL_SECONDS"),
+        ({"SIGNED_URL_ENDPOINT": "https://cdn.example/pictures"}, "SIGNED_URL_ENDPOINT has a path"),
+        ({"SIGNED_URL_ENDPOINT": "cdn.example"}, "SIGNED_URL_ENDPOINT is not an http"),
     ],
 )
 def test_a_bucket_is_described_in_full_or_not_at_all(
@@ -256,6 +280,29 @@ def test_a_bucket_is_described_in_full_or_not_at_all(
     with pytest.raises(SettingsError, match=sentence) as refused:
         read_settings()
     assert "secret@" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"R2_ENDPOINT_URL": "https://r2.example/"},
+        {"R2_ENDPOINT_URL": "https://a.supabase.co/storage/v1/s3"},
+        {"R2_ENDPOINT_URL": "https://pictures.example:9000"},
+        {"R2_ENDPOINT_URL": "http://127.0.0.1:9000"},
+        {"BUCKET_NAME": "static.example.com"},
+        {"BUCKET_NAME": "arn:aws:s3:eu-west-1:123456789012:accesspoint/pictures"},
+        {"SIGNED_URL_ENDPOINT": "https://cdn.example", "SIGNED_URL_SECONDS": "60"},
+        {"BUCKET_NAME": "s3://unused", "STORAGE_PROVIDER": "local"},
+    ],
+)
+def test_an_address_and_a_name_as_stores_have_them_are_taken(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service's own path, a MinIO behind the bucket's domain, access points."""
+    for name, value in {**STORE, **variables}.items():
+        monkeypatch.setenv(name, value)
+    read_settings()
 
 
 def test_every_storage_option_is_a_setting_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:

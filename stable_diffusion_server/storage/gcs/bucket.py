@@ -43,12 +43,16 @@ _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 @dataclass(frozen=True, slots=True)
 class GCSOptions:
-    """Name, address and access of a bucket. `timeout` in seconds; `credentials=None` selects Google's default chain."""
+    """Name, address and access of a bucket. `timeout` in seconds; `credentials=None` selects Google's default chain.
+
+    `signing_url` is the endpoint in signed URLs, if it is not Google's.
+    """
 
     name: str
     credentials: Path | None = None
     base_url: str = ""
     signed_url_seconds: int = 0
+    signing_url: str = ""
     prefix: str = ""
     timeout: float = 10.0
 
@@ -154,8 +158,10 @@ class GCSBucket(Bucket):
         if not seconds:
             return f"{base}/{quote(key, safe='/')}" if base else None
         blob = self._open_bucket().blob(key)
+        named = {"version": "v4", "method": "GET", "expiration": timedelta(seconds=seconds)}
+        at = {"api_access_endpoint": self._options.signing_url} if self._options.signing_url else {}
         try:
-            return str(blob.generate_signed_url(version="v4", expiration=timedelta(seconds=seconds), method="GET"))
+            return str(blob.generate_signed_url(**named, **at))
         except (AttributeError, TypeError) as error:
             raise StorageUnavailable(
                 "These credentials cannot sign addresses: they hold no private key (GOOGLE_APPLICATION_CREDENTIALS)."

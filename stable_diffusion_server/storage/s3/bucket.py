@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
@@ -26,6 +27,7 @@ from stable_diffusion_server.storage.s3 import objects
 from stable_diffusion_server.storage.s3.client import S3Options, make_client
 from stable_diffusion_server.storage.s3.errors import (
     FORBIDDEN,
+    WRITE,
     ConditionFailed,
     NotSupported,
     RangeNotSatisfiable,
@@ -55,6 +57,8 @@ class S3Bucket(Bucket):
         self._options = options
         self._probe = f"{options.prefix.strip('/')}/{PROBE}".lstrip("/")
         self._client: Any = None
+        # Signs URLs; the same client unless clients reach the store by another address.
+        self._signing_client: Any = None
         self._conditional = True
         self._create_lock = threading.Lock()
         # Whether the last write's ETag was the MD5; not every store does this.
@@ -67,8 +71,9 @@ class S3Bucket(Bucket):
 
         Raises `StorageUnavailable`: missing or wrong credentials, no such bucket, access denied, no response.
         """
-        with self._translated_errors("write to it"):
+        with self._translated_errors(WRITE):
             self._client = self._client or make_client(self._options)
+            self._signing_client = self._signing_client or self._make_signing_client()
         self._conditional = self._supports_conditional_writes()
         if not self._conditional:
             _log.warning(
@@ -79,6 +84,7 @@ class S3Bucket(Bucket):
         """Close the connections."""
         if self._client is not None:
             self._client.close()
+            self._signing_client.close()
 
     def stat(self, key: str) -> StoredObject | None:
         """Return the object under `key`; `None` if it is absent, empty, truncated or garbage."""
@@ -152,7 +158,8 @@ class S3Bucket(Bucket):
             return f"{base}/{quote(key, safe='/')}" if base else None
         with self._translated_errors("sign for it"):
             named = {"Bucket": self._options.name, "Key": key}
-            return str(self._open_client().generate_presigned_url("get_object", Params=named, ExpiresIn=seconds))
+            signing = self._signing_client or self._open_client()
+            return str(signing.generate_presigned_url("get_object", Params=named, ExpiresIn=seconds))
 
     def _head(self, key: str) -> Any:
         """Return the response to HEAD, or `None` if the object is absent.
@@ -238,7 +245,7 @@ class S3Bucket(Bucket):
             raise classify_refusal(refused.detail, refused.code, self._write_probe) from refused
 
     def _put(self, arguments: dict[str, Any], data: bytes, record: Mapping[str, str], **condition: str) -> StoredObject:
-        with self._translated_errors("write to it"):
+        with self._translated_errors(WRITE):
             etag = objects.etag_of(objects.put_object(self._open_client(), arguments, data, condition))
         self._etags_are_md5 = etag == arguments["Metadata"][objects.MD5]
         if not self._etags_are_md5:
@@ -289,10 +296,14 @@ class S3Bucket(Bucket):
                 self._write_probe()
         return False
 
+    def _make_signing_client(self) -> Any:
+        endpoint = self._options.signing_url
+        return make_client(replace(self._options, endpoint_url=endpoint)) if endpoint else self._client
+
     def _open_client(self) -> Any:
         if self._client is None:
             raise StorageUnavailable("The storage is not opened yet.")
         return self._client
 
     def _translated_errors(self, what: str, *, named: bool = False) -> AbstractContextManager[None]:
-        return translate_s3_errors(what, self._options.name, named=named)
+        return translate_s3_errors(what, self._options.name, named=named, acl=self._options.acl)

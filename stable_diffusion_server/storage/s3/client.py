@@ -11,7 +11,8 @@ from typing import Any
 class S3Options:
     """Name, address and access of a bucket.
 
-    `timeout` in seconds, for each of three tries; empty `credentials` select boto3's default chain.
+    `timeout` in seconds, for each of three tries; empty `credentials` select boto3's default chain. `signing_url` is
+    the endpoint in signed URLs, if clients reach the store by another address than this server.
     """
 
     name: str
@@ -19,6 +20,7 @@ class S3Options:
     region: str = ""
     base_url: str = ""
     signed_url_seconds: int = 0
+    signing_url: str = ""
     acl: str = ""
     prefix: str = ""
     timeout: float = 10.0

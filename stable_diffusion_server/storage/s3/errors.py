@@ -22,7 +22,12 @@ _UNSUPPORTED_CODES = frozenset("NotImplemented 501".split())
 _STORE_WIDE_CODES = frozenset(
     "AllAccessDisabled AccountProblem InvalidBucketName NoSuchUpload RequestTimeout 404 405 407 408".split()
 )
+_NO_ACLS = "AccessControlListNotSupported"
 FORBIDDEN = frozenset("AccessDenied Forbidden 403".split())
+
+
+# What an operation that sends objects is, in sentences.
+WRITE = "write to it"
 
 
 class ConditionFailed(KeyBusy):
@@ -45,12 +50,14 @@ class Refused(StorageUnavailable):
         self.code = code
 
 
-def _error_for_code(code: str, status: int, what: str, name: str, *, named: bool) -> ServerError:
+def _error_for_code(code: str, status: int, what: str, name: str, *, named: bool, acl: str) -> ServerError:
     """Return our error for an S3 error code; for the arguments see `translate_s3_errors`."""
     if code in _CONFLICT_CODES:
         return ConditionFailed("The storage is busy with other writers of this name.", retry_after=5)
     if code in ("InvalidRange", "416"):
         return RangeNotSatisfiable("The object is shorter.")
+    if code == _NO_ACLS:
+        return StorageUnavailable(f"The bucket takes no ACLs: leave BUCKET_ACL empty ({code}).")
     if code == "NoSuchBucket":
         return StorageUnavailable(f"There is no bucket {name!r} at the storage (BUCKET_NAME).")
     if named and code in ("NoSuchKey", "404"):
@@ -61,10 +68,12 @@ def _error_for_code(code: str, status: int, what: str, name: str, *, named: bool
         return StorageUnavailable(f"This machine's clock is too far from the storage's to sign for it ({code}).")
     if code in _THROTTLE_CODES:
         return StorageUnavailable(f"The storage asks to slow down ({code}).", retry_after=5)
+    # Stores without ACLs answer these to each object that is sent with one.
+    hint = f" BUCKET_ACL={acl} may be the reason: try it empty." if acl and what == WRITE else ""
     if code in _UNSUPPORTED_CODES:
-        return NotSupported(f"The storage does not know what it was asked ({code}).")
+        return NotSupported(f"The storage does not know what it was asked ({code}).{hint}")
     if code in FORBIDDEN:
-        return Refused(f"The storage does not let these credentials {what}: bucket {name!r} ({code}).", code)
+        return Refused(f"The storage does not let these credentials {what}: bucket {name!r} ({code}).{hint}", code)
     if HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and code not in _STORE_WIDE_CODES:
         return Refused(f"The storage refuses this ({code}).", code)
     return StorageUnavailable(f"The storage answered with an error ({code}).")
@@ -87,11 +96,11 @@ def malformed_response(why: str) -> StorageUnavailable:
 
 
 @contextmanager
-def translate_s3_errors(what: str, name: str, *, named: bool = False) -> Iterator[None]:
+def translate_s3_errors(what: str, name: str, *, named: bool = False, acl: str = "") -> Iterator[None]:
     """Raise boto3's errors as ours. `what` completes "do not let these credentials …"; `name` is the bucket.
 
-    `named`: a 404 means that the object is missing. Any other exception comes from parsing a response or boto3's
-    configuration, and becomes `StorageUnavailable` too.
+    `named`: a 404 means that the object is missing. `acl` is BUCKET_ACL, for hints. Any other exception comes from
+    parsing a response or boto3's configuration, and becomes `StorageUnavailable` too.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -103,7 +112,7 @@ def translate_s3_errors(what: str, name: str, *, named: bool = False) -> Iterato
         response: dict[str, Any] = getattr(error, "response", None) or {}
         status = (response.get("ResponseMetadata") or {}).get("HTTPStatusCode") or 0
         raise _error_for_code(
-            str((response.get("Error") or {}).get("Code") or status), int(status), what, name, named=named
+            str((response.get("Error") or {}).get("Code") or status), int(status), what, name, named=named, acl=acl
         ) from error
     except BotoCoreError as error:
         raise _connection_error(type(error).__name__) from error
