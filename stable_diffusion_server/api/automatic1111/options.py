@@ -106,8 +106,8 @@ class CallerOptions:
         """Set options; `None` restores a default. Raises `InvalidInput` with all faults, and changes nothing then."""
         changes = {name: value for name, value in changes.items() if name != _HASH}
         faults = [(name[:100], reason) for name, value in changes.items() if (reason := _fault_of(name, value))]
-        if not faults and changes.get(_MODEL):
-            changes[_MODEL] = model_named(str(changes[_MODEL]), context, _MODEL)
+        if not faults and (name := str(changes.get(_MODEL) or "").strip()):
+            changes[_MODEL] = model_named(name, context, _MODEL)
         elif not faults:
             changes.pop(_MODEL, None)  # as in AUTOMATIC1111, no name keeps the model
         merged = {
