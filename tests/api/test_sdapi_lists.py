@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +23,10 @@ from stable_diffusion_server.imaging import canny
 from stable_diffusion_server.pipelines import MODELS
 
 EMPTY = (
-    "sd-vae sd-modules hypernetworks face-restorers realesrgan-models prompt-styles extensions lycos artists".split()
+    *("sd-vae", "sd-modules", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles"),
+    *("latent-upscale-modes", "extensions", "lycos", "artists", "artist-categories"),
 )
-LISTS = [*EMPTY, "artist-categories", "upscalers", "latent-upscale-modes", "schedulers", "script-info"]
+LISTS = [*EMPTY, "upscalers", "schedulers", "script-info"]
 OBJECTS = {"embeddings": {"loaded", "skipped"}, "scripts": {"txt2img", "img2img"}, "memory": {"ram", "cuda"}}
 ORDERS = "refresh-checkpoints refresh-vae refresh-loras refresh-embeddings unload-checkpoint reload-checkpoint".split()
 STOPPING = ["server-kill", "server-restart", "server-stop"]
@@ -210,7 +213,7 @@ def test_the_page_has_the_lists_that_clients_read_from_it(run_app: Callable[...,
     headers = {"X-API-Key": "a"}
     config = running_app.client.get("/config", headers=headers).json()
     choices = {part["props"]["elem_id"]: part["props"].get("choices") for part in config["components"]}
-    assert {"Latent", "Lanczos"} <= set(choices["txt2img_hr_upscaler"])
+    assert {"None", "Lanczos"} <= set(choices["txt2img_hr_upscaler"])
     assert choices["setting_sd_lora"] == ["None"]
     assert len(choices["setting_sd_model_checkpoint"]) == len(MODELS)
     assert running_app.client.get("/user", headers=headers).json() == "ann"
@@ -239,3 +242,33 @@ def test_booleans_of_a_query_are_those_of_automatic1111(running_app: RunningApp)
     for word in ("yes", "No", "on", "OFF", "t", "y", "1", "true"):
         assert running_app.client.get(f"/sdapi/v1/progress?skip_current_image={word}").status_code == 200
     assert running_app.client.get("/sdapi/v1/progress?skip_current_image=perhaps").status_code == 422
+
+
+def test_options_are_answered_at_every_route(running_app: RunningApp) -> None:
+    """OPTIONS without an Origin, by which clients ask whether a server is there, lists the methods of the path."""
+    document = running_app.client.get("/openapi.json").json()
+    for path, operations in document["paths"].items():
+        answer = running_app.client.options(re.sub(r"\{\w+\}", "a", path))
+        assert answer.status_code == 204, path
+        assert {method.upper() for method in operations} <= set(answer.headers["allow"].split(", ")), path
+    assert running_app.client.options("/sdapi/v1/nothing").status_code == 404
+
+
+def test_json_without_a_content_type_is_taken(running_app: RunningApp) -> None:
+    """At every route of this dialect that reads a body, as `requests.post(data=json.dumps(…))` sends it."""
+    large = base64.b64encode(file_of(np.random.default_rng(0).integers(0, 255, (700, 700, 3), np.uint8))).decode()
+    assert len(large) > 1_048_576
+    bodies: dict[str, dict[str, Any]] = {
+        "/sdapi/v1/txt2img": {"prompt": "a red square", "width": 64, "height": 64},
+        "/sdapi/v1/options": {"send_seed": True},
+        "/sdapi/v1/png-info": {"image": large},
+        "/sdapi/v1/extra-single-image": {"image": large},
+        "/sdapi/v1/extra-batch-images": {"imageList": [{"data": large}]},
+        "/controlnet/detect": {"controlnet_input_images": [large], "controlnet_module": "canny"},
+        "/internal/progress": {"id_task": "a"},
+        "/sdapi/v1/refresh-loras": {},
+    }
+    for path, body in bodies.items():
+        answer = running_app.client.post(path, content=json.dumps(body).encode())
+        assert "content-type" not in answer.request.headers
+        assert answer.status_code == 200, (path, answer.text[:200])

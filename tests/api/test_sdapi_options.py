@@ -117,7 +117,7 @@ def test_every_refused_option_is_named(running_app: RunningApp) -> None:
 
 
 def test_no_name_keeps_the_model(running_app: RunningApp) -> None:
-    """null and an empty text, as clients send them for an empty menu."""
+    """An omitted name, and an empty text, as clients send them for an empty menu."""
     set_options(running_app, sd_model_checkpoint="flux")
     for empty in (None, "", "  "):
         assert set_options(running_app, sd_model_checkpoint=empty).status_code == 200

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
 
 from stable_diffusion_server.api.automatic1111.checkpoint_names import title_of
-from stable_diffusion_server.api.automatic1111.list_bodies import LATENT_UPSCALERS, UPSCALERS
+from stable_diffusion_server.api.automatic1111.list_bodies import UPSCALERS
 from stable_diffusion_server.api.automatic1111.name_mapping import samplers_of
 from stable_diffusion_server.api.dependencies import DialectContext, caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
@@ -99,7 +99,7 @@ def _components(context: DialectContext) -> list[GradioComponentBody]:
         _MODELS_ID: [title_of(spec) for spec in context.models.values()],
         "txt2img_sampling": samplers_of(context.models),
         "img2img_sampling": samplers_of(context.models),
-        "txt2img_hr_upscaler": [*LATENT_UPSCALERS, *upscalers],
+        "txt2img_hr_upscaler": upscalers,
         "extras_upscaler_1": upscalers,
         "extras_upscaler_2": upscalers,
         "setting_sd_vae": ["Automatic", "None"],

@@ -13,7 +13,6 @@ from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict bef
 
 from stable_diffusion_server.api.dependencies import DialectContext
 
-LATENT_UPSCALERS = ("Latent",)
 # Pillow's resampling filters, under AUTOMATIC1111's names.
 UPSCALERS = ("Lanczos", "Nearest")
 CONTROLNET_SCRIPT = "controlnet"
@@ -27,12 +26,6 @@ class Automatic1111UpscalerBody(TypedDict):
     model_path: str | None
     model_url: str | None
     scale: float
-
-
-class Automatic1111NameBody(TypedDict):
-    """An entry that has a name only."""
-
-    name: str
 
 
 class Automatic1111SchedulerBody(TypedDict):
@@ -97,11 +90,6 @@ def upscalers_body(context: DialectContext) -> list[Automatic1111UpscalerBody]:
         {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
         for name in ("None", *UPSCALERS)
     ]
-
-
-def latent_upscalers_body(context: DialectContext) -> list[Automatic1111NameBody]:
-    """List the upscalers of latents in a second pass."""
-    return [{"name": name} for name in LATENT_UPSCALERS]
 
 
 def schedulers_body(context: DialectContext) -> list[Automatic1111SchedulerBody]:

@@ -13,7 +13,6 @@ from stable_diffusion_server.api.automatic1111.list_bodies import (
     Automatic1111EmbeddingsBody,
     Automatic1111FlagsBody,
     Automatic1111MemoryBody,
-    Automatic1111NameBody,
     Automatic1111SchedulerBody,
     Automatic1111ScriptInfoBody,
     Automatic1111ScriptsBody,
@@ -35,7 +34,7 @@ LIST_CONCURRENCY, MAX_LISTS_PER_CALLER = 4, 64
 # Lists that are empty here: `sd-modules` is Forge's, `lycos` an extension's, the artists those of versions before 2023.
 _EMPTY = (
     *("sd-vae", "sd-modules", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles"),
-    *("extensions", "lycos", "artists", "artist-categories"),
+    *("latent-upscale-modes", "extensions", "lycos", "artists", "artist-categories"),
 )
 # Orders that change nothing here, with AUTOMATIC1111's answer: lists are read anew for each request, and the operator
 # chooses the loaded models, which all callers share.
@@ -68,7 +67,6 @@ def add_list_routes(routes: APIRouter, context: DialectContext) -> None:
         ("samplers", responses.samplers_body, list[Automatic1111SamplerBody]),
         ("loras", responses.loras_body, list[Automatic1111LoraBody]),
         ("upscalers", list_bodies.upscalers_body, list[Automatic1111UpscalerBody]),
-        ("latent-upscale-modes", list_bodies.latent_upscalers_body, list[Automatic1111NameBody]),
         ("schedulers", list_bodies.schedulers_body, list[Automatic1111SchedulerBody]),
         ("embeddings", list_bodies.embeddings_body, Automatic1111EmbeddingsBody),
         ("scripts", list_bodies.scripts_body, Automatic1111ScriptsBody),
