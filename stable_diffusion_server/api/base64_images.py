@@ -26,15 +26,18 @@ def is_data_url(text: str) -> bool:
 
 
 def bytes_of(text: str, field: str) -> bytes:
-    """Decode an image in base64, with or without the prefix of a data URL. Raises `InvalidInput` for `field`."""
+    """Decode an image in base64, with or without its padding and the prefix of a data URL.
+
+    Raises `InvalidInput` for `field`.
+    """
     head, comma, rest = text[:_LONGEST_HEAD].partition(",")
     if comma and _HEAD.fullmatch(head):
         text = rest + text[_LONGEST_HEAD:]
     try:
         data = binascii.a2b_base64(text, strict_mode=True)
     except ValueError:
-        # Line breaks are removed only here: most texts have none, and copying a long one is slow.
-        data = _decode_without_whitespace(text)
+        # Cleaned only here: most texts are clean, and copying a long one is slow.
+        data = _decode_cleaned(text)
     if data:
         return data
     raise InvalidInput(f"{field} is not a picture in base64.", field=field)
@@ -45,9 +48,11 @@ def text_of(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _decode_without_whitespace(text: str) -> bytes:
+def _decode_cleaned(text: str) -> bytes:
+    """Decode without line breaks, and with the padding that some clients leave out; empty if that does not help."""
+    joined = "".join(text.split())
     try:
-        return binascii.a2b_base64("".join(text.split()), strict_mode=True)
+        return binascii.a2b_base64(joined + "=" * (-len(joined) % 4), strict_mode=True)
     except ValueError:
         return b""
 

@@ -124,13 +124,15 @@ class Engine(Generic[P]):
         background: bool = False,
         previews: bool = False,
         watch: Callable[[EngineEvent], None] | None = None,
+        wants_picture: Callable[[], bool] | None = None,
         label: str = "",
         exclusive: bool = False,
     ) -> Ticket[P]:
         """Queue a request. Raises `NotReady` and `QueueFull` as `check_open` does.
 
         Owners share the device fairly; background requests run after all others. `watch` receives the request's
-        events, on any thread: queued (again at each new position), started, step, and its end. An `exclusive` request
+        events, on any thread: queued (again at each new position), started, step, and its end. `wants_picture` is asked
+        after each step whether that event carries the unfinished picture. An `exclusive` request
         runs with no other on the device; `label` names it to `on_occupancy`. Raises `InvalidInput` for LoRAs if
         several workers share the weights.
         """
@@ -147,6 +149,7 @@ class Engine(Generic[P]):
                 background=background,
                 wants_previews=previews,
                 watch=watch,
+                wants_picture=wants_picture,
                 alone=job.alone or exclusive,
                 exclusive=exclusive,
                 label=label,

@@ -33,6 +33,7 @@ class EventDispatcher:
         position: int = 0,
         eta_seconds: float | None = None,
         preview: NDArray[np.uint8] | None = None,
+        picture: Any = None,
         batch_size: int = 1,
         cause: str = "",
     ) -> None:
@@ -44,6 +45,7 @@ class EventDispatcher:
             position=position,
             eta_seconds=eta_seconds,
             preview=preview,
+            picture=picture,
             batch_size=batch_size,
             cause=cause,
         )

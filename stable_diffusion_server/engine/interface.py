@@ -83,7 +83,7 @@ class Denoiser(DenoiserCapabilities, Protocol[S, P_co]):
         """Run one denoising step for all states; all have the same `shape`."""
 
     def finish(self, state: S) -> P_co:
-        """Decode a finished state. Does not change the state, so a retry is possible."""
+        """Decode a state, an unfinished one by its prediction of the end. Does not change it: a retry is possible."""
 
 
 class EngineState(StrEnum):

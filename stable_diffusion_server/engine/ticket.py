@@ -19,7 +19,8 @@ class Ticket(Generic[P]):
     """A submitted request. `result.cancel()` removes it from the queue, or from the device at the next step.
 
     `owner` is the unit of fairness. `background` requests run after all others. `watch` receives the events of this
-    request, with previews while `wants_previews` is true. An `alone` request never shares a forward pass; an
+    request, with previews while `wants_previews` is true, and once with its unfinished picture when `wants_picture`,
+    which is called on the engine's threads, returns true. An `alone` request never shares a forward pass; an
     `exclusive` request never shares the device. `suspended` holds the progress of a preempted request; `attempts`
     counts how often it was started. `label` names it in the crash record.
     """
@@ -32,6 +33,7 @@ class Ticket(Generic[P]):
     background: bool = False
     wants_previews: bool = False
     watch: Callable[[EngineEvent], None] | None = None
+    wants_picture: Callable[[], bool] | None = None
     alone: bool = False
     exclusive: bool = False
     label: str = ""
@@ -83,6 +85,7 @@ class RunningRequest(Generic[P]):
     """A request on the device, with seconds per stage so far.
 
     `attributed_step_seconds` is its share of the step time of its batches, `preview_seconds` the time of its previews.
+    `pictured`: the unfinished picture was sent, and is not decoded again until it is wanted anew.
     """
 
     ticket: Ticket[P]
@@ -92,6 +95,7 @@ class RunningRequest(Generic[P]):
     attributed_step_seconds: float = 0.0
     preview_seconds: float = 0.0
     last_preview_step: int = -1
+    pictured: bool = False
 
     @property
     def steps_left(self) -> int:

@@ -183,8 +183,25 @@ class EngineWorker(Generic[P]):
             running.state,
             eta_seconds=self._scheduler.tuner.seconds_for(running.ticket.request, running.steps_left, batch_size),
             preview=self._previews.preview_of(running),
+            picture=self._unfinished_picture(running),
             batch_size=batch_size,
         )
+
+    def _unfinished_picture(self, running: RunningRequest[P]) -> P | None:
+        """Decode a request that is not done, if its caller wants that; once, until it is wanted anew."""
+        wanted = running.ticket.wants_picture is not None and running.ticket.wants_picture()
+        if not wanted or running.pictured or running.state.done:
+            running.pictured = running.pictured and wanted
+            return None
+        try:
+            picture = self._retry_with_less_memory(lambda: self._denoiser.finish(running.state))
+        except DeviceLost:
+            raise
+        except Exception as error:  # the request itself goes on
+            _log.warning("an unfinished picture could not be decoded", exc_info=error)
+            return None
+        running.pictured = True
+        return picture
 
     def _step_failed(self, batch: Sequence[RunningRequest[P]], error: Exception) -> None:
         """Fail a single request; restart the requests of a larger batch alone, since one of them may be the cause."""

@@ -98,6 +98,7 @@ class GenerationExecutor:
             background=context.background,
             previews=broadcaster.wants_previews,
             watch=watch,
+            wants_picture=lambda: broadcaster.wants_picture,
             label=context.job_id,
             exclusive=context.suspect,
         )
@@ -111,4 +112,8 @@ class GenerationExecutor:
 
 
 def _progress_of(event: EngineEvent) -> GenerationProgress:
-    return GenerationProgress(event.kind, event.step, event.steps, event.position, event.eta_seconds, event.preview)
+    """Return the progress of an event. Its picture has the size of the canvas; `PassListener` composes the output."""
+    picture = None if event.picture is None else (lambda: event.picture.pixels)
+    return GenerationProgress(
+        event.kind, event.step, event.steps, event.position, event.eta_seconds, event.preview, picture
+    )

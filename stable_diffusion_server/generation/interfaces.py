@@ -39,10 +39,11 @@ class EngineQueue(Protocol):
         background: bool,
         previews: bool,
         watch: Callable[[EngineEvent], None],
+        wants_picture: Callable[[], bool],
         label: str,
         exclusive: bool,
     ) -> Ticket[DecodedPixels]:
-        """Queue a request. `watch` receives its events, on the engine's threads."""
+        """Queue a request. `watch` receives its events, on the engine's threads; `wants_picture` is called there."""
 
 
 def ignore(progress: GenerationProgress) -> None:

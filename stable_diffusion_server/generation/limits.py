@@ -24,8 +24,8 @@ class RequestLimits:
 
     min_side: int = 64
     max_side: int = 2048
-    max_steps: int = 100
-    max_guidance: float = 20.0
+    max_steps: int = 150
+    max_guidance: float = 30.0
     max_prompt_characters: int = 4000
     max_timeout: float = 600.0
     max_feather: int = 256
@@ -47,6 +47,10 @@ class RequestLimits:
             "canny_low": (0, 2040),
             "canny_high": (0, 2040),
             "control_scale": (0.0, 2.0),
+            "hires_width": (self.min_side, self.max_side),
+            "hires_height": (self.min_side, self.max_side),
+            "hires_steps": (1, self.max_steps),
+            "hires_strength": (0.0, 1.0),
         }
 
     def check(self, request: GenerationRequest) -> None:

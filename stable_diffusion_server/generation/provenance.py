@@ -9,6 +9,7 @@ from dataclasses import fields
 from stable_diffusion_server.generation.layout import ImageLayout
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
+from stable_diffusion_server.generation.second_pass import has_second_pass, second_pass_parameters
 from stable_diffusion_server.storage import IMMUTABLE, HistoryEntry
 from stable_diffusion_server.types import DiffusionRequest, diffusion_request_fields
 
@@ -68,10 +69,21 @@ def embedded_metadata(
         "height": layout.height,
         "digest": resolved.content_digest,
         "batched": image.batched,
+        **_hires_fields(resolved),
         "asked": requested_fields(resolved),
         "sources": {name: digest for name, digest in resolved.source_digests.items() if digest is not None},
         **({"transparency": True} if resolved.request.mask is not None and resolved.request.mask.transparency else {}),
     }
+
+
+def _hires_fields(resolved: ResolvedRequest) -> dict[str, object]:
+    """Return the sizes of both passes and the parameters of the second one; nothing without a second pass."""
+    request = resolved.request
+    if not has_second_pass(request):
+        return {}
+    steps, strength = second_pass_parameters(resolved)
+    sizes = {"from": [request.width, request.height], "to": [request.hires_width, request.hires_height]}
+    return {"hires": {**sizes, "steps": steps, "strength": strength}}
 
 
 def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:

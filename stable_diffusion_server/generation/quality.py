@@ -13,7 +13,7 @@ import structlog
 from stable_diffusion_server.engine import EngineResult
 from stable_diffusion_server.errors import InvalidInput, NotFinite, ServerError
 from stable_diffusion_server.imaging import Pixels, is_black, score_artifacts
-from stable_diffusion_server.pipelines import SCHEDULERS, ModelSpec, steps_skipped
+from stable_diffusion_server.pipelines import SCHEDULERS, ModelSpec, check_strength
 from stable_diffusion_server.types import DiffusionRequest, RequestWarning, Task, digest
 
 _log = structlog.get_logger(__name__)
@@ -61,7 +61,7 @@ class RetryPolicy:
             return replace(request, num_inference_steps=min(request.num_inference_steps + 1, most))
         weaker = round(request.strength - _LESS_STRENGTH, 4)
         try:
-            steps_skipped(self.spec, request.num_inference_steps, weaker)
+            check_strength(self.spec, request.num_inference_steps, weaker)
         except InvalidInput:
             return request
         return replace(request, strength=weaker)

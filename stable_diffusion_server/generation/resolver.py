@@ -13,7 +13,7 @@ from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.generation.library import Ownership
 from stable_diffusion_server.generation.limits import RequestLimits
 from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt
-from stable_diffusion_server.pipelines import MODELS, ModelSpec, scheduler_of, spec_of, steps_skipped
+from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength, scheduler_of, spec_of
 from stable_diffusion_server.storage import object_key
 from stable_diffusion_server.types import (
     SEED_MAX,
@@ -187,7 +187,7 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         guidance = spec.default_guidance
         warnings.append(RequestWarning("guidance-ignored", f"{spec.name} was distilled to draw without guidance."))
     prompt = _cleaned(request.prompt, "prompt")
-    if not prompt:
+    if not prompt and not request.allow_empty_prompt:
         raise InvalidInput("prompt is empty.", field="prompt")
     if request.canny and spec.control_folder is None:
         raise InvalidInput(f"{spec.name} has no ControlNet to follow edges with.", field="canny")
@@ -209,7 +209,9 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         warnings=tuple(warnings),
     )
     scheduler_of(spec, parameters.scheduler, parameters.num_inference_steps)
-    steps_skipped(spec, parameters.num_inference_steps, parameters.strength)  # raises if the strength leaves no step
+    scheduler_of(spec, parameters.scheduler, request.hires_steps or parameters.num_inference_steps)
+    if not request.at_least_one_step:
+        check_strength(spec, parameters.num_inference_steps, parameters.strength)
     if request.canny_low > request.canny_high:
         sentence = "canny_low must not be above canny_high."
         raise InvalidInput.from_faults([("canny_low", sentence), ("canny_high", sentence)])
@@ -226,12 +228,9 @@ def _adapters(request: GenerationRequest, options: GenerationOptions) -> list[tu
         try:
             digests[name] = there[name]
         except KeyError as error:
-            names = sorted(there)
-            if not names:
-                raise InvalidInput("No adapters are offered here.", field="lora") from error
-            raise InvalidInput(
-                f"{name!r} is not an adapter here; there are {', '.join(names)}.", field="lora"
-            ) from error
+            names = ", ".join(sorted(there))
+            said = f"{name!r} is not an adapter here; there are {names}." if names else "No adapters are offered here."
+            raise InvalidInput(said, field="lora") from error
     return [(name, weight, digests[name]) for name, weight in request.loras]
 
 
@@ -243,6 +242,7 @@ def _identity_fields(
 ) -> dict[str, object]:
     """Return the fields that identify the image, except the seed and the input images."""
     resized = request.image is not None and request.width is not None
+    hires = (request.hires_width, request.hires_height, request.hires_steps, request.hires_strength)
     return {
         "task": request.task,
         "model": parameters.spec.name,
@@ -264,6 +264,7 @@ def _identity_fields(
         **({"only_masked": request.only_masked} if request.only_masked is not None else {}),
         **({"by": "transparency"} if request.mask is not None and request.mask.transparency else {}),
         **({"stop_words": stop_words.identity} if stop_words.identity else {}),
+        **({"hires": hires} if any(part is not None for part in hires) else {}),
         **({"mask_inverted": True} if request.mask is not None and request.mask.inverted else {}),
     }
 

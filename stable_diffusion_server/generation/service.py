@@ -28,6 +28,7 @@ from stable_diffusion_server.generation.results import (
     result_of_stored,
     rounded,
 )
+from stable_diffusion_server.generation.second_pass import draw_passes
 from stable_diffusion_server.generation.single_flight import (
     CallbackListener,
     ProgressBroadcaster,
@@ -140,10 +141,15 @@ class GenerationService:
         background: bool = False,
         watch: Callable[[GenerationProgress], None] = ignore,
         previews: bool | Callable[[], bool] = False,
+        picture: Callable[[], bool] = lambda: False,
         fetched: Mapping[str, bytes] = _NO_FILES,
     ) -> tuple[GenerationResult, bytes]:
-        """Return the result and the file that this request generated, even if the key was overwritten since."""
-        context, listener = SubmissionContext(caller, background), CallbackListener(watch, previews)
+        """Return the result and the file that this request generated, even if the key was overwritten since.
+
+        When `picture`, which is called on the engine's threads after each step, returns true, the next report has the
+        unfinished image. It is stored nowhere; the generation goes on until the call is cancelled.
+        """
+        context, listener = SubmissionContext(caller, background), CallbackListener(watch, previews, picture)
         result, outcome = await self._generate_with_deadline(request, fetched, context, listener)
         try:
             return result, outcome.data or await self.read_file(result)
@@ -293,11 +299,12 @@ class GenerationService:
             request = await asyncio.to_thread(self._executor.fit_prompts, layout.request)
         attributes: dict[str, str | int] = {"sds.model": request.model, "sds.steps": request.num_inference_steps}
         with self._tracing.span("generate", attributes) as span:
-            image, coalesced = await self._executor.generate(request, context, broadcaster)
+            drawn = await draw_passes(self._executor, resolved, layout, request, context, broadcaster)
+            image = drawn.image
             span.set_attributes({f"sds.seconds.{stage}": seconds for stage, seconds in image.timings.items()})
-        warnings = (*layout.warnings, *image.warnings, *generation_warnings(resolved, layout, request, image))
+        warnings = (*drawn.layout.warnings, *image.warnings, *generation_warnings(resolved, layout, request, image))
         with self._tracing.span("store"):
-            output = await self._output.write(resolved, layout, image, warnings, context.caller)
+            output = await self._output.write(resolved, drawn.layout, image, warnings, context.caller)
         timings = {**image.timings, **output.timings, "total": time.perf_counter() - started}
         self._metrics.record_stored(timings)
         for warning in image.warnings:
@@ -310,4 +317,4 @@ class GenerationService:
         prompt = {"prompt": request.prompt} if self._log_prompts else {}
         facts = {"model": request.model, "bytes": len(output.data), **prompt, **rounded(timings)}
         _log.info("picture stored", name=resolved.key, **facts)
-        return GenerationOutcome(output.stored, layout, image, output.data, coalesced, warnings, timings)
+        return GenerationOutcome(output.stored, drawn.layout, image, output.data, drawn.coalesced, warnings, timings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from stable_diffusion_server.types import GenerationProgress
@@ -19,21 +19,31 @@ class ProgressListener(Protocol):
     def wants_previews(self) -> bool:
         """Whether the listener wants previews."""
 
+    @property
+    def wants_picture(self) -> bool:
+        """Whether the listener wants the unfinished picture. Read on the engine's threads."""
+
     def on_progress(self, progress: GenerationProgress) -> None:
         """Receive a progress report, on the event loop."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CallbackListener:
-    """A listener that calls a function. `previews` may be a function, which is called at each step."""
+    """A listener that calls a function. `previews` and `picture` may be functions, which are called at each step."""
 
     watch: Callable[[GenerationProgress], None]
     previews: bool | Callable[[], bool] = False
+    picture: bool | Callable[[], bool] = False
 
     @property
     def wants_previews(self) -> bool:
         """Whether the listener wants previews now."""
         return self.previews() if callable(self.previews) else self.previews
+
+    @property
+    def wants_picture(self) -> bool:
+        """Whether the listener wants the unfinished picture now."""
+        return self.picture() if callable(self.picture) else self.picture
 
     def on_progress(self, progress: GenerationProgress) -> None:
         """Call the function."""
@@ -58,9 +68,14 @@ class ProgressBroadcaster:
         """Whether any listener wants previews."""
         return any(listener.wants_previews for listener in self._listeners)
 
+    @property
+    def wants_picture(self) -> bool:
+        """Whether any listener wants the unfinished picture. Read on the engine's threads, hence the copy."""
+        return any(listener.wants_picture for listener in tuple(self._listeners))
+
     def on_progress(self, progress: GenerationProgress) -> None:
-        """Send a report to all listeners."""
-        self._latest = progress
+        """Send a report to all listeners. An unfinished picture is not kept for later ones."""
+        self._latest = replace(progress, picture=None)
         for listener in tuple(self._listeners):
             listener.on_progress(progress)
 

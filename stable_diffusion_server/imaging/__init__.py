@@ -17,10 +17,10 @@ from stable_diffusion_server.imaging.formats import (
     media_type_of,
     media_types,
 )
+from stable_diffusion_server.imaging.infotext import SAMPLER_NAMES, parameters_text, parse_parameters
 from stable_diffusion_server.imaging.masks import binarize_mask, feather_mask, paste_back, to_mask
 from stable_diffusion_server.imaging.metadata import (
     DigitalSourceType,
-    parameters_text,
     read_parameters_text,
     read_record,
     source_type_of,
@@ -34,6 +34,7 @@ __all__ = [
     "ALIGNMENT",
     "DEFAULT_FORMATS",
     "OPTIONAL_FORMATS",
+    "SAMPLER_NAMES",
     "SIGNATURE_BYTES",
     "Canvas",
     "CropBox",
@@ -58,6 +59,7 @@ __all__ = [
     "media_type_of",
     "media_types",
     "parameters_text",
+    "parse_parameters",
     "paste_back",
     "plan_canvas",
     "read_parameters_text",

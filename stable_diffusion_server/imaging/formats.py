@@ -8,7 +8,7 @@ from stable_diffusion_server.types import Format
 
 # Pillow's format names: accepted by default, and accepted if EXTRA_IMAGE_FORMATS lists them.
 DEFAULT_FORMATS = ("PNG", "JPEG", "WEBP")
-OPTIONAL_FORMATS = ("AVIF", "GIF")
+OPTIONAL_FORMATS = ("AVIF", "BMP", "GIF", "TIFF")
 # Number of bytes at the start of a file that identify its format.
 SIGNATURE_BYTES = 12
 
@@ -20,7 +20,10 @@ _SIGNATURES = {
     "WEBP": ((0, b"RIFF"), (8, b"WEBP")),
     "GIF": ((0, b"GIF8"),),
     "AVIF": ((4, b"ftyp"), (8, b"avi")),
+    "BMP": ((0, b"BM"),),
 }
+# A TIFF begins with its byte order.
+_TIFF = (b"II*\0", b"MM\0*")
 # The empty IEND chunk with its CRC, and the EOI marker.
 _PNG_END, _JPEG_END = b"IEND\xaeB`\x82", b"\xff\xd9"
 _EXTENSIONS = (".webp", ".png", ".jpg", ".jpeg", ".gif", ".avif")
@@ -42,7 +45,7 @@ def detect_format(data: bytes | bytearray) -> str | None:
     for name, signature in _SIGNATURES.items():
         if all(data.startswith(magic, offset) for offset, magic in signature):
             return name
-    return None
+    return "TIFF" if data[:4] in _TIFF else None
 
 
 def matches_signature(data: bytes | bytearray, formats: Sequence[str]) -> bool:
@@ -77,7 +80,7 @@ def is_complete_file(head: bytes, tail: bytes, size: int) -> bool:
         case "WEBP":
             return int.from_bytes(head[4:8], "little") + 8 <= size
         case detected:
-            return detected is not None  # GIF and AVIF are not written here; other programs may store them
+            return detected is not None  # the others are not written here; other programs may store them
 
 
 def is_image_object(key: str, content_type: str) -> bool:

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.imaging.formats import detect_format
+from stable_diffusion_server.imaging.infotext import parameters_text
 from stable_diffusion_server.parsing import JsonLimits, parse_object
 
 _EXIF_PREFIX = b"Exif\0\0"
@@ -60,26 +61,6 @@ def source_type_of(*, has_input_image: bool) -> DigitalSourceType:
 def xmp_packet(source_type: DigitalSourceType) -> str:
     """The XMP packet for an image of this source type, about 450 characters."""
     return _XMP_PACKET.format(uri=source_type.uri)
-
-
-def parameters_text(record: Mapping[str, object]) -> str:
-    """The record as AUTOMATIC1111's parameters text, which many tools read."""
-    lines = [str(record.get("prompt", ""))]
-    if record.get("negative_prompt"):
-        lines.append(f"Negative prompt: {record['negative_prompt']}")
-    labels = {
-        "num_inference_steps": "Steps",
-        "scheduler": "Sampler",
-        "guidance_scale": "CFG scale",
-        "seed": "Seed",
-        "model": "Model",
-        "revision": "Model hash",
-    }
-    values = [f"{label}: {record[name]}" for name, label in labels.items() if name in record]
-    if "width" in record and "height" in record:
-        values.append(f"Size: {record['width']}x{record['height']}")
-    lines.append(", ".join(values))
-    return "\n".join(lines)
 
 
 def png_text(record: Mapping[str, object] | None, xmp: str) -> PngInfo:

@@ -244,20 +244,20 @@ def scheduler_of(model: ModelSpec, scheduler: str, steps: int) -> SchedulerSpec:
 
 
 def steps_skipped(model: ModelSpec, steps: int, strength: float) -> int:
-    """How many of `steps` image-to-image with `strength` (0..1) skips, rounded as diffusers does.
+    """How many of `steps` image-to-image with `strength` (0..1) skips, rounded as diffusers does; never all of them."""
+    return min(_skipped(model, steps, strength), steps - 1)
 
-    Raises `InvalidInput` naming both parameters when no step would be left.
-    """
-    skipped = _skipped(model, steps, strength)
-    if skipped >= steps:
+
+def check_strength(model: ModelSpec, steps: int, strength: float) -> None:
+    """Raise `InvalidInput` naming both parameters if diffusers would draw no step: an image-to-image without effect."""
+    if _skipped(model, steps, strength) >= steps:
         sentence = f"strength {strength:g} of {steps} steps leaves none to draw; raise one of the two."
         raise InvalidInput.from_faults([("strength", sentence), ("num_inference_steps", sentence)])
-    return skipped
 
 
 def refine_steps_skipped(model: ModelSpec, steps: int) -> int:
     """How many of `steps` the refining second pass skips; it always takes at least one."""
-    return min(_skipped(model, steps, REFINE_STRENGTH), steps - 1)
+    return steps_skipped(model, steps, REFINE_STRENGTH)
 
 
 def _skipped(model: ModelSpec, steps: int, strength: float) -> int:

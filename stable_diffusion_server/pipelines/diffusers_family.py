@@ -73,9 +73,12 @@ class DiffusersFamily(Family):
         return device
 
     def finish(self, state: PipelineState[Any]) -> DecodedImage:
-        """Decode the latents. Raises `NotFinite`."""
+        """Decode the latents; before the last step, the prediction of the final ones. Raises `NotFinite`."""
+        predicted = None if state.done else state.predicted_original
         with translate_torch_errors():
-            return decode(self.pipeline.vae, self._vae_latents(state, state.latents))
+            return decode(
+                self.pipeline.vae, self._vae_latents(state, state.latents if predicted is None else predicted)
+            )
 
     def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
         """A small image of the state, made without decoding: height × width × 3."""

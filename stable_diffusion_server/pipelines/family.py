@@ -33,7 +33,7 @@ class Family(Protocol):
         """One denoising step for every state, in one forward pass."""
 
     def finish(self, state: PipelineState[Any]) -> DecodedImage:
-        """Decode the latents."""
+        """Decode the latents; before the last step, the prediction of the final ones."""
 
     def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
         """A small image of the state, made without decoding: height × width × 3."""

@@ -35,8 +35,8 @@ class LimitSettings(SettingsGroup):
     )
     min_side: int = Field(64, ge=8, description="Minimum width and height in pixels.")
     max_side: int = Field(2048, ge=64, le=16383, description="Maximum width and height in pixels.")
-    max_steps: int = Field(100, ge=1, le=1000, description="Maximum number of denoising steps.")
-    max_guidance: float = Field(20.0, ge=0, allow_inf_nan=False, description="Maximum guidance scale.")
+    max_steps: int = Field(150, ge=1, le=1000, description="Maximum number of denoising steps.")
+    max_guidance: float = Field(30.0, ge=0, allow_inf_nan=False, description="Maximum guidance scale.")
     max_prompt_characters: int = Field(4000, ge=1, le=10_000, description="Maximum length of a prompt in characters.")
     stop_words: Literal["builtin", "nltk"] = Field(
         "builtin",
@@ -60,7 +60,8 @@ class LimitSettings(SettingsGroup):
         16_383, ge=64, le=16_383, description="Maximum width and height of an input image; WebP cannot hold more."
     )
     extra_image_formats: Names = Field(
-        (), description="Input formats besides PNG, JPEG and WebP: `avif`, `gif`. The first frame is used."
+        (),
+        description="Input formats besides PNG, JPEG and WebP: `avif`, `bmp`, `gif`, `tiff`. The first frame is used.",
     )
     decode_processes: int = Field(
         3,
@@ -94,8 +95,8 @@ class LimitSettings(SettingsGroup):
     @classmethod
     def _are_known_formats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name not in ("avif", "gif"):
-                raise ValueError(f"{name!r} is neither avif nor gif")
+            if name not in ("avif", "bmp", "gif", "tiff"):
+                raise ValueError(f"{name!r} is none of avif, bmp, gif and tiff")
         return tuple(dict.fromkeys(value))
 
     @field_validator("fetch_allow")

@@ -232,6 +232,12 @@ class GenerationRequest:
         only_masked: If set, the area around the mask with this margin in pixels is repainted at the requested size.
         alone: Whether the request must not share forward passes, so that it can be reproduced bit for bit.
         named_for: Caller that a derived object key belongs to.
+        hires_width: Width in pixels of a second pass over the enlarged image; without one `None`.
+        hires_height: Its height in pixels, likewise.
+        hires_steps: Its denoising steps; by default as many as in the first pass.
+        hires_strength: Share of its denoising steps that is applied, 0..1; by default 0.75.
+        allow_empty_prompt: Whether the prompt may be empty.
+        at_least_one_step: Whether a `strength` that would leave no step draws one, instead of being refused.
     """
 
     task: Task
@@ -268,6 +274,12 @@ class GenerationRequest:
     only_masked: int | None = None
     alone: bool = False
     named_for: str = ""
+    hires_width: int | None = None
+    hires_height: int | None = None
+    hires_steps: int | None = None
+    hires_strength: float | None = None
+    allow_empty_prompt: bool = False
+    at_least_one_step: bool = False
 
     @property
     def sources(self) -> tuple[ImageInput, ...]:

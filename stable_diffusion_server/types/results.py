@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +95,7 @@ class EngineEvent:
     Attributes:
         seconds: Time since the request was queued.
         batch_size: Number of requests that shared the step.
+        picture: What the denoiser decoded from the unfinished request, if its caller wants that, or `None`.
         cause: The kind of error that the request failed with, or that restarted it.
     """
 
@@ -107,6 +109,7 @@ class EngineEvent:
     preview: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
     batch_size: int = 1
     cause: str = ""
+    picture: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,7 @@ class GenerationProgress:
         position: Number of requests ahead in the queue; 0 on the device.
         eta_seconds: Estimated seconds until the image is ready, or `None` if unknown.
         preview: Small preview image (uint8, height × width × 3), or `None`.
+        picture: Makes the unfinished image (uint8, height × width × 3) for a listener that wants it, or `None`.
     """
 
     kind: EngineEventKind
@@ -126,3 +130,4 @@ class GenerationProgress:
     position: int = 0
     eta_seconds: float | None = None
     preview: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
+    picture: Callable[[], NDArray[np.uint8]] | None = field(default=None, compare=False, repr=False)

@@ -38,10 +38,10 @@ def test_only_pixels_are_stored(run_app: Callable[..., RunningApp], brought: str
 
 @pytest.mark.fault(31)
 def test_more_kinds_are_taken_where_a_setting_names_them(run_app: Callable[..., RunningApp]) -> None:
-    """GIF and AVIF with EXTRA_IMAGE_FORMATS; without it they are 415."""
-    for changes, status in (({}, 415), ({"extra_image_formats": "gif,avif"}, 200)):
+    """GIF, AVIF, BMP and TIFF with EXTRA_IMAGE_FORMATS; without it they are 415."""
+    for changes, status in (({}, 415), ({"extra_image_formats": "gif,avif,bmp,tiff"}, 200)):
         running_app = run_app(FakeImageDenoiser(), **changes)
-        for data in (gif_of_frames(2), file_of(disc(), "AVIF")):
+        for data in (gif_of_frames(2), *(file_of(disc(), kind) for kind in ("AVIF", "BMP", "TIFF"))):
             files = {"image_file": ("odd", data)}
             asked = {"prompt": "a red square", "overwrite": "1"}
             assert running_app.client.post(STYLE, data=asked, files=files).status_code == status

@@ -50,6 +50,10 @@ CHANGED: dict[str, Any] = {
     "variation": 1,
     "fill": Fill.NOISE,
     "only_masked": 32,
+    "hires_width": 128,
+    "hires_height": 128,
+    "hires_steps": 3,
+    "hires_strength": 0.4,
 }
 WITH_CANNY: dict[str, Any] = {"canny_low": 90, "canny_high": 210, "control_scale": 0.9}
 WITH_SIZE: dict[str, Any] = {"fit": Fit.STRETCH}
@@ -64,6 +68,8 @@ NOT_IN_THE_PICTURE = {
     "alone",
     "webhook_url",
     "named_for",
+    "allow_empty_prompt",
+    "at_least_one_step",
 }
 
 

@@ -224,5 +224,5 @@ async def test_other_kinds_of_files_have_no_decoder(kind: str) -> None:
 async def test_gif_and_avif_are_taken_where_a_setting_says_so(decoder: DecoderPool) -> None:
     """And the error for other types lists them."""
     assert (await decoder.decode(gif_of_frames(2), "image_file") == RED).all()
-    with pytest.raises(UnsupportedMedia, match="PNG, JPEG, WebP, AVIF or GIF"):
-        await decoder.decode(foreign()["tiff"], "image_file")
+    with pytest.raises(UnsupportedMedia, match="PNG, JPEG, WebP, AVIF, BMP, GIF or TIFF"):
+        await decoder.decode(foreign()["psd"], "image_file")

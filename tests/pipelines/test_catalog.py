@@ -10,6 +10,7 @@ from stable_diffusion_server.pipelines.catalog import (
     REAL_MODELS,
     SCHEDULERS,
     Source,
+    check_strength,
     choose_models,
     refine_steps_skipped,
     spec_of,
@@ -108,8 +109,14 @@ def test_strength_becomes_steps_as_diffusers_rounds_them(model: str, steps: int,
 def test_a_strength_that_leaves_no_step_names_both_parameters(model: str, steps: int, strength: float) -> None:
     """Increasing either of them helps, so the error names both."""
     with pytest.raises(InvalidInput) as refused:
-        steps_skipped(MODELS[model], steps, strength)
+        check_strength(MODELS[model], steps, strength)
     assert [field for field, _ in refused.value.faults] == ["strength", "num_inference_steps"]
+
+
+@pytest.mark.parametrize(("model", "steps", "strength"), [("sdxl", 4, 0.2), ("sdxl", 1, 0.0), ("flux", 4, 0.0)])
+def test_at_least_one_step_is_drawn(model: str, steps: int, strength: float) -> None:
+    """Where the caller wants it so, as AUTOMATIC1111 does, also for strength 0."""
+    assert steps - steps_skipped(MODELS[model], steps, strength) == 1
 
 
 @pytest.mark.parametrize("model", MODELS)

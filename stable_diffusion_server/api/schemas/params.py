@@ -98,7 +98,9 @@ class GenerationParams(RequestParams):
         matches = [_LORA.fullmatch(part.strip()) for part in self.lora.split(",")] if self.lora is not None else []
         loras = tuple((match["name"], float(match["weight"] or 1)) for match in matches if match)
         values = self.model_dump(exclude={"lora", "batch", *images})
-        return {**values, "loras": loras, "alone": self.batch == "alone"}
+        # A default strength must not refuse a request of few steps.
+        chosen = "strength" in self.model_fields_set and getattr(self, "strength", None) is not None
+        return {**values, "loras": loras, "alone": self.batch == "alone", "at_least_one_step": not chosen}
 
     @model_validator(mode="before")
     @classmethod

@@ -119,6 +119,8 @@ def _load_decoders(formats: Sequence[str]) -> None:
         from PIL import AvifImagePlugin
 
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each thread takes address space
+    if "TIFF" in formats:
+        from PIL import TiffImagePlugin  # noqa: F401  # as above
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:

@@ -1,0 +1,161 @@
+"""AUTOMATIC1111's parameters text ("infotext"), which many tools read: written from a record, and parsed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# AUTOMATIC1111's names of our schedulers.
+SAMPLER_NAMES: Mapping[str, str] = {
+    "euler": "Euler",
+    "flow_euler": "Euler",
+    "euler_a": "Euler a",
+    "ddim": "DDIM",
+    "lcm": "LCM",
+    "dpm": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+}
+_NEGATIVE = "Negative prompt:"
+_SIZE = re.compile(r"(\d{1,9})x(\d{1,9})", re.ASCII)
+_NAME = re.compile(r"\w[\w /-]*")
+# A last line with fewer pairs, unless it begins with the steps, belongs to the prompt.
+_LEAST_PAIRS = 3
+_LONGEST_NAME = 100
+# Larger numbers in a record were not written by this server.
+_LARGEST = 100_000
+
+
+def parameters_text(record: Mapping[str, object]) -> str:
+    """Return the record as AUTOMATIC1111 writes it: prompt with its LoRAs, negative prompt, and a line of parameters.
+
+    `record` has the fields of a `DiffusionRequest`; `hires` in it has `from` (the size of the first pass), `to`,
+    `steps` and `strength`.
+    """
+    prompt = " ".join([str(record.get("prompt", "")), *_lora_tags(record.get("loras"))]).strip()
+    lines = [prompt]
+    if record.get("negative_prompt"):
+        lines.append(f"{_NEGATIVE} {record['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in _pairs(record)))
+    return "\n".join(lines)
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """Return the prompts and the parameters of a text, by AUTOMATIC1111's names; a size as `Size-1` and `Size-2`.
+
+    Takes linear time for any text.
+    """
+    if not text.strip():
+        return {}
+    *lines, last = text.strip().split("\n")
+    pairs = list(_read_pairs(last))
+    if len(pairs) < _LEAST_PAIRS and not last.startswith("Steps:"):
+        lines, pairs = [*lines, last], []
+    prompts: dict[str, list[str]] = {"Prompt": [], "Negative prompt": []}
+    name = "Prompt"
+    for line in map(str.strip, lines):
+        if line.startswith(_NEGATIVE):
+            name, line = "Negative prompt", line.removeprefix(_NEGATIVE).strip()
+        prompts[name].append(line)
+    parsed = {name: "\n".join(parts) for name, parts in prompts.items()}
+    for name, value in pairs:
+        size = _SIZE.fullmatch(value)
+        parsed.update({f"{name}-1": size[1], f"{name}-2": size[2]} if size else {name: value})
+    return parsed
+
+
+def _pairs(record: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Return the parameters in AUTOMATIC1111's order. The record may come from any file."""
+    hires = record.get("hires")
+    hires = hires if isinstance(hires, Mapping) and _is_size(hires.get("from")) and _is_size(hires.get("to")) else None
+    scheduler = str(record.get("scheduler", ""))
+    width, height = hires["from"] if hires else (record.get("width"), record.get("height"))
+    values: dict[str, object] = {
+        "Steps": record.get("num_inference_steps"),
+        "Sampler": SAMPLER_NAMES.get(scheduler, scheduler) or None,
+        "CFG scale": record.get("guidance_scale"),
+        "Seed": record.get("seed"),
+        "Size": f"{width}x{height}" if width is not None and height is not None else None,
+        "Model hash": record.get("revision"),
+        "Model": record.get("model"),
+        "Denoising strength": record.get("strength") if record.get("image") is not None and not hires else None,
+    }
+    yield from ((name, value) for name, value in values.items() if value is not None)
+    if hires:
+        yield from _hires_pairs(hires)
+
+
+def _hires_pairs(hires: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    (width, height), (wide, high) = hires["from"], hires["to"]
+    yield "Denoising strength", hires.get("strength")
+    if wide * height == high * width:
+        yield "Hires upscale", f"{wide / width:g}"
+    else:
+        yield "Hires resize", f"{wide}x{high}"
+    yield "Hires steps", hires.get("steps")
+    yield "Hires upscaler", "Lanczos"
+
+
+def _lora_tags(loras: object) -> list[str]:
+    pairs = loras if isinstance(loras, list | tuple) else ()
+    return [f"<lora:{pair[0]}:{pair[1]:g}>" for pair in pairs if _is_lora(pair)]
+
+
+def _is_lora(pair: object) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 2 and _is_small(pair[1])
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, list | tuple) and len(size) == 2 and all(_is_small(side) and side >= 1 for side in size)
+
+
+def _is_small(number: object) -> bool:
+    return isinstance(number, int | float) and abs(number) <= _LARGEST
+
+
+def _quote(value: object) -> str:
+    """Return a value as JSON text if it has characters that separate values."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
+
+
+def _read_pairs(line: str) -> Iterator[tuple[str, str]]:
+    """Split `Name: value, Name: "quoted, value"` into pairs; parts without a name are left out."""
+    position = 0
+    while position < len(line):
+        colon, comma = line.find(":", position), line.find(",", position)
+        if colon < 0:
+            return
+        if 0 <= comma < colon:
+            position = comma + 1
+            continue
+        name = line[position:colon].strip()
+        start = colon + 1
+        while start < len(line) and line[start] == " ":
+            start += 1
+        value, position = _read_quoted(line, start) if line.startswith('"', start) else _read_plain(line, start)
+        if len(name) <= _LONGEST_NAME and _NAME.fullmatch(name):
+            yield name, value
+
+
+def _read_plain(line: str, start: int) -> tuple[str, int]:
+    """Return the value that begins at `start`, and where the next pair begins."""
+    comma = line.find(",", start)
+    end = len(line) if comma < 0 else comma
+    return line[start:end].strip(), end + 1
+
+
+def _read_quoted(line: str, start: int) -> tuple[str, int]:
+    """Return the JSON text that begins at `start`, and where the next pair begins; unquoted if it does not end."""
+    end = start + 1
+    while end < len(line) and line[end] != '"':
+        end += 2 if line[end] == "\\" else 1
+    if end >= len(line):
+        return _read_plain(line, start)
+    try:
+        value = json.loads(line[start : end + 1])
+    except ValueError:
+        value = line[start + 1 : end]
+    comma = line.find(",", end)
+    return str(value), len(line) if comma < 0 else comma + 1
