@@ -27,10 +27,13 @@ from stable_diffusion_server.api.automatic1111 import (
     controlnet_routes,
     name_mapping,
     options,
+    prompt_syntax,
     protocol,
     responses,
+    task_params,
     upscale_routes,
 )
+from stable_diffusion_server.api.automatic1111.task_params import Txt2Img
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.api.middleware import access, access_policy, api_keys, cors, proxy_headers
 from stable_diffusion_server.api.openai import protocol as openai_parameters
@@ -38,7 +41,7 @@ from stable_diffusion_server.api.schemas import params
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.generation import limits, prompts, replay
 from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.imaging import metadata
+from stable_diffusion_server.imaging import infotext, metadata
 from stable_diffusion_server.jobs.events import JobEventLog
 from stable_diffusion_server.net import url_policy
 from stable_diffusion_server.parsing import strict_json, unicode_text
@@ -95,6 +98,26 @@ SHAPES: dict[str, str] = {
     "composed marks": "\u0f73\u0323",
     "wide": "\u732b",
     "emoji": "\U0001f469\u200d",
+}
+
+# More causes in the syntax of prompts, and in parameters texts.
+SYNTAX = {
+    **SHAPES,
+    "[a|": "[a|",
+    "[a:b:0.5]": "[a:b:0.5]",
+    "nested schedules": "[a:[",
+    "crossed": "](",
+    "escapes": "\\(",
+    "AND": "a:1 AND ",
+    "BREAK": "BREAK ",
+    "unopened weights": "a:1.2)",
+}
+FACTS = {
+    **SHAPES,
+    "facts": "Steps: 4, ",
+    "lines of facts": "Negative prompt: a\n",
+    "quoted facts": 'a: "b, c", ',
+    "open quotes": 'a: "\\',
 }
 
 
@@ -361,18 +384,30 @@ PARSERS = [
         ),
         refuses=False,
     ),
-    Parser("tags of an AUTOMATIC1111 prompt", limits.TEXT_MAX, name_mapping.extract_loras, refuses=False),
-    Parser("weights of an AUTOMATIC1111 prompt", limits.TEXT_MAX, name_mapping.ignored_syntax, refuses=False),
-    Parser("prompt of /sdapi", 5000, lambda text: protocol.parse_task(protocol.Txt2Img(prompt=text), HOUSE, {})),
+    Parser(
+        "tags and brackets of an AUTOMATIC1111 prompt",
+        limits.TEXT_MAX,
+        lambda text: prompt_syntax.read_prompt(text, "prompt", 20),
+        shapes=SYNTAX,
+        refuses=False,
+    ),
+    Parser("prompt of /sdapi", 5000, lambda text: protocol.parse_task(Txt2Img(prompt=text), HOUSE, {}), shapes=SYNTAX),
+    Parser("infotext of /sdapi", 100_000, infotext.parse_parameters, shapes=FACTS, refuses=False),
+    Parser(
+        "infotext in a request",
+        100_000,
+        lambda text: task_params.with_infotext(Txt2Img(infotext=text)),
+        shapes=FACTS,
+    ),
     Parser(
         "sampler of /sdapi",
         limits.NAME_MAX,
-        lambda text: protocol.parse_task(protocol.Txt2Img(sampler_name=text), HOUSE, {}),
+        lambda text: protocol.parse_task(Txt2Img(sampler_name=text), HOUSE, {}),
     ),
     Parser(
         "model of /sdapi",
         limits.NAME_MAX,
-        lambda text: protocol.parse_task(protocol.Txt2Img(override_settings={"sd_model_checkpoint": text}), HOUSE, {}),
+        lambda text: protocol.parse_task(Txt2Img(override_settings={"sd_model_checkpoint": text}), HOUSE, {}),
     ),
     Parser("name of a checkpoint", limits.NAME_MAX, lambda text: checkpoint_names.model_named(text, HOUSE)),
     Parser("an option of /sdapi", 1000, lambda text: options.CallerOptions().update(Caller(), {"a": text}, HOUSE)),
@@ -540,7 +575,7 @@ PARSERS = [
         100_000,
         responses.png_info_body,
         lambda text: png(chunk(b"iTXt", b"parameters\0\0\0\0\0" + text.encode())),
-        {**SHAPES, "facts": "Steps: 4, ", "lines of facts": "Negative prompt: a\n"},
+        FACTS,
     ),
     Parser("a stored object's record", 10_000, lambda text: replay.read_record(text.encode()), refuses=False),
     Parser(

@@ -88,7 +88,7 @@ def add_progress_routes(routes: APIRouter, tasks: TaskTracker, previews: Encoded
         response_model=None,
     )
     async def interrupt(request: Request) -> Response:
-        """Interrupt the caller's own tasks, or the one with `id_task`. They return the images that are complete."""
+        """Interrupt the caller's own tasks, or the one with `id_task`. They return their images as they are now."""
         for task in stoppable(request):
             task.interrupt()
         return JSONResponse({})
@@ -101,9 +101,9 @@ def add_progress_routes(routes: APIRouter, tasks: TaskTracker, previews: Encoded
         response_model=None,
     )
     async def skip(request: Request) -> Response:
-        """Interrupt the caller's own tasks, or the one with `id_task`: all images of a task are generated at once."""
+        """Answer the images that are being generated as they are now; those that were not started follow."""
         for task in stoppable(request):
-            task.interrupt()
+            task.skip()
         return JSONResponse(None)
 
 

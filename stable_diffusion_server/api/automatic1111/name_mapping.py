@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from stable_diffusion_server.errors import InvalidInput, ServerError
+from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.pipelines import ModelSpec
 
 # Schedulers of this server by AUTOMATIC1111's names, closest first. The lookup ignores a final "Karras" in a name.
@@ -29,45 +29,81 @@ SAMPLERS: Mapping[str, tuple[str, ...]] = {
 }
 _EXACT = {"Euler", "Euler a", "DDIM", "LCM", "DPM++ 2M SDE", "UniPC"}
 _BY_LOWER = {name.lower(): name for name in SAMPLERS}
-_SCHEDULES = {"", "automatic", "none", "uniform", "normal", "simple"}
+_BY_WORDS = {name.lower().replace("++", ""): name for name in SAMPLERS}
+# Spacings of the steps that a sampler's name may end with. The first two words mean no other spacing than usual.
+_USUAL_SCHEDULES = frozenset({"", "automatic", "none", "uniform", "normal", "simple", "default"})
+_SCHEDULES = (
+    *("polyexponential", "exponential", "karras", "sgm uniform", "ddim uniform", "uniform", "automatic", "simple"),
+    *("normal", "beta", "turbo", "align your steps", "kl optimal", "linear quadratic"),
+)
+# Words in unknown names → the sampler that is closest, most specific first.
+_CLOSEST = (
+    *((word, "Euler a") for word in ("euler a", "euler ancestral", "euler dy", "dpm2 a", "dpm 2 a", "dpm2 ancestral")),
+    *((word, "Euler") for word in ("euler", "heun", "lms", "flux", "flow", "dpm2", "dpm 2", "er sde", "sa solver")),
+    *((word, "DPM++ 2M SDE") for word in ("dpm", "restart", "deis", "ipndm", "res multistep", "gradient estimation")),
+    *((word, "LCM") for word in ("lcm", "tcd", "hyper", "lightning")),
+    *((word, "UniPC") for word in ("unipc", "uni pc")),
+    *((word, "DDIM") for word in ("ddim", "ddpm", "plms", "pndm")),
+)
+_NOT_IN_NAMES = re.compile(r"\[[^\[\]]*\]|[^a-z0-9]+")
 _FIELDS = {
     "num_inference_steps": "steps",
     "guidance_scale": "cfg_scale",
     "strength": "denoising_strength",
+    "hires_width": "hr_resize_x",
+    "hires_height": "hr_resize_y",
+    "hires_steps": "hr_second_pass_steps",
+    "hires_strength": "denoising_strength",
+    "canny": "alwayson_scripts",
+    "canny_low": "alwayson_scripts",
+    "canny_high": "alwayson_scripts",
+    "control_scale": "alwayson_scripts",
     "scheduler": "sampler_name",
     "lora": "prompt",
     "feather": "mask_blur",
     "model": "override_settings",
 }
-_OUR_NAMES = re.compile("|".join(rf"\b{ours}\b" for ours in _FIELDS if ours not in ("model", "lora")))
+_OUR_NAMES = re.compile("|".join(rf"\b{ours}\b" for ours in _FIELDS if ours not in ("model", "lora", "canny")))
 
 
 # AUTOMATIC1111's parameters with bounds → the parameters of this server with the same bounds.
-BOUNDED = {theirs: ours for ours, theirs in _FIELDS.items() if ours not in ("scheduler", "lora", "model")}
+BOUNDED = {
+    "steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
+    "denoising_strength": "strength",
+    "mask_blur": "feather",
+}
 
 
 def scheduler_for(sampler: str, schedule: str, spec: ModelSpec) -> tuple[str | None, str | None]:
-    """Return the scheduler for a sampler and its schedule, and a warning sentence if the match is not exact.
-
-    Raises `InvalidInput` for an unknown sampler.
-    """
+    """Return the scheduler closest to a sampler and its schedule, and a warning sentence if the match is not exact."""
     if not sampler:
         return None, None
     plain = sampler.strip()
     if plain in spec.schedulers:
         return plain, None
-    lowered = plain.lower().removesuffix(" karras")
-    name = _BY_LOWER.get(lowered)
-    if name is None:
-        raise InvalidInput(
-            f"{sampler[:100]!r} is not a sampler here; there are {', '.join(SAMPLERS)}.", field="sampler_name"
-        )
-    ours = next((one for one in SAMPLERS[name] if one in spec.schedulers), None)
+    name, spaced = _sampler_named(plain)
+    ours = next((one for one in SAMPLERS.get(name, ()) if one in spec.schedulers), None)
     taken = ours or spec.default_scheduler
-    spaced = lowered != plain.lower() or schedule.strip().lower() not in _SCHEDULES
-    if ours is None or name not in _EXACT or spaced:
-        return taken, f"{plain[:100]} is drawn by {taken}{', without its spacing of steps' if spaced else ''}."
-    return taken, None
+    spaced = spaced or schedule.strip().lower() not in _USUAL_SCHEDULES
+    exact = ours is not None and name in _EXACT and plain.lower() == name.lower()
+    if exact and not spaced:
+        return taken, None
+    return taken, f"{plain[:100]} is drawn by {taken}{', without its spacing of steps' if spaced else ''}."
+
+
+def _sampler_named(name: str) -> tuple[str, bool]:
+    """Return the closest sampler, empty if no word of the name is known, and whether it names a spacing of steps."""
+    lowered = name.lower()
+    spaced = False
+    if lowered not in _BY_LOWER:
+        words = _NOT_IN_NAMES.sub(" ", lowered.replace("++", "pp")).split()
+        lowered = " ".join(word.replace("dpmpp", "dpm") for word in (words[1:] if words[:1] == ["k"] else words))
+        ending = next((ending for ending in _SCHEDULES if f" {lowered}".endswith(f" {ending}")), "")
+        lowered, spaced = lowered.removesuffix(ending).strip(), ending not in _USUAL_SCHEDULES
+    listed = _BY_LOWER.get(lowered) or _BY_WORDS.get(lowered)
+    close = (sampler for word, sampler in _CLOSEST if f" {word}" in f" {lowered} ")
+    return listed or next(close, ""), spaced
 
 
 def samplers_of(models: Mapping[str, ModelSpec]) -> list[str]:
@@ -86,70 +122,3 @@ def renamed(error: ServerError) -> ServerError:
         for field, sentence in error.faults
     ]
     return type(error)(detail, field=_FIELDS[error.field], faults=faults, retry_after=error.retry_after)
-
-
-_TAG = re.compile(r"<([^<>]*)>")
-_NAME_AND_WEIGHT = re.compile(r"(?P<name>[^:]+)(:(?P<weight>[+-]?\d{0,3}(\.\d{1,6})?))?(:.*)?", re.DOTALL)
-_IN_PARENTHESES = re.compile(r"\(([^()]*)\)")
-_IN_BRACKETS = re.compile(r"\[([^\[\]]*)\]")
-_WEIGHT = re.compile(r"\d+(\.\d+)?")
-_BLANKS = re.compile(r"\s{2,}")
-_DIGITS = frozenset("0123456789.")
-_OTHER_NETWORKS = ("lyco:", "hypernet:")
-
-Lora = tuple[str, float]
-
-
-def extract_loras(prompt: str) -> tuple[str, tuple[Lora, ...]]:
-    """Return the prompt without `<lora:name:weight>` and other networks, and the LoRAs."""
-    found: list[Lora] = []
-
-    def extract(tag: re.Match[str]) -> str:
-        if tag[1].startswith(_OTHER_NETWORKS):
-            return ""
-        lora = _lora_in(tag[1])
-        if lora is None:
-            return tag[0]
-        found.append(lora)
-        return ""
-
-    words = _TAG.sub(extract, prompt)
-    return _BLANKS.sub(" ", words).strip(" ,"), tuple(found)
-
-
-def ignored_syntax(prompt: str) -> list[str]:
-    """Return sentences about syntax that AUTOMATIC1111 supports and this server ignores."""
-    ignored = []
-    if any(tag[1].startswith(_OTHER_NETWORKS) for tag in _TAG.finditer(prompt)):
-        ignored.append("prompt: only <lora:…> is known here; other networks are left out.")
-    weighted = any(_is_weighted(group[1]) for group in _IN_PARENTHESES.finditer(prompt))
-    if weighted or any(_is_scheduled(group[1]) for group in _IN_BRACKETS.finditer(prompt)):
-        ignored.append("prompt: weights in brackets are read as plain words.")
-    return ignored
-
-
-def _lora_in(tag: str) -> Lora | None:
-    """Return the LoRA of a tag such as `lora:name:0.8`."""
-    if not tag.startswith("lora:"):
-        return None
-    match = _NAME_AND_WEIGHT.fullmatch(tag.removeprefix("lora:"))
-    return (match["name"].strip(), _number(match["weight"])) if match else None
-
-
-def _is_weighted(inside: str) -> bool:
-    """Return whether the text has a weight, as in `(red:1.3)`."""
-    _, colon, weight = inside.rpartition(":")
-    return bool(colon) and _WEIGHT.fullmatch(weight.strip()) is not None
-
-
-def _is_scheduled(inside: str) -> bool:
-    """Return whether the text is prompt editing, as in `[cat:dog:0.5]`."""
-    words, _, when = inside.rpartition(":")
-    return bool(when) and set(when) <= _DIGITS and ":" in words[1:-1]
-
-
-def _number(weight: str | None) -> float:
-    try:
-        return float(weight or 1)
-    except ValueError:
-        return 1.0

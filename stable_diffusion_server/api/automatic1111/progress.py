@@ -1,11 +1,11 @@
-"""Tracks the running requests of each caller of AUTOMATIC1111's API: their progress, and interrupting them."""
+"""Tracks the running requests of each caller of AUTOMATIC1111's API: progress, interrupting, unfinished pictures."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,19 +19,66 @@ T = TypeVar("T")
 LEAST_NAME = 16
 
 
+@dataclass(frozen=True, slots=True)
+class UnfinishedImage:
+    """A picture of an interrupted request. `compose` makes it, at the output size; `step` of `steps` were done."""
+
+    compose: Callable[[], Pixels]
+    step: int
+    steps: int
+
+
 @dataclass(eq=False, slots=True)
 class ImageProgress:
-    """Progress of one image."""
+    """Progress of one image. `wanted`: its unfinished picture is wanted now; the engine's threads read it."""
 
     step: int = 0
     steps: int = 0
     started: bool = False
     done: bool = False
+    wanted: bool = False
+    _work: asyncio.Task[Any] | None = None
+    _unfinished: asyncio.Future[UnfinishedImage] | None = None
 
     @property
     def fraction(self) -> float:
         """The completed fraction, 0 to 1."""
         return 1.0 if self.done else self.step / self.steps if self.steps else 0.0
+
+    def watch(self, progress: GenerationProgress) -> None:
+        """Record the progress, and take the unfinished picture if it is there."""
+        self.step, self.steps = progress.step, progress.steps
+        self.started = self.started or progress.kind is not EngineEventKind.QUEUED
+        if progress.picture is not None and self._unfinished is not None and not self._unfinished.done():
+            self._unfinished.set_result(UnfinishedImage(progress.picture, progress.step, progress.steps))
+
+    async def run(self, work: Coroutine[Any, Any, T]) -> T | UnfinishedImage:
+        """Await the work. Returns the unfinished picture, and cancels the work, if the image is stopped before.
+
+        Raises `CancelledError` if the image is stopped before it was started.
+        """
+        task = asyncio.create_task(work)
+        unfinished: asyncio.Future[UnfinishedImage] = asyncio.get_running_loop().create_future()
+        self._work, self._unfinished = task, unfinished
+        try:
+            await asyncio.wait((task, unfinished), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            task.cancel()
+            await asyncio.wait((task,))
+            if not task.cancelled() and task.exception() is None:  # it was storing the finished image
+                return task.result()
+            return unfinished.result()
+        finally:
+            task.cancel()
+            self.done = True
+
+    def stop(self) -> None:
+        """Ask for the unfinished picture; cancel the work if it was not started yet."""
+        if self.started:
+            self.wanted = True
+        elif self._work is not None:
+            self._work.cancel()
 
 
 @dataclass(eq=False, slots=True)
@@ -44,7 +91,6 @@ class TrackedTask:
     eta_seconds: float | None = None
     preview: Pixels | None = None
     interrupted: bool = False
-    _work: set[asyncio.Task[Any]] = field(default_factory=set)
 
     @property
     def fraction(self) -> float:
@@ -58,36 +104,39 @@ class TrackedTask:
 
     def watch(self, number: int, progress: GenerationProgress) -> None:
         """Record the progress of an image."""
-        image = self.images[number]
-        image.step, image.steps = progress.step, progress.steps
-        image.started = image.started or progress.kind is not EngineEventKind.QUEUED
+        self.images[number].watch(progress)
         self.eta_seconds = progress.eta_seconds
         if progress.preview is not None:
             self.preview = progress.preview
 
-    async def run(self, number: int, work: Coroutine[Any, Any, T]) -> T | None:
-        """Await the work of one image. Returns its result, `None` if the task is interrupted."""
+    async def run(self, number: int, work: Coroutine[Any, Any, T]) -> T | UnfinishedImage | None:
+        """Await the work of one image. Returns its result, or its unfinished picture if the image was stopped.
+
+        Returns `None` for an image that was not started when the task was interrupted.
+        """
         if self.interrupted:
             work.close()
-            return None
-        task = asyncio.create_task(work)
-        self._work.add(task)
-        try:
-            return await task
-        except asyncio.CancelledError:
-            if self.interrupted and task.cancelled():
-                return None
-            task.cancel()
-            raise
-        finally:
-            self._work.discard(task)
             self.images[number].done = True
+            return None
+        try:
+            return await self.images[number].run(work)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self.interrupted and not (task and task.cancelling()):
+                return None
+            raise
 
     def interrupt(self) -> None:
-        """Cancel the images that are not complete."""
+        """Stop all images: those that were started are answered unfinished, the others are left out."""
         self.interrupted = True
-        for task in self._work:
-            task.cancel()
+        for image in self.images:
+            image.stop()
+
+    def skip(self) -> None:
+        """Stop the images that were started; the others follow."""
+        for image in self.images:
+            if image.started:
+                image.stop()
 
 
 class TaskTracker:

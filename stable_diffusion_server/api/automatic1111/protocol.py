@@ -1,218 +1,235 @@
-"""Parameters of txt2img and img2img, converted to generation requests, with sentences about ignored ones."""
+"""Converts parameters of txt2img and img2img to generation requests, with sentences about ignored ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from secrets import randbelow
-from typing import Any, ClassVar
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import Any
 
 from stable_diffusion_server.api.automatic1111.checkpoint_names import model_named
 from stable_diffusion_server.api.automatic1111.controlnet_units import CannyUnit, parse_units
-from stable_diffusion_server.api.automatic1111.name_mapping import extract_loras, ignored_syntax, scheduler_for
+from stable_diffusion_server.api.automatic1111.name_mapping import scheduler_for
 from stable_diffusion_server.api.automatic1111.options import FORMATS, Option
+from stable_diffusion_server.api.automatic1111.prompt_syntax import read_prompt, resolve_loras
+from stable_diffusion_server.api.automatic1111.second_pass_params import SecondPass, parse_second_pass
+from stable_diffusion_server.api.automatic1111.task_params import Img2Img, Txt2Img, with_infotext
 from stable_diffusion_server.api.base64_images import bytes_of
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import NAME_MAX
+from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, GenerationRequest, ImageInput, Task
 
 _FITS = (Fit.STRETCH, Fit.CROP, Fit.PAD, Fit.STRETCH)
 _FILLS = (Fill.SURROUNDINGS, Fill.ORIGINAL, Fill.NOISE, Fill.GREY)
 # Parameters without effect on this server, with their neutral values, which cause no warning.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    **dict.fromkeys(("subseed_strength", "seed_resize_from_h", "seed_resize_from_w", "s_churn", "s_tmax"), (0, -1)),
+    **dict.fromkeys(("seed_resize_from_h", "seed_resize_from_w", "s_churn", "s_tmax"), (0, -1)),
     **dict.fromkeys(("s_tmin", "s_min_uncond", "firstphase_width", "firstphase_height"), (0, -1)),
-    **dict.fromkeys(("subseed",), (-1,)),
     **dict.fromkeys(("eta", "s_noise", "initial_noise_multiplier"), (0, 1)),
     **dict.fromkeys(("image_cfg_scale",), (1.5,)),
-    **dict.fromkeys(
-        ("enable_hr", "restore_faces", "tiling", "include_init_images", "disable_extra_networks"), (False,)
-    ),
+    **dict.fromkeys(("restore_faces", "tiling", "include_init_images", "disable_extra_networks"), (False,)),
     **dict.fromkeys(("do_not_save_samples", "do_not_save_grid", "save_images"), (True, False)),
     **dict.fromkeys(("override_settings_restore_afterwards",), (True,)),
-    **dict.fromkeys(("sampler_index", "force_task_id", "send_images", "comments", "infotext"), ()),
+    **dict.fromkeys(("comments",), ()),
 }
 _SILENT = (
-    "sampler_index",
-    "denoising_strength",
     "do_not_save_samples",
     "do_not_save_grid",
     "save_images",
     "hr_",
     "comments",
-    "infotext",
 )
 _KNOWN_SETTINGS = {"sd_model_checkpoint", "samples_format"}
-_MARGIN_MAX = 2048
 # Maximum characters of tags in a prompt, in addition to MAX_PROMPT_CHARACTERS of text.
 _TAGS_MAX = 1000
 # Maximum number of sentences about ignored parameters.
 _MOST_IGNORED = 100
 
 
-class Txt2Img(BaseModel):
-    """Parameters of text to image. Others are accepted and ignored, with a sentence in `info`."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, strict=True)
-
-    # Parameters that may hold images in base64.
-    pictures: ClassVar[frozenset[str]] = frozenset({"alwayson_scripts"})
-
-    prompt: str = Field(
-        "", description="What the image shows; `<lora:name:0.8>` applies a LoRA.", examples=["a red circle"]
-    )
-    negative_prompt: str | None = Field(None, description="What the image must not show.")
-    seed: int | None = Field(
-        None, ge=-1, le=SEED_MAX, description="-1 or omitted: random. Image i of a batch uses `seed + i`."
-    )
-    steps: int | None = Field(None, description="Denoising steps.")
-    cfg_scale: float | None = Field(None, description="How strongly to follow the prompt.")
-    width: int | None = Field(None, description="Width in pixels, by default 512.")
-    height: int | None = Field(None, description="Height in pixels, by default 512.")
-    sampler_name: str | None = Field(
-        None, max_length=NAME_MAX, description="A name in `/sdapi/v1/samplers`, or a similar sampler of AUTOMATIC1111."
-    )
-    sampler_index: str | None = Field(None, max_length=NAME_MAX, description="`sampler_name` of older clients.")
-    scheduler: str | None = Field(
-        None, max_length=NAME_MAX, description="Spacing of the steps; `info` says if it is ignored."
-    )
-    batch_size: int | None = Field(None, ge=1, description="Images in a batch.")
-    n_iter: int | None = Field(None, ge=1, description="Batches.")
-    override_settings: dict[str, Any] | None = Field(None, description="`sd_model_checkpoint` and `samples_format`.")
-    alwayson_scripts: dict[str, Any] | None = Field(None, description="A Canny unit of ControlNet.")
-    send_images: bool | None = Field(None, description="False: the response holds no images; `info` has their URLs.")
-    force_task_id: str | None = Field(
-        None, max_length=200, description="Id of the task for `progress` and `interrupt`."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_booleans_as_numbers(cls, data: Any) -> Any:
-        numbers = "seed steps cfg_scale width height batch_size n_iter denoising_strength mask_blur".split()
-        for name in numbers:
-            if isinstance(data, dict) and isinstance(data.get(name), bool):
-                raise InvalidInput(f"{name} must be a number.", field=name)
-        return data
-
-
-class Img2Img(Txt2Img):
-    """Parameters of image to image, and with a mask of inpainting."""
-
-    pictures: ClassVar[frozenset[str]] = Txt2Img.pictures | {"init_images", "mask"}
-
-    init_images: list[str] | None = Field(None, description="The input image in base64; only the first is used.")
-    resize_mode: int | None = Field(None, ge=0, le=3, description="0 stretch, 1 crop, 2 pad to width and height.")
-    denoising_strength: float | None = Field(None, description="How much is changed, 0 to 1, by default 0.75.")
-    mask: str | None = Field(None, description="White where to repaint, in base64.")
-    mask_blur: int | None = Field(None, description="Pixels over which the repainted part fades in.")
-    inpainting_fill: int | None = Field(None, ge=0, le=3, description="0 surroundings, 1 original, 2 noise, 3 grey.")
-    inpaint_full_res: bool | int | None = Field(
-        None, description="Generate only the area around the mask, at full size."
-    )
-    inpaint_full_res_padding: int | None = Field(None, ge=0, le=_MARGIN_MAX, description="Its margin in pixels.")
-    inpainting_mask_invert: int | None = Field(None, ge=0, le=1, description="1: black is repainted.")
-
-
 @dataclass(frozen=True, slots=True)
 class ParsedTask:
-    """A generation request for each image, and sentences about ignored parameters."""
+    """A generation request for each image, and sentences about ignored parameters.
 
+    `params` are those of the request, with the ones of its infotext; `edges` is the Canny unit that is used, if any.
+    """
+
+    params: Txt2Img
+    spec: ModelSpec
     generations: list[GenerationRequest]
+    batch_size: int
+    edges: CannyUnit | None
     ignored: list[str]
 
 
-def parse_task(params: Txt2Img, context: DialectContext, options: Mapping[str, Option]) -> ParsedTask:
+def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Option]) -> ParsedTask:
     """Convert the parameters; `options` are the caller's, which `override_settings` override. Raises `InvalidInput`."""
+    params, told_model, about_infotext = with_infotext(sent)
     longest = context.limits.max_prompt_characters + _TAGS_MAX
-    if len(params.prompt) > longest:
-        raise InvalidInput(f"prompt must not be longer than {longest} characters, tags included.", field="prompt")
+    for name, text in (("prompt", params.prompt), ("negative_prompt", params.negative_prompt or "")):
+        if len(text) > longest:
+            raise InvalidInput(f"{name} must not be longer than {longest} characters, tags included.", field=name)
     overridden = {name: value for name, value in (params.override_settings or {}).items() if value is not None}
-    settings = {**options, **overridden}
-    named = _text(settings, "sd_model_checkpoint") or str(options.get("sd_model_checkpoint", ""))
-    own = model_named(named, context) if named else None
+    settings: dict[str, object] = {**options, **overridden}
+    own, about_model = _model(overridden, told_model, options, context)
     spec = context.model(own)
-    scheduler, about_scheduler = scheduler_for(
-        params.sampler_name or params.sampler_index or "", params.scheduler or "", spec
-    )
-    edges, about_scripts = parse_units(params.alwayson_scripts or {})
-    prompt, loras = extract_loras(params.prompt)
-    count = (params.batch_size or 1) * (params.n_iter or 1)
-    if count > context.max_n:
-        raise InvalidInput(f"batch_size × n_iter must not be more than {context.max_n}.", field="batch_size")
     width, height = _pixels(params, context)
-    context.check_size(count, width, height, "batch_size")
-    generation = GenerationRequest(
-        task=Task.TEXT_TO_IMAGE,
-        prompt=prompt,
+    second = None if isinstance(params, Img2Img) else parse_second_pass(params, width, height, context.limits)
+    generation, ignored = _words_and_numbers(params, spec, context)
+    generation = replace(
+        generation,
         width=width,
         height=height,
         model=own,
-        negative_prompt=params.negative_prompt or None,
-        seed=randbelow(SEED_MAX + 1) if params.seed in (None, -1) else params.seed,
+        format=_format(settings),
+        **_second_pass_fields(second, generation, spec),
+    )
+    edges, about_scripts = parse_units(params.alwayson_scripts or {})
+    generations, batch, about_images = _with_images(generation, params, edges, context.max_n)
+    followed = edges if generations[0].canny else None
+    shown = len(generations) + bool(followed and followed.shows_map)
+    context.check_size(shown, *((second.width, second.height) if second else (width, height)), "batch_size")
+    ignored = [
+        *about_infotext,
+        *about_model,
+        *ignored,
+        *(second.ignored if second else []),
+        *about_scripts,
+        *_ignored_parameters(params, settings),
+        *about_images,
+    ]
+    return ParsedTask(params, spec, generations, batch, followed, ignored[:_MOST_IGNORED])
+
+
+def _model(
+    overridden: Mapping[str, object], told: str, options: Mapping[str, Option], context: DialectContext
+) -> tuple[str | None, list[str]]:
+    """Return the model of the settings, the infotext (`told`) or the options; a sentence if `told` is not here."""
+    chosen = str(options.get("sd_model_checkpoint", ""))
+    ignored = []
+    named = _text(overridden, "sd_model_checkpoint")
+    if told and not named:
+        try:
+            return model_named(told[:NAME_MAX], context), []
+        except InvalidInput:
+            ignored.append(f"infotext: the model {told[:50]!r} is not here.")
+    named = named or chosen
+    return model_named(named, context) if named else None, ignored
+
+
+def _words_and_numbers(
+    params: Txt2Img, spec: ModelSpec, context: DialectContext
+) -> tuple[GenerationRequest, list[str]]:
+    """Return the request for text to image, without its size, and sentences about ignored parts."""
+    steps = spec.default_steps if params.steps is None else params.steps
+    positive = read_prompt(params.prompt, "prompt", steps)
+    negative = read_prompt(params.negative_prompt or "", "negative_prompt", steps)
+    loras, about_loras = resolve_loras(positive.loras, lambda: list(context.loras()))
+    scheduler, about_scheduler = scheduler_for(
+        params.sampler_name or params.sampler_index or "", params.scheduler or "", spec
+    )
+    seed, about_seed = _seed(params.seed)
+    generation = GenerationRequest(
+        task=Task.TEXT_TO_IMAGE,
+        prompt=positive.words,
+        negative_prompt=negative.words or None,
+        seed=seed,
         num_inference_steps=params.steps,
         guidance_scale=params.cfg_scale,
         scheduler=scheduler,
-        format=_format(settings),
         loras=loras,
+        allow_empty_prompt=True,
+        at_least_one_step=True,
     )
-    ignored = [
-        *filter(None, [about_scheduler]),
-        *about_scripts,
-        *ignored_syntax(params.prompt),
-        *_ignored_parameters(params, settings),
-    ]
-    generation, about_images = _with_images(generation, params, edges)
-    ignored = [*ignored, *about_images][:_MOST_IGNORED]
-    return ParsedTask([replace(generation, variation=number) for number in range(count)], ignored)
+    ignored = [*filter(None, (about_scheduler, about_seed)), *positive.ignored, *about_loras, *negative.ignored]
+    if negative.loras:
+        ignored.append("negative_prompt: <lora:…> has no effect there.")
+    return generation, ignored
+
+
+def _seed(wanted: int | None) -> tuple[int, str | None]:
+    """Return the seed to use, and a sentence if it is not the one that was asked for.
+
+    The noise is made by torch's CPU generator, which takes the lower 32 bits of a seed.
+    """
+    if wanted is None or wanted < 0:
+        return randbelow(SEED_MAX + 1), None
+    seed = wanted % (SEED_MAX + 1)
+    return seed, None if seed == wanted else f"seed: {wanted} is {seed}; the lower 32 bits of a seed count."
+
+
+def _second_pass_fields(second: SecondPass | None, first: GenerationRequest, spec: ModelSpec) -> dict[str, Any]:
+    if second is None:
+        return {}
+    steps = spec.default_steps if first.num_inference_steps is None else first.num_inference_steps
+    return {
+        "hires_width": second.width,
+        "hires_height": second.height,
+        "hires_steps": second.steps or steps,
+        "hires_strength": second.strength,
+    }
 
 
 def _with_images(
-    generation: GenerationRequest, params: Txt2Img, edges: CannyUnit | None
-) -> tuple[GenerationRequest, list[str]]:
-    ignored: list[str] = []
+    generation: GenerationRequest, params: Txt2Img, edges: CannyUnit | None, most: int
+) -> tuple[list[GenerationRequest], int, list[str]]:
+    """Return a request for each image, the images in a batch, and sentences about ignored parameters."""
     if edges is not None:
         generation = replace(
             generation, canny=True, canny_low=edges.low, canny_high=edges.high, control_scale=edges.weight
         )
-    if not isinstance(params, Img2Img):
-        if edges is None:
-            return generation, ignored
+    batch, images = params.batch_size or 1, [generation]
+    ignored: list[str] = []
+    if isinstance(params, Img2Img):
+        inputs = params.init_images or []
+        batch = len(inputs) if len(inputs) > 1 else batch
+    count = batch * (params.n_iter or 1)
+    if count > most:
+        raise InvalidInput(f"batch_size × n_iter must not be more than {most}.", field="batch_size")
+    if isinstance(params, Img2Img):
+        images, ignored = _with_input_images(generation, params, edges)
+    elif edges is not None:
         if not edges.image:
             raise InvalidInput("A ControlNet unit needs its image here.", field="alwayson_scripts")
         # Only the image's edges are used, so its pixels do not constrain the result (strength 1).
         image = ImageInput("alwayson_scripts", data=bytes_of(edges.image, "alwayson_scripts"))
-        return replace(generation, task=Task.IMAGE_TO_IMAGE, image=image, strength=1.0), ignored
+        images = [replace(generation, task=Task.IMAGE_TO_IMAGE, image=image, strength=1.0)]
+    return [replace(images[number % len(images)], variation=number) for number in range(count)], batch, ignored
+
+
+def _with_input_images(
+    generation: GenerationRequest, params: Img2Img, edges: CannyUnit | None
+) -> tuple[list[GenerationRequest], list[str]]:
+    """Return a request for each input image, and sentences about ignored parameters."""
     if not params.init_images:
         raise InvalidInput("init_images must hold a picture in base64.", field="init_images")
-    data = bytes_of(params.init_images[0], "init_images")
-    if len(params.init_images) > 1:
-        ignored.append("init_images: the first is taken.")
-    if edges is not None and edges.image and bytes_of(edges.image, "alwayson_scripts") != data:
+    files = [bytes_of(image, "init_images") for image in params.init_images]
+    ignored = []
+    if params.enable_hr:
+        ignored.append("enable_hr has no effect in img2img.")
+    if edges is not None and edges.image and [bytes_of(edges.image, "alwayson_scripts")] != files:
         ignored.append("controlnet: the edges are taken from init_images.")
     generation = replace(
         generation,
         task=Task.IMAGE_TO_IMAGE,
-        image=ImageInput("init_images", data=data),
         fit=_FITS[params.resize_mode or 0],
         strength=0.75 if params.denoising_strength is None else params.denoising_strength,
     )
-    if not params.mask:
-        return generation, ignored
-    if edges is not None:
-        ignored.append("controlnet: edges are not followed where a mask is.")
-    whole = params.inpaint_full_res is not None and not params.inpaint_full_res
-    return replace(
-        generation,
-        task=Task.INPAINT,
-        canny=False,
-        mask=ImageInput("mask", data=bytes_of(params.mask, "mask"), inverted=params.inpainting_mask_invert == 1),
-        feather=4 if params.mask_blur is None else params.mask_blur,
-        fill=_FILLS[params.inpainting_fill or 0],
-        only_masked=None if whole else params.inpaint_full_res_padding or 0,
-    ), ignored
+    if params.mask:
+        if edges is not None:
+            ignored.append("controlnet: edges are not followed where a mask is.")
+        whole = params.inpaint_full_res is not None and not params.inpaint_full_res
+        generation = replace(
+            generation,
+            task=Task.INPAINT,
+            canny=False,
+            mask=ImageInput("mask", data=bytes_of(params.mask, "mask"), inverted=params.inpainting_mask_invert == 1),
+            feather=4 if params.mask_blur is None else params.mask_blur,
+            fill=_FILLS[params.inpainting_fill or 0],
+            only_masked=None if whole else params.inpaint_full_res_padding or 0,
+        )
+    return [replace(generation, image=ImageInput("init_images", data=file)) for file in files], ignored
 
 
 def _pixels(params: Txt2Img, context: DialectContext) -> tuple[int, int]:
@@ -228,7 +245,7 @@ def _pixels(params: Txt2Img, context: DialectContext) -> tuple[int, int]:
     return sides["width"], sides["height"]
 
 
-def _text(settings: dict[str, Any], name: str) -> str:
+def _text(settings: Mapping[str, object], name: str) -> str:
     """Return a text option, an empty text if it is omitted or null. Raises `InvalidInput`."""
     value = settings.get(name)
     if value is not None and not (isinstance(value, str) and len(value) <= NAME_MAX):
@@ -236,18 +253,21 @@ def _text(settings: dict[str, Any], name: str) -> str:
     return value or ""
 
 
-def _format(settings: dict[str, Any]) -> Format:
+def _format(settings: Mapping[str, object]) -> Format:
     wanted = (_text(settings, "samples_format") or "png").lower()
     if wanted not in FORMATS:
         raise InvalidInput("samples_format must be png, jpg or webp.", field="override_settings")
     return FORMATS[wanted]
 
 
-def _ignored_parameters(params: Txt2Img, settings: dict[str, Any]) -> list[str]:
+def _ignored_parameters(params: Txt2Img, settings: Mapping[str, object]) -> list[str]:
     """Return sentences about parameters that this server ignores."""
+    extra: dict[str, Any] = params.model_extra
+    if params.subseed_strength:
+        extra = {**extra, "subseed_strength": params.subseed_strength}
     ignored = [
         f"{name[:50]} is not honoured."
-        for name, value in (params.model_extra or {}).items()
+        for name, value in extra.items()
         if value not in (None, "", [], {}) and value not in _NEUTRAL.get(name, ()) and not name.startswith(_SILENT)
     ]
     return [

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
 
 from stable_diffusion_server.api.automatic1111.checkpoint_names import title_of
+from stable_diffusion_server.api.automatic1111.generation_info import TaskImage, generation_info
 from stable_diffusion_server.api.automatic1111.name_mapping import SAMPLERS, samplers_of
 from stable_diffusion_server.api.automatic1111.progress import TrackedTask
-from stable_diffusion_server.api.automatic1111.protocol import ParsedTask, Txt2Img
+from stable_diffusion_server.api.automatic1111.protocol import ParsedTask
 from stable_diffusion_server.api.base64_images import text_of
 from stable_diffusion_server.api.dependencies import DialectContext
-from stable_diffusion_server.imaging import parameters_text, read_parameters_text, read_record
+from stable_diffusion_server.imaging import parameters_text, parse_parameters, read_parameters_text, read_record
 from stable_diffusion_server.parsing import dumps
-from stable_diffusion_server.types import GenerationRequest, GenerationResult
 
 _LONG_FIELDS = ("init_images", "mask", "alwayson_scripts")
-
-
-@dataclass(frozen=True, slots=True)
-class TaskImage:
-    """A generated image of a task."""
-
-    generation: GenerationRequest
-    result: GenerationResult
-    url: str
-    file: bytes
 
 
 class Automatic1111ImagesBody(TypedDict):
@@ -115,14 +104,18 @@ class Automatic1111PngInfoBody(TypedDict):
 
 
 def images_body(
-    params: Txt2Img, parsed: ParsedTask, images: Sequence[TaskImage], *, interrupted: bool
+    parsed: ParsedTask, images: Sequence[TaskImage], maps: Sequence[bytes], began: float, *, interrupted: bool
 ) -> Automatic1111ImagesBody:
-    """Return the images, the parameters, and a JSON text with the metadata and the ignored parameters."""
-    parameters = params.model_dump(exclude=set(_LONG_FIELDS))
+    """Return the images and then the detected maps, the parameters, and the metadata as JSON in a text.
+
+    `began` is the time of the request, in seconds since 1970.
+    """
+    parameters = parsed.params.model_dump(exclude=set(_LONG_FIELDS))
+    shown = parsed.params.send_images is not False
     return {
-        "images": [] if params.send_images is False else [text_of(image.file) for image in images],
+        "images": [text_of(file) for file in (*(image.file for image in images), *maps)] if shown else [],
         "parameters": {name[:100]: value for name, value in parameters.items()},
-        "info": dumps(_info(parsed, images, interrupted=interrupted)),
+        "info": dumps(generation_info(parsed, images, began, interrupted=interrupted)),
     }
 
 
@@ -194,62 +187,4 @@ def png_info_body(file: bytes) -> Automatic1111PngInfoBody:
     record = read_record(file)
     text = parameters_text(record) if record is not None else read_parameters_text(file)
     items: dict[str, object] = {"parameters": text, **({"record": dumps(record)} if record is not None else {})}
-    return {"info": text, "items": items if text else {}, "parameters": _parse_parameters(text)}
-
-
-def _info(parsed: ParsedTask, images: Sequence[TaskImage], *, interrupted: bool) -> dict[str, Any]:
-    generation = parsed.generations[0]
-    results = [image.result for image in images]
-    seeds = [result.seed for result in results]
-    texts = [_infotext(image.generation, image.result) for image in images]
-    warnings = list(dict.fromkeys(warning.message for result in results for warning in result.warnings))
-    first = results[0] if results else None
-    return {
-        "prompt": generation.prompt,
-        "all_prompts": [generation.prompt] * len(images),
-        "negative_prompt": generation.negative_prompt or "",
-        "all_negative_prompts": [generation.negative_prompt or ""] * len(images),
-        "seed": seeds[0] if seeds else generation.seed,
-        "all_seeds": seeds,
-        "width": first.width if first else generation.width,
-        "height": first.height if first else generation.height,
-        "sampler_name": first.scheduler if first else generation.scheduler,
-        "cfg_scale": first.guidance_scale if first else generation.guidance_scale,
-        "steps": first.num_inference_steps if first else generation.num_inference_steps,
-        "batch_size": len(images),
-        "denoising_strength": generation.strength,
-        "sd_model_name": first.model if first else generation.model,
-        "infotexts": texts,
-        "paths": [image.url for image in images],
-        "keys": [result.key for result in results],
-        "cached": [result.cached for result in results],
-        "interrupted": interrupted,
-        "not_honoured": parsed.ignored,
-        "warnings": warnings,
-    }
-
-
-def _infotext(generation: GenerationRequest, result: GenerationResult) -> str:
-    facts: Mapping[str, object] = {
-        "prompt": result.prompt_used or generation.prompt,
-        "negative_prompt": generation.negative_prompt,
-        "num_inference_steps": result.num_inference_steps,
-        "scheduler": result.scheduler,
-        "guidance_scale": result.guidance_scale,
-        "seed": result.seed,
-        "model": result.model,
-        "width": result.width,
-        "height": result.height,
-    }
-    return parameters_text({name: value for name, value in facts.items() if value is not None})
-
-
-def _parse_parameters(text: str) -> dict[str, object]:
-    """Return the prompts and the pairs in the last line of the text."""
-    if not text:
-        return {}
-    *lines, last = text.split("\n") if "\n" in text else ("", text)
-    pairs = dict(part.partition(": ")[::2] for part in last.split(", ") if ": " in part)
-    negative = next((line for line in lines if line.startswith("Negative prompt: ")), "")
-    prompt = "\n".join(line for line in lines if line != negative)
-    return {"Prompt": prompt, "Negative prompt": negative.removeprefix("Negative prompt: "), **pairs}
+    return {"info": text, "items": items if text else {}, "parameters": dict(parse_parameters(text))}

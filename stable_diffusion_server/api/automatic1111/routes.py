@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.automatic1111 import responses
 from stable_diffusion_server.api.automatic1111.controlnet_routes import add_controlnet_routes
+from stable_diffusion_server.api.automatic1111.generation_info import TaskImage
 from stable_diffusion_server.api.automatic1111.gradio_routes import add_gradio_routes
 from stable_diffusion_server.api.automatic1111.image_work import ImageWorker
 from stable_diffusion_server.api.automatic1111.info_routes import add_png_info_route, add_progress_routes
 from stable_diffusion_server.api.automatic1111.list_routes import add_list_routes, add_order_routes
 from stable_diffusion_server.api.automatic1111.name_mapping import BOUNDED, renamed
 from stable_diffusion_server.api.automatic1111.options import CallerOptions, add_option_routes, image_options
-from stable_diffusion_server.api.automatic1111.progress import TaskTracker, TrackedTask
-from stable_diffusion_server.api.automatic1111.protocol import Img2Img, Txt2Img, parse_task
-from stable_diffusion_server.api.automatic1111.responses import Automatic1111ImagesBody, TaskImage
+from stable_diffusion_server.api.automatic1111.progress import TaskTracker, TrackedTask, UnfinishedImage
+from stable_diffusion_server.api.automatic1111.protocol import ParsedTask, parse_task
+from stable_diffusion_server.api.automatic1111.responses import Automatic1111ImagesBody
+from stable_diffusion_server.api.automatic1111.task_params import Img2Img, Txt2Img
 from stable_diffusion_server.api.automatic1111.upscale_routes import add_upscale_routes
 from stable_diffusion_server.api.base64_images import EncodedPreviews
 from stable_diffusion_server.api.concurrency import cancel_on_disconnect, gather_or_cancel, run_if_large
@@ -29,8 +33,9 @@ from stable_diffusion_server.api.openapi.document import bounded_properties, jso
 from stable_diffusion_server.api.request_parsing import read_json
 from stable_diffusion_server.api.schemas.params import raise_invalid
 from stable_diffusion_server.errors import ServerError, TooLarge
-from stable_diffusion_server.generation import DecodeImage, GenerationService, RequestLimits
-from stable_diffusion_server.types import GenerationRequest
+from stable_diffusion_server.generation import DEFAULT_QUALITY, DecodeImage, GenerationService, RequestLimits
+from stable_diffusion_server.imaging import Pixels, canny, encode_image, fit_image
+from stable_diffusion_server.types import Caller, Format, GenerationRequest
 
 A = TypeVar("A", bound=Txt2Img)
 
@@ -45,7 +50,7 @@ def automatic1111_router(
     """Return all routes of the dialect; `url_of` makes the URL of an object key."""
     routes = APIRouter(tags=["automatic1111"])
     options = CallerOptions()
-    images = _ImageTasks(service, context, url_of, TaskTracker(), options)
+    images = _ImageTasks(service, context, url_of, decode, TaskTracker(), options)
     worker = ImageWorker(context, decode)
 
     @routes.post(
@@ -90,6 +95,7 @@ class _ImageTasks:
     service: GenerationService
     context: DialectContext
     url_of: UrlOf
+    decode: DecodeImage
     tasks: TaskTracker
     options: CallerOptions
 
@@ -102,8 +108,9 @@ class _ImageTasks:
 
     async def _generate(self, request: Request, params: Txt2Img) -> Response:
         caller = caller_of(request)
-        size = len(await request.body())
-        parsed = await run_if_large(size, parse_task, params, self.context, image_options(self.options.of(caller)))
+        # On a thread: it decodes images, parses long prompts, and looks into the LoRA folder.
+        options = image_options(self.options.of(caller))
+        parsed = await run_in_threadpool(parse_task, params, self.context, options)
         parsed = replace(parsed, generations=[scope_to_caller(caller, one) for one in parsed.generations])
         name = params.force_task_id or f"task({uuid4().hex})"
         with self.tasks.track(caller, name, len(parsed.generations)) as task:
@@ -112,30 +119,54 @@ class _ImageTasks:
         if generated is None:
             return client_closed_request()
         images = [image for image in generated if image is not None]
+        maps = await self._detected_maps(parsed, caller) if images else []
         size = sum(len(image.file) for image in images)
         if size * 4 // 3 > self.context.max_response_bytes:
             raise TooLarge("The pictures are too large for one answer; send_images=false answers their addresses.")
 
         def render() -> Response:
-            return JSONResponse(responses.images_body(params, parsed, images, interrupted=task.interrupted))
+            body = responses.images_body(parsed, images, maps, task.began, interrupted=task.interrupted)
+            return JSONResponse(body)
 
         return await run_if_large(size, render)
 
     async def _generate_one(
         self, request: Request, number: int, generation: GenerationRequest, task: TrackedTask
     ) -> TaskImage | None:
-        """Generate one image of a task; `None` if the task is interrupted."""
+        """Generate one image of a task, unfinished if it was stopped; `None` if it was not started by then."""
         work = self.service.generate_with_bytes(
             generation,
             caller=caller_of(request),
             watch=lambda progress: task.watch(number, progress),
             previews=True,
+            picture=lambda: task.images[number].wanted,
         )
         generated = await task.run(number, work)
         if generated is None:
             return None
+        if isinstance(generated, UnfinishedImage):
+            file = await run_in_threadpool(_encode, generated.compose, generation.format or Format.PNG)
+            return TaskImage(generation, None, "", file, f"{generated.step} of {generated.steps} steps were drawn")
         result, file = generated
         return TaskImage(generation, result, self.url_of(request, result.key), file)
+
+    async def _detected_maps(self, parsed: ParsedTask, caller: Caller) -> list[bytes]:
+        """Return the edges that were followed as a PNG, as the ControlNet extension does unless a unit refuses."""
+        generation = parsed.generations[0]
+        if parsed.edges is None or not parsed.edges.shows_map or generation.image is None:
+            return []
+        pixels = await self.decode(generation.image.data or b"", generation.image.parameter, share=caller.share)
+
+        def detect() -> Pixels:
+            width, height = generation.width or pixels.shape[1], generation.height or pixels.shape[0]
+            fitted = fit_image(pixels, width, height, generation.fit)
+            return canny(fitted, generation.canny_low, generation.canny_high)
+
+        return [await run_in_threadpool(_encode, detect, Format.PNG)]
+
+
+def _encode(make: Callable[[], Pixels], file_format: Format) -> bytes:
+    return encode_image(make(), file_format, DEFAULT_QUALITY, None)
 
 
 def _request_openapi(model: type[Txt2Img], limits: RequestLimits, *required: str) -> dict[str, Any]:

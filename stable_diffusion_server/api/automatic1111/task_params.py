@@ -1,0 +1,161 @@
+"""Parameters of AUTOMATIC1111's txt2img and img2img, which are coerced as its own Pydantic models do."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.generation import NAME_MAX
+from stable_diffusion_server.imaging import parse_parameters
+
+P = TypeVar("P", bound="Txt2Img")
+
+_MARGIN_MAX = 2048
+# Seeds of 64 bits with and without a sign.
+_SEED_LEAST, _SEED_MOST = -(2**63), 2**64 - 1
+_INFOTEXT_MAX = 100_000
+_NUMBERS = "seed steps cfg_scale width height batch_size n_iter denoising_strength mask_blur".split()
+# Names in an infotext → parameters.
+_OF_INFOTEXT = {
+    "Prompt": "prompt",
+    "Negative prompt": "negative_prompt",
+    "Steps": "steps",
+    "Sampler": "sampler_name",
+    "Schedule type": "scheduler",
+    "CFG scale": "cfg_scale",
+    "Seed": "seed",
+    "Size-1": "width",
+    "Size-2": "height",
+    "Denoising strength": "denoising_strength",
+    "Mask blur": "mask_blur",
+    "Variation seed": "subseed",
+    "Variation seed strength": "subseed_strength",
+    "Hires upscale": "hr_scale",
+    "Hires upscaler": "hr_upscaler",
+    "Hires steps": "hr_second_pass_steps",
+    "Hires resize-1": "hr_resize_x",
+    "Hires resize-2": "hr_resize_y",
+}
+
+
+class Txt2Img(BaseModel):
+    """Parameters of text to image. Others are accepted and ignored, with a sentence in `info`.
+
+    A number may be a text, a whole number may be a float, and a boolean may be 0, 1 or a word such as yes.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    # Parameters that may hold images in base64.
+    pictures: ClassVar[frozenset[str]] = frozenset({"alwayson_scripts"})
+
+    prompt: str = Field(
+        "",
+        description="What the image shows, may be empty; `<lora:name:0.8>` applies a LoRA.",
+        examples=["a red circle"],
+    )
+    negative_prompt: str | None = Field(None, description="What the image must not show.")
+    seed: int | None = Field(
+        None,
+        ge=_SEED_LEAST,
+        le=_SEED_MOST,
+        description="Negative or omitted: random. Image i of a batch uses `seed + i`; the lower 32 bits count.",
+    )
+    subseed: int | None = Field(None, ge=_SEED_LEAST, le=_SEED_MOST, description="Answered in `info`, without effect.")
+    subseed_strength: float | None = Field(None, description="Answered in `info`, without effect.")
+    steps: int | None = Field(None, description="Denoising steps.")
+    cfg_scale: float | None = Field(None, description="How strongly to follow the prompt.")
+    width: int | None = Field(None, description="Width in pixels, by default 512.")
+    height: int | None = Field(None, description="Height in pixels, by default 512.")
+    sampler_name: str | None = Field(
+        None, max_length=NAME_MAX, description="A name in `/sdapi/v1/samplers`; for others the closest sampler is used."
+    )
+    sampler_index: str | None = Field(None, max_length=NAME_MAX, description="`sampler_name` of older clients.")
+    scheduler: str | None = Field(
+        None, max_length=NAME_MAX, description="Spacing of the steps; `info` says if it is ignored."
+    )
+    batch_size: int | None = Field(None, ge=1, description="Images in a batch.")
+    n_iter: int | None = Field(None, ge=1, description="Batches.")
+    denoising_strength: float | None = Field(
+        None, description="How much the input image, or the enlarged one, is changed, 0 to 1, by default 0.75."
+    )
+    enable_hr: bool | None = Field(None, description="Enlarge the image and draw it again (hires fix).")
+    hr_scale: float | None = Field(None, description="How much larger the second pass is, by default 2.")
+    hr_upscaler: str | None = Field(None, max_length=NAME_MAX, description="Lanczos is used for every upscaler.")
+    hr_second_pass_steps: int | None = Field(
+        None, ge=0, description="Denoising steps of the second pass; 0: as the first."
+    )
+    hr_resize_x: int | None = Field(
+        None, ge=0, description="Width of the second pass; 0: by `hr_scale` or `hr_resize_y`."
+    )
+    hr_resize_y: int | None = Field(None, ge=0, description="Height of the second pass, likewise.")
+    infotext: str | None = Field(
+        None,
+        max_length=_INFOTEXT_MAX,
+        description="AUTOMATIC1111's parameters text; its values stand for omitted ones.",
+    )
+    override_settings: dict[str, Any] | None = Field(None, description="`sd_model_checkpoint` and `samples_format`.")
+    alwayson_scripts: dict[str, Any] | None = Field(None, description="A Canny unit of ControlNet.")
+    send_images: bool | None = Field(None, description="False: the response holds no images; `info` has their URLs.")
+    force_task_id: str | None = Field(
+        None, max_length=200, description="Id of the task for `progress`, `interrupt` and `skip`."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans_as_numbers(cls, data: Any) -> Any:
+        for name in _NUMBERS:
+            if isinstance(data, dict) and isinstance(data.get(name), bool):
+                raise InvalidInput(f"{name} must be a number.", field=name)
+        return data
+
+    @property
+    def model_extra(self) -> dict[str, Any]:
+        """Further parameters."""
+        return super().model_extra or {}
+
+
+class Img2Img(Txt2Img):
+    """Parameters of image to image, and with a mask of inpainting."""
+
+    pictures: ClassVar[frozenset[str]] = Txt2Img.pictures | {"init_images", "mask"}
+
+    init_images: list[str] | None = Field(
+        None, description="Input images in base64; of several each is an image of the batch."
+    )
+    resize_mode: int | None = Field(None, ge=0, le=3, description="0 stretch, 1 crop, 2 pad to width and height.")
+    mask: str | None = Field(None, description="White where to repaint, in base64.")
+    mask_blur: int | None = Field(None, description="Pixels over which the repainted part fades in.")
+    inpainting_fill: int | None = Field(None, ge=0, le=3, description="0 surroundings, 1 original, 2 noise, 3 grey.")
+    inpaint_full_res: bool | int | None = Field(
+        None, description="Generate only the area around the mask, at full size."
+    )
+    inpaint_full_res_padding: int | None = Field(None, ge=0, le=_MARGIN_MAX, description="Its margin in pixels.")
+    inpainting_mask_invert: int | None = Field(None, ge=0, le=1, description="1: black is repainted.")
+
+
+def with_infotext(params: P) -> tuple[P, str, list[str]]:
+    """Return the parameters with those of their infotext where they have none, and the model that it names.
+
+    The third value is sentences about values in the infotext that are not valid, which are left out.
+    """
+    if not params.infotext:
+        return params, "", []
+    told = parse_parameters(params.infotext)
+    given = {name: value for name, value in params.model_dump().items() if value not in (None, "")}
+    ignored = []
+    for theirs, name in _OF_INFOTEXT.items():
+        if theirs not in told or name in given or name not in type(params).model_fields:
+            continue
+        try:
+            type(params).model_validate({name: told[theirs]})
+        except ValidationError:
+            ignored.append(f"infotext: {theirs} is not valid.")
+        else:
+            given[name] = told[theirs]
+    hires = {"Hires upscale", "Hires upscaler", "Hires resize-1"} & set(told)
+    if hires and "enable_hr" not in given and not isinstance(params, Img2Img):
+        given["enable_hr"] = True
+    return type(params).model_validate(given), told.get("Model", ""), ignored
