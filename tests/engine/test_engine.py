@@ -100,7 +100,7 @@ def test_a_job_that_fails_to_prepare_fails_alone(engine_of: EngineOf) -> None:
     bad, good = engine.submit(job("unpreparable")), engine.submit(job("good"))
     with pytest.raises(RuntimeError, match="prepare"):
         bad.result.result(10)
-    assert good.result.result(10)
+    assert good.result.result(10).attempts == 1
 
 
 def test_a_job_that_breaks_a_step_does_not_fail_its_mates(engine_of: EngineOf, gated: FakeDenoiser) -> None:
@@ -110,9 +110,9 @@ def test_a_job_that_breaks_a_step_does_not_fail_its_mates(engine_of: EngineOf, g
     until(lambda: engine.running == 1)
     good, bad, other = (engine.submit(job(prompt)) for prompt in ("good", "unsteppable", "other"))
     open_gate(gated)
-    assert good.result.result(10)
-    assert other.result.result(10)
-    assert blocker.result.result(10)
+    assert good.result.result(10).attempts == 2
+    assert other.result.result(10).attempts == 2
+    assert blocker.result.result(10).attempts == 1
     with pytest.raises(RuntimeError, match="step"):
         bad.result.result(10)
 
@@ -123,7 +123,7 @@ def test_an_observer_that_fails_does_not_reach_the_device(engine_of: EngineOf) -
     def broken(event: EngineEvent) -> None:
         raise OSError("disk full")
 
-    assert engine_of(FakeDenoiser(), observe=broken).submit(job("fine")).result.result(10)
+    assert engine_of(FakeDenoiser(), observe=broken).submit(job("fine")).result.result(10).attempts == 1
 
 
 def test_events_tell_the_life_of_a_job(engine_of: EngineOf) -> None:
@@ -188,7 +188,7 @@ def test_stopping_fails_what_waits_and_finishes_what_runs(engine_of: EngineOf, g
     until(lambda: engine.running == 1)
     threading.Timer(0.05, lambda: open_gate(gated)).start()
     engine.stop(10)
-    assert running.result.result(10)
+    assert running.result.result(10).attempts == 1
     with pytest.raises(NotReady):
         waiting.result.result(10)
     with pytest.raises(NotReady):

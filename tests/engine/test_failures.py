@@ -96,7 +96,7 @@ def test_numbers_that_are_never_finite_are_the_devices_fault(engine_of: EngineOf
             with pytest.raises(NotFinite):
                 engine.submit(job(f"job {n}")).result.result(10)
         painter.finite = True
-        assert engine.submit(job("good")).result.result(10)
+        assert engine.submit(job("good")).result.result(10).attempts == 1
     painter.finite = False
     for n in range(MAX_NOT_FINITE):
         with pytest.raises(NotFinite):
@@ -120,7 +120,7 @@ def test_adapters_that_are_not_finite_are_their_orders_fault_and_not_the_devices
     for n in range(3 * MAX_NOT_FINITE):
         with pytest.raises(NotFinite):
             engine.submit(job(f"job {n}", loras=(("hot", 1.0),), lora_digests=("1a",))).result.result(10)
-    assert engine.submit(job("plain")).result.result(10)
+    assert engine.submit(job("plain")).result.result(10).attempts == 1
     assert engine.state is EngineState.READY
     assert ends == []
     assert [(done.loras, done.lora_digests) for done in painter.finished] == [((), ())] * 4

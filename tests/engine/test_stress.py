@@ -108,4 +108,4 @@ def test_whatever_happens_every_job_gets_its_own_answer(
         until(lambda: reported[ticket.id][-1].kind in ends)  # noqa: B023  # called at once
         assert sum(event.kind in ends for event in reported[ticket.id]) == 1
     assert max(painter.groups) > 1
-    assert engine.submit(job("the next")).result.result(10)
+    assert engine.submit(job("the next")).result.result(10).attempts == 1

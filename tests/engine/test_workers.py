@@ -140,4 +140,4 @@ def test_a_preview_that_fails_costs_no_picture(engine_of: EngineOf) -> None:
         def preview(self, state: Any) -> Any:
             raise RuntimeError("spilt")
 
-    assert engine_of(Clumsy()).submit(job("watched"), previews=True).result.result(10)
+    assert engine_of(Clumsy()).submit(job("watched"), previews=True).result.result(10).attempts == 1
