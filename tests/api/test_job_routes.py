@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import RunningApp
 from fakes import Canvas, FakeDenoiser, until
+from live_servers import LiveServer
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -41,9 +42,9 @@ def ended(running_app: RunningApp, job_id: str) -> dict[str, Any]:
     return reported
 
 
-def events_of(answer: httpx.Response) -> list[dict[str, str]]:
-    blocks = [block for block in answer.text.split("\n\n") if block.startswith("id:")]
-    return [dict(line.split(": ", 1) for line in block.splitlines()) for block in blocks]  # type: ignore[misc]  # pairs
+def events_of(text: str) -> list[dict[str, str]]:
+    blocks = [[line.split(": ", 1) for line in block.splitlines()] for block in text.split("\n\n")]
+    return [event for event in map(dict, blocks) if "id" in event]  # type: ignore[arg-type]  # pairs
 
 
 @pytest.mark.parametrize("path", [CREATE, "/make_image"])
@@ -123,21 +124,33 @@ def test_jobs_belong_to_the_key_they_came_with(run_app: Callable[..., RunningApp
     assert running_app.client.get(f"/jobs/{job_id}").status_code == 401
 
 
-def test_the_events_of_a_job_are_a_stream_that_can_be_resumed(running_app: RunningApp) -> None:
+def followed(live: LiveServer, gate: threading.Event, **parameters: Any) -> tuple[str, str]:
+    """Id and event stream of a new job, which takes its first step when the follower has received an event."""
+    job_id = httpx.post(f"{live.url}{CREATE}", json={**ORDER, **parameters}, headers=ASYNC, timeout=60).json()["id"]
+    with httpx.stream("GET", f"{live.url}/jobs/{job_id}/events", timeout=60) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = []
+        for line in answer.iter_lines():
+            lines.append(line)
+            if line.startswith("id:"):
+                gate.set()
+        return job_id, "\n".join(lines)
+
+
+def test_the_events_of_a_job_are_a_stream_that_can_be_resumed(live_of: Callable[..., LiveServer]) -> None:
     """Steps and the end are server-sent events, each with an id; after the end there is nothing to resume."""
-    running_app.squares.seconds_per_step = 0.05
-    job_id = ask(running_app, headers=ASYNC).json()["id"]
-    answer = running_app.client.get(f"/jobs/{job_id}/events")
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    events = events_of(answer)
+    gate = threading.Event()
+    live = live_of(FakeDenoiser(gate=gate))
+    job_id, text = followed(live, gate)
+    events = events_of(text)
     steps = [json.loads(event["data"])["step"] for event in events if event["event"] == "step"]
     assert steps == [0, 1, 2, 3, 4]
     assert events[-1]["event"] == "done"
     assert json.loads(events[-1]["data"])["receipt"]["path"]
-    late = running_app.client.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": "of-another-time.7"})
-    assert [event["event"] for event in events_of(late)] == ["done"]
-    over = running_app.client.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": events[-1]["id"]})
-    assert over.status_code == 204
+    url = f"{live.url}/jobs/{job_id}/events"
+    late = httpx.get(url, headers={"Last-Event-ID": "of-another-time.7"}, timeout=60)
+    assert [event["event"] for event in events_of(late.text)] == ["done"]
+    assert httpx.get(url, headers={"Last-Event-ID": events[-1]["id"]}, timeout=60).status_code == 204
 
 
 class Sketchers(FakeDenoiser):
@@ -147,12 +160,11 @@ class Sketchers(FakeDenoiser):
         return np.full((8, 8, 3), state.index * 10, np.uint8)
 
 
-def test_a_follower_sees_small_pictures_on_the_way(run_app: Callable[..., RunningApp]) -> None:
+def test_a_follower_sees_small_pictures_on_the_way(live_of: Callable[..., LiveServer]) -> None:
     """Previews are sent as base64 WebP once someone follows the job."""
-    running_app = run_app(Sketchers(seconds_per_step=0.2))
-    job_id = ask(running_app, headers=ASYNC, num_inference_steps=8).json()["id"]
-    events = events_of(running_app.client.get(f"/jobs/{job_id}/events"))
-    previews = [json.loads(event["data"]) for event in events if event["event"] == "preview"]
+    gate = threading.Event()
+    _, text = followed(live_of(Sketchers(gate=gate, seconds_per_step=0.2)), gate, num_inference_steps=8)
+    previews = [json.loads(event["data"]) for event in events_of(text) if event["event"] == "preview"]
     assert previews
     assert Image.open(io.BytesIO(base64.b64decode(previews[0]["image"]))).format == "WEBP"
     assert previews[0]["content_type"] == "image/webp"
