@@ -265,7 +265,8 @@ def _handler(rascal: MisbehavingStore, port: int) -> Callable[..., BaseHTTPReque
             if word == "slow":
                 rascal.release.wait(60)
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            headers = {name: value for name, value in self.headers.items() if name not in {"Expect", *rascal.drops}}
+            dropped = {name.lower() for name in ("Expect", *rascal.drops)}
+            headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
             connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
             content = answer.read()

@@ -35,7 +35,7 @@ def test_who_comes_while_the_server_stops_is_answered(tmp_path: Path, name: str)
     To the end.
     """
     server = started(tmp_path, name)
-    kept = httpx.Client(base_url=server.url, timeout=60)
+    kept, new = (httpx.Client(base_url=server.url, timeout=60) for _ in range(2))
     try:
         assert kept.get("/healthz").status_code == 200
         long = {**SMALL, "num_inference_steps": 80, "width": 256, "height": 256}
@@ -45,7 +45,7 @@ def test_who_comes_while_the_server_stops_is_answered(tmp_path: Path, name: str)
         time.sleep(0.1)
         order = {"prompt": "a blue square", **SMALL}
         statuses = []
-        for client in (kept, httpx.Client(base_url=server.url, timeout=60)):
+        for client in (kept, new):
             refused = client.post(CREATE, json=order)
             statuses.append(refused.status_code)
             assert refused.headers["connection"] == "close"
@@ -60,6 +60,7 @@ def test_who_comes_while_the_server_stops_is_answered(tmp_path: Path, name: str)
         assert server.process.wait(60) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
     finally:
         kept.close()
+        new.close()
         if server.process.poll() is None:
             server.process.kill()
 

@@ -65,6 +65,8 @@ class Studio:
         self.let_go()
         self.server.should_exit = True
         self.thread.join()
+        self.pool.shutdown()
+        self.client.close()
 
     def asks(self, asked: dict[str, Any], headers: dict[str, str] | None = None) -> Future[httpx.Response]:
         return self.pool.submit(self.client.post, CREATE, json=asked, headers=headers)

@@ -20,14 +20,14 @@ FLOODS = {
     "deletions": ("DELETE", f"{STORED}-%d.webp"),
 }
 SECRETS = {"ann": "secret-of-ann-1234567", "bob": "secret-of-bob-1234567"}
-CALL_SECONDS, PATIENCE = 0.4, 2.0
+CALL_SECONDS, PATIENCE = 1.0, 5.0
 
 
 @pytest.fixture
 def live(
     live_of: Callable[..., LiveServer], s3_server: StorageServer, rascal_before: Callable[..., MisbehavingStore]
 ) -> LiveServer:
-    """A server with two keys whose bucket takes 0.4 s per call, and counts as down after 2 s."""
+    """A server with two keys whose bucket takes 1 s per call, and counts as down after 5 s."""
     slow = rascal_before(s3_server)
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     where = {"bucket_name": make_s3_bucket(s3_server), "r2_endpoint_url": slow.url, "storage_provider": "r2"}
@@ -88,7 +88,7 @@ def test_a_flood_at_a_slow_bucket_keeps_nobody_from_drawing(live: LiveServer, ki
             began = time.monotonic()
             receipt = drawn(live, f"a red square {number}")
             assert receipt["stored"] is True, receipt
-            assert time.monotonic() - began < 15
+            assert time.monotonic() - began < 40
         readiness = httpx.get(f"{live.url}/readyz", headers={"X-API-Key": SECRETS["bob"]}, timeout=30)
         assert readiness.status_code == 200, readiness.text
         text = httpx.get(f"{live.url}/metrics", headers={"X-API-Key": SECRETS["bob"]}, timeout=30).text
