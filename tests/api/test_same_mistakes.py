@@ -63,6 +63,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], int]] = {
     "an unknown parameter": ({"widht": 64}, 422),
 }
 
+# AUTOMATIC1111 takes these, and so does its dialect; `info` says what was done instead.
+NO_MISTAKES_OF_WEBUIS = {
+    *("no prompt", "an empty prompt", "a blank prompt", "an unknown scheduler", "an adapter that is not there"),
+    *("an adapter by a path", "seed 2^32", "seed 2^63", "seed -2", "a strength that leaves no step"),
+}
+
 
 def ours(asked: dict[str, Any], *, picture: bool = False) -> dict[str, Any] | None:
     if "n" in asked or ("strength" in asked and not picture):
@@ -157,6 +163,8 @@ def test_the_same_mistake_is_answered_alike_through_every_door(run_app: Callable
     answered: dict[str, int] = {}
     for mistake, (change, expected) in MISTAKES.items():
         if mistake == "a strength that leaves no step" and not picture:
+            continue
+        if translate is webuis and mistake in NO_MISTAKES_OF_WEBUIS:
             continue
         asked = translate({**GOOD, **change}, picture=picture)
         if asked is None:

@@ -34,19 +34,12 @@ _OPTIONAL_TEXT = {"type": ["string", "null"]}
 
 
 def add_progress_routes(routes: APIRouter, tasks: TaskTracker, previews: EncodedPreviews) -> None:
-    """Add the routes that report and interrupt the caller's own tasks."""
+    """Add the routes that report the caller's own tasks."""
 
     async def preview_of(own: Sequence[TrackedTask]) -> str | None:
         """Return the latest preview of the oldest task, as a PNG in base64."""
         pixels = own[0].preview if own else None
         return None if pixels is None else await previews.text(pixels, Format.PNG)
-
-    def stoppable(request: Request) -> list[TrackedTask]:
-        """Return the tasks that a request may stop. Raises `Forbidden`."""
-        caller, name = caller_of(request), request.query_params.get("id_task", "")
-        if caller.anonymous and len(name) < LEAST_NAME:
-            raise Forbidden(f"Without a key a task is stopped by its id_task, of {LEAST_NAME} characters or more.")
-        return tasks.of(caller, name)
 
     @routes.get(
         "/sdapi/v1/progress",
@@ -79,6 +72,17 @@ def add_progress_routes(routes: APIRouter, tasks: TaskTracker, previews: Encoded
         own = tasks.of(caller_of(request), _text(body, "id_task"))
         preview = None if body.get("live_preview") is False else await preview_of(own)
         return JSONResponse(responses.task_progress_body(own[0] if own else None, preview))
+
+
+def add_stop_routes(routes: APIRouter, tasks: TaskTracker) -> None:
+    """Add the routes that stop the caller's own tasks."""
+
+    def stoppable(request: Request) -> list[TrackedTask]:
+        """Return the tasks that a request may stop. Raises `Forbidden`."""
+        caller, name = caller_of(request), request.query_params.get("id_task", "")
+        if caller.anonymous and len(name) < LEAST_NAME:
+            raise Forbidden(f"Without a key a task is stopped by its id_task, of {LEAST_NAME} characters or more.")
+        return tasks.of(caller, name)
 
     @routes.post(
         "/sdapi/v1/interrupt",

@@ -16,7 +16,11 @@ from stable_diffusion_server.api.automatic1111.controlnet_routes import add_cont
 from stable_diffusion_server.api.automatic1111.generation_info import TaskImage
 from stable_diffusion_server.api.automatic1111.gradio_routes import add_gradio_routes
 from stable_diffusion_server.api.automatic1111.image_work import ImageWorker
-from stable_diffusion_server.api.automatic1111.info_routes import add_png_info_route, add_progress_routes
+from stable_diffusion_server.api.automatic1111.info_routes import (
+    add_png_info_route,
+    add_progress_routes,
+    add_stop_routes,
+)
 from stable_diffusion_server.api.automatic1111.list_routes import add_list_routes, add_order_routes
 from stable_diffusion_server.api.automatic1111.name_mapping import BOUNDED, renamed
 from stable_diffusion_server.api.automatic1111.options import CallerOptions, add_option_routes, image_options
@@ -80,6 +84,7 @@ def automatic1111_router(
     add_list_routes(routes, context)
     add_order_routes(routes)
     add_progress_routes(routes, images.tasks, previews)
+    add_stop_routes(routes, images.tasks)
     add_option_routes(routes, context, options)
     add_png_info_route(routes)
     add_upscale_routes(routes, worker, options)
