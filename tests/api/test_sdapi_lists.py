@@ -215,6 +215,7 @@ def test_the_page_has_the_lists_that_clients_read_from_it(run_app: Callable[...,
     choices = {part["props"]["elem_id"]: part["props"].get("choices") for part in config["components"]}
     assert {"None", "Lanczos"} <= set(choices["txt2img_hr_upscaler"])
     assert choices["setting_sd_lora"] == ["None"]
+    assert ["none", "canny"] in [part["props"].get("choices") for part in config["components"]]
     assert len(choices["setting_sd_model_checkpoint"]) == len(MODELS)
     assert running_app.client.get("/user", headers=headers).json() == "ann"
     assert running_app.client.get("/app_id", headers=headers).json()["app_id"] == config["app_id"]

@@ -20,6 +20,7 @@ from stable_diffusion_server.pipelines import ModelSpec
 # The version of the extension's API, and the units that one request may have here.
 _API_VERSION, _UNITS = 2, 1
 _NONE, _CANNY = "none", "canny"
+MODULES = (_NONE, _CANNY)
 # Default, minimum and maximum: of the shorter side in pixels, and of both thresholds. The extension replaces a value
 # that is out of range by the default.
 _RESOLUTION, _LOW, _HIGH = (512, 64, 2048), (100, 1, 255), (200, 1, 255)
@@ -81,7 +82,7 @@ class DetectParams(BaseModel):
     def finds_edges(self) -> bool:
         """Whether the module is Canny. Raises `InvalidInput` for an unknown one."""
         module = self.controlnet_module.strip().lower()
-        if module not in (_NONE, _CANNY):
+        if module not in MODULES:
             raise InvalidInput("Module not available: there are none and canny.", field="controlnet_module")
         return module == _CANNY
 
@@ -160,7 +161,7 @@ def _modules_body() -> ControlNetModulesBody:
         _slider("High Threshold", _HIGH, 1),
     ]
     detail = {name: {"model_free": False, "sliders": part} for name, part in ((_NONE, []), (_CANNY, sliders))}
-    return {"module_list": [_NONE, _CANNY], "module_detail": dict(detail)}
+    return {"module_list": list(MODULES), "module_detail": dict(detail)}
 
 
 def _slider(name: str, bounds: tuple[int, int, int], step: int) -> dict[str, object]:
@@ -170,7 +171,7 @@ def _slider(name: str, bounds: tuple[int, int, int], step: int) -> dict[str, obj
 
 def _types_body(models: list[str]) -> ControlNetTypesBody:
     named = ["None", *models]
-    every = {"module_list": [_NONE, _CANNY], "model_list": named}
+    every = {"module_list": list(MODULES), "model_list": named}
     first = models[0] if models else "None"
     return {
         "control_types": {

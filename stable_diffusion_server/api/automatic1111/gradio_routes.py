@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
 
 from stable_diffusion_server.api.automatic1111.checkpoint_names import title_of
+from stable_diffusion_server.api.automatic1111.controlnet_routes import MODULES
 from stable_diffusion_server.api.automatic1111.list_bodies import UPSCALERS
 from stable_diffusion_server.api.automatic1111.name_mapping import samplers_of
 from stable_diffusion_server.api.dependencies import DialectContext, caller_of
@@ -22,6 +23,7 @@ _CONCURRENCY, _MAX_PER_CALLER = 4, 64
 # The version of Gradio that AUTOMATIC1111 1.10 uses; clients read the shape of the components by it.
 _GRADIO_VERSION = "3.41.2"
 _MODELS_ID, _UNITS_ID = "setting_sd_model_checkpoint", "setting_control_net_max_models_num"
+_DETECTORS_ID = "txt2img_controlnet_ControlNet-0_controlnet_preprocessor_dropdown"
 
 
 class GradioComponentBody(TypedDict):
@@ -111,4 +113,10 @@ def _components(context: DialectContext) -> list[GradioComponentBody]:
         for number, (name, choices) in enumerate(lists.items(), 1)
     ]
     units = {"elem_id": _UNITS_ID, "value": 1, "minimum": 1, "maximum": 1, "step": 1, "visible": True}
-    return [*found, {"id": len(found) + 1, "type": "slider", "props": dict(units)}]
+    detectors = {"elem_id": _DETECTORS_ID, "label": "Preprocessor", "choices": list(MODULES), "visible": True}
+    number = len(found) + 1
+    return [
+        *found,
+        {"id": number, "type": "slider", "props": dict(units)},
+        {"id": number + 1, "type": "dropdown", "props": dict(detectors)},
+    ]
