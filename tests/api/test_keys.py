@@ -75,7 +75,7 @@ ROUTES = {
     ("POST", "/v1/images/generations"): (401, 401, 422),
     ("POST", "/v1/images/edits"): (401, 401, 422),
     ("GET", "/v1/models"): (401, 401, 200),
-    ("POST", "/sdapi/v1/txt2img"): (401, 401, 422),
+    ("POST", "/sdapi/v1/txt2img"): (401, 401, 200),
     ("POST", "/sdapi/v1/img2img"): (401, 401, 422),
     ("GET", "/sdapi/v1/progress"): (401, 401, 200),
     ("POST", "/sdapi/v1/interrupt"): (401, 401, 200),
