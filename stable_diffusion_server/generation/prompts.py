@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from stable_diffusion_server.parsing import nfc
+from stable_diffusion_server.types import GenerationRequest
 
 CountTokens = Callable[[str], int]
 
@@ -20,6 +21,11 @@ _NEGATED_CONTRACTION = "n't"
 _KEPT_FORMAT_CHARACTERS = frozenset("\u200c\u200d")
 _SPACES = re.compile(r"\s+")
 _PUNCTUATION = ".,;:!?"
+_ASCII_CONTROLS = dict.fromkeys([*range(32), 127], " ")
+# Characters of a prompt whose tokens are counted at once.
+_SHORT = 2000
+# Characters of the prompts of a request. Longer ones are not cached: 1,024 times 32,000 emoji would be 0.5 GB.
+_LONG = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +80,18 @@ def load_stop_words(source: str) -> StopWords:
         ) from error
 
 
+def is_long(request: GenerationRequest) -> bool:
+    """Return whether the prompts of a request are too long to be read on the event loop, and to be cached."""
+    return len(request.prompt) + len(request.negative_prompt or "") > _LONG
+
+
 def clean_prompt(prompt: str) -> str:
     """Return the prompt in NFC, without control, bidirectional and other invisible characters, and with single spaces.
 
     Raises `ValueError` for a lone surrogate, and for more combining marks in a row than `nfc` takes.
     """
+    if prompt.isascii():
+        return _SPACES.sub(" ", prompt.translate(_ASCII_CONTROLS)).strip()
     kept = []
     for character in nfc(prompt):
         category = unicodedata.category(character)
@@ -105,21 +118,38 @@ def shorten_too_long_text(
     `count_tokens` counts with the encoder's own tokenizer, special tokens included. If the first word alone exceeds
     the limit, the word is cut, since an empty prompt would be worse.
     """
-    if count_tokens(prompt) <= limit:
+    if _fits(prompt, limit, count_tokens):
         return prompt
-    shorter = remove_stopwords(prompt, stop_words)
-    if count_tokens(shorter) <= limit:
-        return shorter
-    words = shorter.split(" ")
-    if fitting := _longest_prefix(len(words), lambda n: count_tokens(" ".join(words[:n])) <= limit):
+    words = remove_stopwords(prompt, stop_words).split(" ")
+    if fitting := _longest_prefix(len(words), lambda n: _fits(" ".join(words[:n]), limit, count_tokens)):
         return " ".join(words[:fitting])
     word = words[0]
-    return word[: _longest_prefix(len(word), lambda n: count_tokens(word[:n]) <= limit)]
+    return word[: _longest_prefix(len(word), lambda n: _fits(word[:n], limit, count_tokens))]
+
+
+def _fits(prompt: str, limit: int, count_tokens: CountTokens) -> bool:
+    """Return whether a prompt has at most `limit` tokens.
+
+    Counts growing beginnings of a long prompt, because 32,000 emoji take a second to tokenize.
+    """
+    size = _SHORT
+    while size < len(prompt):
+        beginning = prompt[:size]
+        if count_tokens(beginning.rpartition(" ")[0] or beginning) > limit:
+            return False
+        size *= 4
+    return count_tokens(prompt) <= limit
 
 
 def _longest_prefix(length: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest n in 0..length with `fits(n)`, by bisection; `fits` must be monotone."""
-    low, high = 0, length
+    """Return the largest n in 0..length with `fits(n)`, which must be monotone; asks for no n above twice the answer.
+
+    It doubles n until it does not fit, and then bisects.
+    """
+    low, high = 0, 1
+    while high <= length and fits(high):
+        low, high = high, high * 2
+    high = min(high - 1, length)
     while low < high:
         middle = (low + high + 1) // 2
         if fits(middle):

@@ -18,6 +18,7 @@ from stable_diffusion_server.generation.executor import GenerationExecutor, Subm
 from stable_diffusion_server.generation.interfaces import DecodeImage, EngineQueue, FetchImage, ignore
 from stable_diffusion_server.generation.layout import InputLoader
 from stable_diffusion_server.generation.output import OutputWriter, key_errors_explained
+from stable_diffusion_server.generation.prompts import is_long
 from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest, resolve_request, spec_for
 from stable_diffusion_server.generation.results import (
     GenerationOutcome,
@@ -122,7 +123,7 @@ class GenerationService:
 
         `None` if the caches do not show that. Never blocks. Raises `InvalidInput`.
         """
-        if request.sources or request.loras or request.overwrite or request.seed == "random":
+        if request.sources or request.loras or request.overwrite or request.seed == "random" or is_long(request):
             return None
         resolved = self._resolve_words(request)
         stored = self._known(resolved.key)
@@ -202,8 +203,8 @@ class GenerationService:
         self._output.close()
 
     async def _resolve(self, request: GenerationRequest) -> ResolvedRequest:
-        # Input files are hashed and LoRA files read in a thread; for text alone, a thread switch would cost more.
-        if request.sources or request.loras:
+        # Input files are hashed, LoRA files and long prompts read in a thread; for less, a thread switch costs more.
+        if request.sources or request.loras or is_long(request):
             return await asyncio.to_thread(resolve_request, request, self._options)
         return resolve_request(request, self._options) if request.seed == "random" else self._resolve_words(request)
 

@@ -15,6 +15,8 @@ from stable_diffusion_server.types import Format
 _WEBP_METHOD = 2
 # For lossless WebP `quality` sets the effort; 100 takes several times as long for a few bytes less.
 _LOSSLESS_EFFORT = 20
+# A JPEG segment has at most 65,535 bytes, two of them for its length. Long prompts exceed that.
+_JPEG_EXIF_BYTES = 65_533
 
 
 def encode_image(
@@ -26,7 +28,8 @@ def encode_image(
         pixels: uint8, height × width × 3.
         file_format: Format of the file.
         quality: 1..100. WebP is lossless at 100; PNG is always lossless.
-        record: Generation parameters to embed as JSON (in EXIF, in PNG as text chunks), or `None`.
+        record: Generation parameters to embed as JSON (in EXIF, in PNG as text chunks), or `None`. A JPEG gets only
+            `digest` of a record that is too long for it.
         xmp: XMP packet to embed, or an empty string.
     """
     image = Image.fromarray(pixels)
@@ -40,6 +43,9 @@ def encode_image(
             metadata = {"exif": exif_with_record(record), "xmp": xmp.encode()}
             image.save(target, "WEBP", quality=effort, lossless=lossless, method=_WEBP_METHOD, **metadata)
         case Format.JPEG:
-            metadata = {"exif": exif_with_record(record)} | ({"xmp": xmp.encode()} if xmp else {})
+            exif = exif_with_record(record)
+            if record is not None and len(exif) > _JPEG_EXIF_BYTES:
+                exif = exif_with_record({"digest": record.get("digest")})  # the history has the record
+            metadata = {"exif": exif} | ({"xmp": xmp.encode()} if xmp else {})
             image.save(target, "JPEG", quality=quality, **metadata)
     return target.getvalue()

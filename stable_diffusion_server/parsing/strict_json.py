@@ -16,8 +16,11 @@ from typing import Any
 
 from stable_diffusion_server.errors import InvalidInput, MalformedRequest, ServerError, TooLarge
 
-# In bytes as sent: the longest string that is parsed in place, and the longest string that is not an image.
-_MAX_INLINE_STRING, _MAX_STRING = 4096, 131_072
+# In bytes as sent: the longest string that is parsed in place, and the longest string that is not an image, which is a
+# prompt of 32,000 emoji, escaped in 12 bytes each.
+_MAX_INLINE_STRING, _MAX_STRING = 4096, 393_216
+# Backslashes in a short image; a long one may have more.
+_MAX_ESCAPES = 131_072
 # Quotes in a body, including escaped ones within strings.
 _MAX_QUOTES = 65_536
 # Characters of a number. Parsing an integer takes time quadratic in its digits; a double has 17 digits.
@@ -263,7 +266,7 @@ class _StringRestorer:
             )
         # Some clients escape `/`, `+` and `=`, which are rare in base64; decoding many escapes is slow.
         escapes = sent.count(b"\\")
-        if not sent.isascii() or escapes > max(_MAX_STRING, len(sent) // 16):
+        if not sent.isascii() or escapes > max(_MAX_ESCAPES, len(sent) // 16):
             raise InvalidInput(f"{field} is not a picture in base64.", field=field)
         return _decode_escapes(sent) if escapes else sent.decode("ascii")
 

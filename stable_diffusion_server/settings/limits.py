@@ -37,7 +37,7 @@ class LimitSettings(SettingsGroup):
     max_side: int = Field(2048, ge=64, le=16383, description="Maximum width and height in pixels.")
     max_steps: int = Field(150, ge=1, le=1000, description="Maximum number of denoising steps.")
     max_guidance: float = Field(30.0, ge=0, allow_inf_nan=False, description="Maximum guidance scale.")
-    max_prompt_characters: int = Field(4000, ge=1, le=10_000, description="Maximum length of a prompt in characters.")
+    max_prompt_characters: int = Field(32_000, ge=1, le=32_000, description="Maximum length of a prompt in characters.")
     stop_words: Literal["builtin", "nltk"] = Field(
         "builtin",
         description=(

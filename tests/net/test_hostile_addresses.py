@@ -312,7 +312,7 @@ def test_the_servers_storage_is_not_asked_with_its_keys(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], int]] = {
-    "a prompt over the limit": ({"prompt": "x" * 4001}, {}, 422),
+    "a prompt over the limit": ({"prompt": "x" * 32_001}, {}, 422),
     "steps over the limit": ({"num_inference_steps": 10**9}, {}, 422),
     "a strength over the limit": ({"strength": 2}, {}, 422),
     "no step left": ({"strength": 0.01}, {}, 422),

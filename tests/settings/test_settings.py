@@ -65,7 +65,7 @@ def test_nothing_has_to_be_set() -> None:
         ("API_KEYS", "schlüssel"),
         ("API_KEYS", "two words"),
         ("MAX_SIDE", "16384"),
-        ("MAX_PROMPT_CHARACTERS", "10001"),
+        ("MAX_PROMPT_CHARACTERS", "32001"),
         ("EXTRA_IMAGE_FORMATS", "gif,psd"),
         ("WEBHOOK_SECRET", "whsec_abc"),
         ("WEBHOOK_SECRET", "whsec_"),

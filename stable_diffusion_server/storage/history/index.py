@@ -46,6 +46,11 @@ _INDEXED = "SELECT count(*) FROM sqlite_master WHERE name IN ('drawn_words', 'dr
 _MOST_TRIGRAMS = 24
 _ADD = f"INSERT INTO drawn (words, {', '.join(_COLUMNS)}) VALUES ({', '.join('?' * (len(_COLUMNS) + 1))})"  # noqa: S608  # column names of our own
 _SHOW = f"SELECT number, {', '.join(_COLUMNS)} FROM drawn"  # noqa: S608  # column names of our own
+_DELETE_OLDEST = "DELETE FROM drawn WHERE number IN (SELECT number FROM drawn ORDER BY number LIMIT ?)"
+# More than are added, so that the index shrinks; few, because each deletion takes time.
+_DELETED_AT_ONCE = 32
+_SIZE_FACTS = ("page_count", "freelist_count", "page_size")
+_MAX_BYTES = 4 * 2**30
 _BUSY_SECONDS = 5.0
 _FEW = 1000
 _WITHIN = "key >= ? AND key < ?"
@@ -64,13 +69,15 @@ _DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, 
 class HistoryIndex:
     """Holds the newest `max_entries` entries, one per key, none older than `max_age_seconds` (0: no age limit).
 
+    Above `max_bytes`, which long prompts may reach earlier, it loses the oldest entries too.
     Safe from any thread and for several processes. All methods raise `StorageUnavailable` when the file is unusable.
     """
 
-    def __init__(self, path: Path, max_entries: int, max_age_seconds: float) -> None:
+    def __init__(self, path: Path, max_entries: int, max_age_seconds: float, max_bytes: int = _MAX_BYTES) -> None:
         self._path = path
         self._max_entries = max_entries
         self._max_age_seconds = max_age_seconds
+        self._max_bytes = max_bytes
 
     def open(self) -> None:
         """Create the table. Quarantine a damaged or foreign file: this loses the index, but no images."""
@@ -95,6 +102,9 @@ class HistoryIndex:
                 base.execute("DELETE FROM drawn WHERE number <= ?", (number,))
             if self._max_age_seconds:
                 base.execute("DELETE FROM drawn WHERE drawn_at < ?", (time.time() - self._max_age_seconds,))
+            pages, free, size = (base.execute(f"PRAGMA {fact}").fetchone()[0] for fact in _SIZE_FACTS)
+            if (pages - free) * size > self._max_bytes:
+                base.execute(_DELETE_OLDEST, (_DELETED_AT_ONCE + len(entries),))
 
     def search(self, query: HistoryQuery) -> list[HistoryEntry]:
         """Return the matching entries, newest first."""
