@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import ClassVar
+
+# Every integer below is a float without rounding.
+_EXACT = 2**53
 
 
 class ServerError(Exception):
@@ -57,10 +61,9 @@ class InvalidInput(ServerError):
 
     @classmethod
     def from_faults(cls, faults: Sequence[tuple[str, str]]) -> InvalidInput:
-        """The error for one or more (field, sentence) pairs; the first pair becomes `field` and `detail`."""
-        field, detail = faults[0]
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        return cls(detail + more, field=field, faults=faults)
+        """The error for one or more (field, sentence) pairs: `detail` has all sentences, `field` is the first field."""
+        detail = " ".join(dict.fromkeys(sentence for _, sentence in faults))
+        return cls(detail, field=faults[0][0], faults=faults)
 
 
 class TooLarge(ServerError):
@@ -109,6 +112,13 @@ class NotFound(ServerError):
     status = 404
     kind = "not-found"
     title = "Not found"
+
+
+class ModelNotFound(NotFound):
+    """No model has this name. Raised at the OpenAI endpoints; elsewhere a wrong model is `InvalidInput`."""
+
+    kind = "model-not-found"
+    title = "There is no such model"
 
 
 class UnknownHost(ServerError):
@@ -270,6 +280,13 @@ class ModelLoadError(ServerError):
 
 class ModelTooLarge(ModelLoadError):
     """A model needs more memory than the device has free, or another kind of device."""
+
+
+def number_text(value: float) -> str:
+    """A number as people write it in a sentence: `4294967295` and not `4.29497e+09`, `20` and not `20.0`."""
+    if float(value).is_integer() and abs(value) < _EXACT:
+        return str(int(value))
+    return f"{Decimal(repr(float(value))):f}"
 
 
 def error_of_kind(kind: str) -> type[ServerError]:

@@ -12,6 +12,8 @@ from stable_diffusion_server.generation import RequestLimits
 from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import Caller, GenerationRequest
 
+_OPENAI_MODELS = ("gpt-image-", "chatgpt-image-", "dall-e-")
+
 # Makes the URL of an object key as the client of a request can reach it.
 UrlOf = Callable[[Request, str], str]
 
@@ -45,6 +47,7 @@ class DialectContext:
 
     `max_n` is the maximum number of images per request, `max_response_bytes` that of bytes of base64 per response.
     `device_memory` returns bytes by device and kind.
+    `response_format` is what the OpenAI endpoints answer if a request does not say it: url, b64_json or auto.
     """
 
     limits: RequestLimits
@@ -55,16 +58,32 @@ class DialectContext:
     max_response_bytes: int
     loras: Callable[[], Iterable[str]] = tuple
     device_memory: Callable[[], Mapping[str, Mapping[str, int]]] = dict
+    response_format: str = "auto"
 
     def model(self, name: str | None) -> ModelSpec:
         """Return the model of a name or alias; the default model without one. Raises `InvalidInput`."""
+        spec = self.find_model(name)
+        if spec is None:
+            raise InvalidInput(self.unknown_model(name), field="model")
+        return spec
+
+    def find_model(self, name: str | None) -> ModelSpec | None:
+        """Return the model of a name or alias, the default model without one, `None` for an unknown name.
+
+        Names that start as OpenAI's do are aliases of the default model, because new ones appear every few months.
+        """
         own = self.aliases.get(name, name) if name else self.default_model
-        if own not in self.models and (name is None or name in self.aliases):
-            own = next(iter(self.models))  # an alias of a model that is not loaded
-        if own not in self.models:
-            known = ", ".join([*sorted(self.models), *self.aliases])
-            raise InvalidInput(f"{str(name)[:100]!r} is not a model here; there are {known}.", field="model")
-        return self.models[own]
+        if own in self.models:
+            return self.models[own]
+        if name and name not in self.aliases and not name.startswith(_OPENAI_MODELS):
+            return None
+        # The first model replaces one that is not loaded.
+        return self.models.get(self.default_model) or next(iter(self.models.values()))
+
+    def unknown_model(self, name: str | None) -> str:
+        """Return the sentence about an unknown model."""
+        known = ", ".join([*sorted(self.models), *self.aliases])
+        return f"model {str(name)[:100]!r} does not exist here; there are {known}."
 
     def check_size(self, images: int, width: int, height: int, field: str) -> None:
         """Raise `InvalidInput` if a base64 response with these images could exceed `max_response_bytes`.

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 
 from fastapi import Request, Response
 from starlette.concurrency import run_in_threadpool
@@ -14,7 +15,7 @@ from stable_diffusion_server.api.concurrency import cancel_on_disconnect
 from stable_diffusion_server.api.dependencies import UrlOf, caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
 from stable_diffusion_server.api.schemas.responses import job_body
-from stable_diffusion_server.errors import Forbidden, InvalidInput, RequestCancelled, ServerError
+from stable_diffusion_server.errors import Forbidden, InvalidInput, RequestCancelled, RequestInProgress, ServerError
 from stable_diffusion_server.generation import GenerationService, parse_int
 from stable_diffusion_server.jobs import (
     IdempotencyClaim,
@@ -69,6 +70,9 @@ def preferences_of(request: Request) -> RequestPreferences:
 
 # Renders a result as a route's response. The last argument is the file, empty unless the route requests it.
 Render = Callable[[Request, GenerationResult, bytes], Response | Awaitable[Response]]
+# Generates an image: its result and its file. The last value of `OnceGenerated`: an earlier request generated it.
+Generate = Callable[[], Awaitable[tuple[GenerationResult, bytes]]]
+OnceGenerated = tuple[GenerationResult, bytes, bool]
 _NO_PREFERENCES = RequestPreferences()
 
 
@@ -94,14 +98,23 @@ class RequestDispatcher:
         self._jobs = jobs
         self._url_of = url_of
         self._base_of = base_of
+        # Set when the response of a claimed key, by caller and key, is recorded.
+        self._running: dict[tuple[str, str], asyncio.Event] = {}
 
     async def dispatch(
-        self, request: Request, generation: GenerationRequest, render: Render, *, with_file: bool = False
+        self,
+        request: Request,
+        generation: GenerationRequest,
+        render: Render,
+        *,
+        with_file: bool = False,
+        joins: bool = False,
     ) -> Response:
         """Return the response that the request prefers. With `with_file`, `render` gets the encoded image.
 
-        Read the body before this call. Raises the errors of the service and of the jobs, and `RequestCancelled` if a
-        client cancels the job by its id.
+        With `joins`, a request waits for the response of a running one with its idempotency key, instead of 409. Read
+        the body before this call. Raises the errors of the service and of the jobs, and `RequestCancelled` if a client
+        cancels the job by its id.
         """
         preferences, caller = preferences_of(request), caller_of(request)
         if preferences.job_id is not None and caller.anonymous:
@@ -110,25 +123,81 @@ class RequestDispatcher:
             result = self._service.lookup_cached(generation, caller)
             if result is not None:
                 return await _rendered(render, request, result, b"")
-        claim = None
-        if preferences.key is not None:
-            digest = await run_in_threadpool(fingerprint, request.url.path, generation)
-            claim = IdempotencyClaim(caller.owner, preferences.key, digest, caller.share)
+        claim = await self.claim_of(request, generation, preferences.key)
         call = _Call(request, generation, render, with_file, preferences, claim)
         if preferences.respond_async:
             return await self._answer_by_job(call)
         if generation.webhook_url is not None:
             raise InvalidInput("webhook_url is for jobs: send 'Prefer: respond-async' too.", field="webhook_url")
-        recorded = None if claim is None else await self._claim_or_recorded(claim, caller)
+        recorded = None if claim is None else await self._claim_or_recorded(claim, caller, joins=joins)
         return await (self._answer_at_once(call) if recorded is None else self._answer_recorded(call, recorded))
 
-    async def _claim_or_recorded(self, claim: IdempotencyClaim, caller: Caller) -> RecordedResponse | None:
+    async def claim_of(
+        self, request: Request, generation: GenerationRequest, key: str | None, form: str = ""
+    ) -> IdempotencyClaim | None:
+        """Return the claim of an idempotency key, `None` without one. `form` is what else the response depends on."""
+        if key is None:
+            return None
+        caller = caller_of(request)
+        digest = await run_in_threadpool(fingerprint, f"{request.url.path}{form}", generation)
+        return IdempotencyClaim(caller.owner, key, digest, caller.share)
+
+    async def generate_once(
+        self, request: Request, claim: IdempotencyClaim | None, generate: Generate, *, with_file: bool
+    ) -> OnceGenerated:
+        """Return what `generate` returns, or what it returned to an earlier request with this claim, and which of both.
+
+        The file is empty without `with_file`. Waits for an earlier request that is running. Raises the errors of
+        `generate` and of the jobs.
+        """
+        if claim is None:
+            return (*await generate(), False)
+        recorded = await self._claim_or_recorded(claim, caller_of(request), joins=True)
+        if recorded is not None:
+            if isinstance(recorded.outcome, StoredProblem):
+                raise recorded.outcome.as_error()
+            assert recorded.outcome is not None  # noqa: S101  # only jobs have none; narrows the type
+            file = await self._service.read_file(recorded.outcome) if with_file else b""
+            return recorded.outcome, file, True
+        outcome: GenerationResult | StoredProblem | None = None
+        try:
+            outcome, file = await generate()
+        except Exception as error:
+            outcome = _problem_of(error)
+            raise
+        finally:
+            await self._record(claim, outcome)
+        return outcome, file, False
+
+    async def _claim_or_recorded(
+        self, claim: IdempotencyClaim, caller: Caller, *, joins: bool
+    ) -> RecordedResponse | None:
         """Claim an idempotency key, or return its recorded response. If that image was deleted, claim again."""
-        recorded = await self._jobs.claim(claim)
-        if recorded is not None and await self._image_was_deleted(recorded, caller):
-            await self._jobs.renew(claim, recorded)
-            recorded = await self._jobs.claim(claim)
-        return recorded
+        while True:
+            try:
+                recorded = await self._jobs.claim(claim)
+                if recorded is not None and await self._image_was_deleted(recorded, caller):
+                    await self._jobs.renew(claim, recorded)
+                    recorded = await self._jobs.claim(claim)
+            except RequestInProgress:
+                running = self._running.get((claim.caller, claim.key))
+                if running is None or not joins:  # another process may run it
+                    raise
+                await running.wait()
+                continue
+            if recorded is None:
+                self._running[claim.caller, claim.key] = asyncio.Event()
+            return recorded
+
+    async def _record(self, claim: IdempotencyClaim, outcome: GenerationResult | StoredProblem | None) -> None:
+        """Record the response of a claimed key. Failures that a changed or later request can avoid release the key."""
+        recorded = None if isinstance(outcome, StoredProblem) and not _is_permanent(outcome) else outcome
+
+        async def record() -> None:
+            await self._jobs.answer(claim, recorded)
+            self._running.pop((claim.caller, claim.key)).set()
+
+        await asyncio.shield(asyncio.create_task(record()))
 
     async def _answer_by_job(self, call: _Call) -> Response:
         """Return 202 with the job, or its outcome if it ends within the client's `wait` seconds."""
@@ -162,7 +231,7 @@ class RequestDispatcher:
             job = await self._jobs.track_request(caller_of(call.request), call.preferences.job_id)
         except BaseException:
             if call.claim is not None:
-                await asyncio.shield(asyncio.ensure_future(self._jobs.answer(call.claim, None)))
+                await self._record(call.claim, None)
             raise
         try:
             generated = await cancel_on_disconnect(call.request, self._generate(job, call))
@@ -175,14 +244,12 @@ class RequestDispatcher:
         except RequestCancelled:
             raise
         except Exception as error:
-            known = error if isinstance(error, ServerError) else ServerError("An unexpected error happened.")
-            state, outcome = JobState.FAILED, StoredProblem.from_error(known)
+            state, outcome = JobState.FAILED, _problem_of(error)
             raise
         finally:
             self._jobs.finish_request(job, state, outcome)
             if call.claim is not None:
-                recorded = outcome if state is JobState.DONE or _is_permanent(outcome) else None
-                await asyncio.shield(asyncio.ensure_future(self._jobs.answer(call.claim, recorded)))
+                await self._record(call.claim, outcome)
 
     async def _generate(self, job: JobHandle, call: _Call) -> tuple[GenerationResult, bytes]:
         job.task = asyncio.current_task()
@@ -232,9 +299,13 @@ async def _rendered(render: Render, request: Request, result: GenerationResult, 
     return response if isinstance(response, Response) else await response
 
 
-def _is_permanent(outcome: GenerationResult | StoredProblem | None) -> bool:
-    """Return whether the failure is permanent, so that the idempotency key may repeat it."""
-    if not isinstance(outcome, StoredProblem):
-        return False
-    error = outcome.as_error()
-    return not error.retryable and type(error) is not ServerError
+def _problem_of(error: Exception) -> StoredProblem:
+    known = error if isinstance(error, ServerError) else ServerError("An unexpected error happened.")
+    return StoredProblem.from_error(known)
+
+
+def _is_permanent(problem: StoredProblem) -> bool:
+    """Return whether the same request fails again, and no corrected one can take its idempotency key."""
+    error = problem.as_error()
+    permanent = not error.retryable and type(error) is not ServerError
+    return permanent and error.status >= HTTPStatus.INTERNAL_SERVER_ERROR

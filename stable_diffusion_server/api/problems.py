@@ -22,7 +22,7 @@ from stable_diffusion_server.api.schemas.responses import (
     StoredProblemBody,
     problem_body,
 )
-from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.errors import InvalidInput, ServerError
 
 _log = structlog.get_logger(__name__)
 
@@ -147,7 +147,8 @@ def _response(body: ProblemBody, path: str, kind: str, headers: Mapping[str, str
     headers = {**headers, "X-Request-ID": body["request_id"]}
     if is_openai_path(path):
         openai: OpenAIErrorBody = {"error": openai_error(body, kind)}
-        return JSONResponse(_encodable(openai), body["status"], headers)
+        status = HTTPStatus.BAD_REQUEST if kind == InvalidInput.kind else body["status"]
+        return JSONResponse(_encodable(openai), status, headers)
     if is_automatic1111_path(path):
         automatic1111: Automatic1111ErrorBody = {
             "error": body["title"],

@@ -133,6 +133,7 @@ def build_dialect_context(settings: Settings, options: GenerationOptions, models
         max_response_bytes=settings.max_response_bytes,
         loras=lambda: options.loras(),
         device_memory=models.memory,
+        response_format=settings.openai_response_format,
     )
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
-from stable_diffusion_server.errors import DeadlineExceeded
+from stable_diffusion_server.errors import DeadlineExceeded, number_text
 
 
 @asynccontextmanager
@@ -19,7 +19,7 @@ async def deadline(seconds: float) -> AsyncIterator[None]:
     except TimeoutError as error:
         if not timeout.expired():
             raise
-        raise DeadlineExceeded(f"The picture was not stored within {seconds:g} seconds.") from error
+        raise DeadlineExceeded(f"The picture was not stored within {number_text(seconds)} seconds.") from error
 
 
 class ProgressMonitor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.errors import InvalidInput, number_text
 from stable_diffusion_server.types import LORA_WEIGHT_MAX, SEED_MAX, GenerationRequest
 
 # Maximum characters of a text and of a name, checked before any parsing; the settings allow no longer prompts.
-TEXT_MAX, NAME_MAX = 10_000, 200
+TEXT_MAX, NAME_MAX = 32_000, 200
 # Maximum digits of an integer in a text: Python's `int` refuses thousands, and is slow for hundreds.
 _MOST_DIGITS = 18
 
@@ -16,6 +19,11 @@ _MOST_DIGITS = 18
 def parse_int(text: str) -> int | None:
     """Parse a text of ASCII digits; `None` for any other text, and for more than 18 digits."""
     return int(text) if len(text) <= _MOST_DIGITS and text.isascii() and text.isdigit() else None
+
+
+def range_sentence(name: str, low: float, high: float) -> str:
+    """Return the sentence for a number out of its range."""
+    return f"{name} must be between {number_text(low)} and {number_text(high)}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +34,7 @@ class RequestLimits:
     max_side: int = 2048
     max_steps: int = 150
     max_guidance: float = 30.0
-    max_prompt_characters: int = 4000
+    max_prompt_characters: int = TEXT_MAX
     max_timeout: float = 600.0
     max_feather: int = 256
     max_loras: int = 4
@@ -55,19 +63,26 @@ class RequestLimits:
 
     def check(self, request: GenerationRequest) -> None:
         """Raise `InvalidInput` that names every parameter of the request that is out of its bounds."""
+        if faults := self.faults(partial(getattr, request)):
+            raise InvalidInput.from_faults(faults)
+
+    def faults(self, value_of: Callable[[str], Any]) -> list[tuple[str, str]]:
+        """Return (parameter, sentence) of each value out of its bounds; `value_of` returns a parameter by its name."""
         faults = []
         for name, (low, high) in self.bounds().items():
-            value = getattr(request, name)
+            value = value_of(name)
             # This form also refuses NaN, which compares false with everything.
             if isinstance(value, int | float) and not low <= value <= high:
-                faults.append((name, f"{name} must be between {low:g} and {high:g}."))
+                faults.append((name, range_sentence(name, low, high)))
         longest = self.max_prompt_characters
-        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
-            if len(text) > longest:
-                faults.append((name, f"{name} must not be longer than {longest} characters."))
-        if len(request.loras) > self.max_loras:
+        faults += [
+            (name, f"{name} must not be longer than {longest} characters.")
+            for name in ("prompt", "negative_prompt")
+            if len(value_of(name) or "") > longest
+        ]
+        loras = value_of("loras")
+        if len(loras) > self.max_loras:
             faults.append(("lora", f"lora must not name more than {self.max_loras}."))
-        if not all(-LORA_WEIGHT_MAX <= weight <= LORA_WEIGHT_MAX for _, weight in request.loras):
-            faults.append(("lora", f"lora weights must be between -{LORA_WEIGHT_MAX:g} and {LORA_WEIGHT_MAX:g}."))
-        if faults:
-            raise InvalidInput.from_faults(faults)
+        if not all(-LORA_WEIGHT_MAX <= weight <= LORA_WEIGHT_MAX for _, weight in loras):
+            faults.append(("lora", range_sentence("lora weights", -LORA_WEIGHT_MAX, LORA_WEIGHT_MAX)))
+        return faults

@@ -48,8 +48,7 @@ from stable_diffusion_server.types import (
 
 _NO_CALLER = Caller()
 _NO_FILES: Mapping[str, bytes] = {}
-# Maximum number of cached resolved requests, and of cached results of cache hits.
-_CACHE_SIZE = 1024
+_CACHE_SIZE = 1024  # resolved requests, and results of cache hits
 
 _log = structlog.get_logger(__name__)
 

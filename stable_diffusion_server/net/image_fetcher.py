@@ -11,7 +11,7 @@ from urllib.parse import urljoin
 import httpx
 
 from stable_diffusion_server.concurrency import FairLimiter
-from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed, TooLarge, UnsupportedMedia
+from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed, TooLarge, UnsupportedMedia, number_text
 from stable_diffusion_server.imaging import (
     DEFAULT_FORMATS,
     SIGNATURE_BYTES,
@@ -84,7 +84,7 @@ class ImageFetcher:
                     return await self._follow(target, field, share)
             except TimeoutError as error:
                 raise RemoteFetchFailed(
-                    f"{field} was not fetched in {self._limits.total:g} seconds.", field=field
+                    f"{field} was not fetched in {number_text(self._limits.total)} seconds.", field=field
                 ) from error
             except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
                 raise RemoteFetchFailed(

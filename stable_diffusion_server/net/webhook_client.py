@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import httpx
 
-from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed
+from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed, number_text
 from stable_diffusion_server.net.safe_client import Resolve, SafeClient, describe_http_error
 from stable_diffusion_server.net.url_policy import AllowedTarget, parse_url
 
@@ -32,7 +32,7 @@ class WebhookClient:
                 await self._client.check(target, "webhook_url", share)
         except TimeoutError as error:
             raise InvalidInput(
-                f"The host of webhook_url was not found in {self._seconds:g} seconds.", field="webhook_url"
+                f"The host of webhook_url was not found in {number_text(self._seconds)} seconds.", field="webhook_url"
             ) from error
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str], share: str = "") -> int:
@@ -50,7 +50,7 @@ class WebhookClient:
                 await response.aclose()
                 return response.status_code
         except TimeoutError as error:
-            raise RemoteFetchFailed(f"webhook_url did not answer in {self._seconds:g} seconds.") from error
+            raise RemoteFetchFailed(f"webhook_url did not answer in {number_text(self._seconds)} seconds.") from error
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
             raise RemoteFetchFailed(f"webhook_url could not be reached: {describe_http_error(error)}.") from error
 

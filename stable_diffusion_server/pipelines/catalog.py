@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal
 
-from stable_diffusion_server.errors import InvalidInput, ModelLoadError
+from stable_diffusion_server.errors import InvalidInput, ModelLoadError, number_text
 from stable_diffusion_server.pipelines.model_spec import ModelSpec, SchedulerSpec
 
 # Strength of the refining second pass: the original's base model handed over at 0.7 of the steps.
@@ -251,7 +251,7 @@ def steps_skipped(model: ModelSpec, steps: int, strength: float) -> int:
 def check_strength(model: ModelSpec, steps: int, strength: float) -> None:
     """Raise `InvalidInput` naming both parameters if diffusers would draw no step: an image-to-image without effect."""
     if _skipped(model, steps, strength) >= steps:
-        sentence = f"strength {strength:g} of {steps} steps leaves none to draw; raise one of the two."
+        sentence = f"strength {number_text(strength)} of {steps} steps leaves none to draw; raise one of the two."
         raise InvalidInput.from_faults([("strength", sentence), ("num_inference_steps", sentence)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from ipaddress import ip_network
+from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
@@ -67,12 +68,20 @@ class HttpSettings(SettingsGroup):
         ),
     )
     get_generates: bool = Field(True, description="0 refuses GET requests that generate images; POST still does.")
-    max_n: int = Field(4, ge=1, le=64, description="Maximum number of images per request, where a request has `n`.")
+    max_n: int = Field(10, ge=1, le=64, description="Maximum number of images per request, where a request has `n`.")
     model_aliases: Names = Field(
-        ("dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5"),
+        ("dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2"),
         description=(
             "Model names of other servers, separated by commas: `dall-e-3` means TEXT_TO_IMAGE_MODEL, "
-            "`dall-e-3=flux` means Flux."
+            "`dall-e-3=flux` means Flux. Listed at `/v1/models`. Other names that start with `gpt-image-`, "
+            "`chatgpt-image-` or `dall-e-` also mean TEXT_TO_IMAGE_MODEL."
+        ),
+    )
+    openai_response_format: Literal["auto", "url", "b64_json"] = Field(
+        "auto",
+        description=(
+            "Response of the OpenAI endpoints to a request without `response_format`. `auto`: `b64_json` for models "
+            "named `gpt-image-…` and `chatgpt-image-…` and for edits, `url` for others."
         ),
     )
     max_body_bytes: int = Field(1_048_576, ge=1024, description="Maximum size of a request body, except multipart.")

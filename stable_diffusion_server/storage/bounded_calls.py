@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from stable_diffusion_server.errors import KeyBusy, ServerError, StorageUnavailable
+from stable_diffusion_server.errors import KeyBusy, ServerError, StorageUnavailable, number_text
 from stable_diffusion_server.storage.base import Bucket
 
 _log = structlog.get_logger(__name__)
@@ -110,7 +110,7 @@ class BoundedCalls:
             if writes is not None and not answer.cancel() and not answer.done():
                 self._pending_writes[writes] = answer
             raise StorageUnavailable(
-                f"The storage did not answer within {self._timeout:g} seconds.", retry_after=30
+                f"The storage did not answer within {number_text(self._timeout)} seconds.", retry_after=30
             ) from error
         except Exception as error:
             _log.exception("the storage's client failed")

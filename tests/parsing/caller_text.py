@@ -37,7 +37,7 @@ from stable_diffusion_server.api.automatic1111.task_params import Txt2Img
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.api.middleware import access, access_policy, api_keys, cors, proxy_headers
 from stable_diffusion_server.api.openai import protocol as openai_parameters
-from stable_diffusion_server.api.schemas import params
+from stable_diffusion_server.api.schemas import params, validation
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.generation import limits, prompts, replay
 from stable_diffusion_server.generation.limits import RequestLimits
@@ -314,7 +314,7 @@ async def followed(after: str) -> None:
         pass
 
 
-HOUSE = DialectContext(RequestLimits(), MODELS, "sdxl", {}, 4, 67_108_864)
+HOUSE = DialectContext(RequestLimits(), MODELS, "sdxl", {}, 10, 67_108_864)
 PICTURES = strict_json.JsonLimits(image_fields=frozenset({"p"}), max_image_bytes=27_963_051)
 TO_JSON: dict[str, str] = {
     "lists": "[],",
@@ -368,17 +368,17 @@ PARSERS = [
     Parser(
         "prompt of our own routes",
         limits.TEXT_MAX,
-        lambda text: params.validated(params.TextToImageParams, {"prompt": text}),
+        lambda text: validation.validated(params.TextToImageParams, {"prompt": text}),
     ),
     Parser(
         "lora of our own routes",
         2000,
-        lambda text: params.validated(params.TextToImageParams, {"prompt": "a", "lora": text}).to_request_fields(),
+        lambda text: validation.validated(params.TextToImageParams, {"prompt": "a", "lora": text}).to_request_fields(),
     ),
     Parser(
         "unknown names",
         100_000,
-        lambda text: params.validated(
+        lambda text: validation.validated(
             params.TextToImageParams,
             {text[at : at + len(text) // 100 + 1]: 1 for at in range(0, len(text), len(text) // 100 + 1)},
         ),

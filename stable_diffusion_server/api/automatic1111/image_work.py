@@ -14,7 +14,7 @@ from stable_diffusion_server.api.base64_images import bytes_of, text_of
 from stable_diffusion_server.api.concurrency import run_if_large
 from stable_diffusion_server.api.dependencies import DialectContext, caller_of
 from stable_diffusion_server.api.request_parsing import read_json
-from stable_diffusion_server.api.schemas.params import raise_invalid
+from stable_diffusion_server.api.schemas.validation import raise_invalid
 from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import DEFAULT_QUALITY, DecodeImage

@@ -17,7 +17,7 @@ from stable_diffusion_server.api.automatic1111.task_params import Img2Img, Txt2I
 from stable_diffusion_server.api.base64_images import bytes_of
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation import NAME_MAX
+from stable_diffusion_server.generation import NAME_MAX, range_sentence
 from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, GenerationRequest, ImageInput, Task
 
@@ -239,7 +239,7 @@ def _pixels(params: Txt2Img, context: DialectContext) -> tuple[int, int]:
         "height": 512 if params.height is None else params.height,
     }
     low, high = context.limits.bounds()["width"]
-    faults = [(n, f"{n} must be between {low:g} and {high:g}.") for n, side in sides.items() if not low <= side <= high]
+    faults = [(n, range_sentence(n, low, high)) for n, side in sides.items() if not low <= side <= high]
     if faults:
         raise InvalidInput.from_faults(faults)
     return sides["width"], sides["height"]

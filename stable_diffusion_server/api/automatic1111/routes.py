@@ -35,7 +35,7 @@ from stable_diffusion_server.api.dependencies import DialectContext, UrlOf, call
 from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
 from stable_diffusion_server.api.openapi.document import bounded_properties, json_body, json_schema_of, set_bounds
 from stable_diffusion_server.api.request_parsing import read_json
-from stable_diffusion_server.api.schemas.params import raise_invalid
+from stable_diffusion_server.api.schemas.validation import raise_invalid
 from stable_diffusion_server.errors import ServerError, TooLarge
 from stable_diffusion_server.generation import DEFAULT_QUALITY, DecodeImage, GenerationService, RequestLimits
 from stable_diffusion_server.imaging import Pixels, canny, encode_image, fit_image
@@ -191,4 +191,4 @@ async def _read(model: type[A], request: Request) -> A:
         body = await read_json(request, model.pictures)
         return await run_if_large(len(await request.body()), model.model_validate, body)
     except ValidationError as error:
-        raise_invalid(error)
+        raise_invalid(error, model)

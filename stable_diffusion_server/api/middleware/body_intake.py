@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion_server.api.middleware.access_policy import AccessPolicy
 from stable_diffusion_server.api.problems import error_response
-from stable_diffusion_server.errors import RateLimited, RequestTimedOut, ServerError
+from stable_diffusion_server.errors import RateLimited, RequestTimedOut, ServerError, number_text
 
 # Bytes of a body's first reservation, and the minimum of the following ones.
 STEP = 65_536
@@ -267,7 +267,9 @@ class _Body:
             async with asyncio.timeout(max(0.0, left)):
                 message = await self._receive()
         except TimeoutError:
-            raise self._refuse(RequestTimedOut(f"The body brought too little in {self._seconds:g} seconds.")) from None
+            raise self._refuse(
+                RequestTimedOut(f"The body brought too little in {number_text(self._seconds)} seconds.")
+            ) from None
         if message["type"] != "http.request" or not message.get("more_body", False):
             self._complete = True
             self.release()

@@ -5,45 +5,69 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
+from fastapi import Request
 from pydantic import Field
 
 from stable_diffusion_server.api.dependencies import DialectContext
-from stable_diffusion_server.api.request_parsing import UploadedFile
+from stable_diffusion_server.api.request_parsing import UploadedFile, read_parameters
 from stable_diffusion_server.api.schemas.params import File, GenerationParams
-from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.api.schemas.validation import validated
+from stable_diffusion_server.errors import InvalidInput, ModelNotFound
+from stable_diffusion_server.generation import range_sentence
+from stable_diffusion_server.pipelines import ModelSpec, scheduler_of
 from stable_diffusion_server.types import Fit, Format, GenerationRequest, ImageInput, RequestWarning, Task
 
-_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+P = TypeVar("P", bound="ImagesParams")
+
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 # Steps as a multiple of the model's default; other values leave the default.
 _STEP_FACTORS = {"low": 0.5, "high": 2.0, "hd": 2.0, "xhigh": 3.0, "max": 4.0}
 _DEFAULT_SIDE = 1024
+_BASE64_MODELS = ("gpt-image-", "chatgpt-image-")
+# Parameters of OpenAI without effect here, and why.
 _IGNORED = {
-    "style": "There are no styles here; the prompt says it.",
-    "input_fidelity": "How much of the picture stays is said by `strength`.",
+    "style": "There are no styles here; write it into the prompt.",
+    "input_fidelity": "`strength` says how much of the image changes.",
     "complexity": "There is no planning here.",
+    "effort": "There is no planning here.",
+    "reasoning": "There is no planning here.",
+    "moderation": "This server does not moderate.",
+    "svg": "Images are made of pixels here.",
+    "frame_count": "Images have one frame here.",
+    "frame_duration_ms": "Images have one frame here.",
 }
+_IGNORED_FIELD = Field(None, description="Accepted and ignored, with a warning.")
 
 
 class ImagesParams(GenerationParams):
-    """Parameters of both routes. OpenAI's clients send those of this server in `extra_body`."""
+    """Parameters of all routes. OpenAI's clients send those of this server in `extra_body`."""
 
     n: int | None = Field(
         None,
         description="Number of images. Without `seed` each has its own seed; with `seed`, image i uses `seed + i`.",
     )
     size: str | None = Field(None, description="`WIDTHxHEIGHT` or `auto`.", examples=["1024x1024"])
+    width: int | None = Field(None, description="Width in pixels, if `size` is omitted.")
+    height: int | None = Field(None, description="Height in pixels, if `size` is omitted.")
+    seed: int | Literal["random"] | None = Field(
+        None, description="Seed of the noise. Omitted, `random` or -1: another image each time."
+    )
     response_format: Literal["url", "b64_json"] | None = Field(
-        None, description="If omitted `url`, or `b64_json` for models named gpt-image-…."
+        None,
+        description="If omitted `b64_json` for models named gpt-image-… or chatgpt-image-… and for edits, else `url`.",
     )
     output_format: Format | None = Field(
         None, description="If omitted, the extension of `save_path` decides, otherwise png."
     )
-    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of webp and jpeg; 100 is the best.")
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="Quality of webp and jpeg; 100 is the best, and all that png can have."
+    )
     background: Literal["auto", "opaque", "transparent"] | None = Field(
-        None, description="`transparent` is an error: no model supports it."
+        None, description="`transparent` gives an opaque image and a warning: no model supports it."
     )
     quality: Literal["auto", "low", "medium", "high", "standard", "hd", "xhigh", "max"] | None = Field(
         None,
@@ -51,22 +75,32 @@ class ImagesParams(GenerationParams):
     )
     stream: bool | None = Field(None, description="Respond with server-sent events.")
     partial_images: int | None = Field(None, ge=0, le=3, description="With `stream`: number of previews, 0 to 3.")
-    moderation: Literal["auto", "low"] | None = Field(
-        None, description="Accepted and ignored: this server does not moderate."
-    )
+    moderation: Literal["auto", "low"] | None = _IGNORED_FIELD
     user: str | None = Field(None, description="Accepted and not stored.")
     safety_identifier: str | None = Field(None, description="Accepted and not stored.")
-    style: str | None = Field(None, description="Accepted and ignored, with a warning.")
-    input_fidelity: str | None = Field(None, description="Accepted and ignored, with a warning.")
-    complexity: str | None = Field(None, description="Accepted and ignored, with a warning.")
+    style: str | None = _IGNORED_FIELD
+    input_fidelity: str | None = _IGNORED_FIELD
+    complexity: str | None = _IGNORED_FIELD
+    effort: str | None = _IGNORED_FIELD
+    reasoning: Any = _IGNORED_FIELD
+    svg: Any = _IGNORED_FIELD
+    frame_count: int | None = _IGNORED_FIELD
+    frame_duration_ms: int | None = _IGNORED_FIELD
 
     numbers: ClassVar[frozenset[str]] = GenerationParams.numbers - {"quality"}
     # Azure's clients send it with every request.
     ignored: ClassVar[frozenset[str]] = frozenset({"api-version"})
     own: ClassVar[frozenset[str]] = frozenset(
-        "n size response_format output_format output_compression background quality stream partial_images moderation "
-        "user safety_identifier style input_fidelity complexity".split()
-    )
+        "n size response_format output_format output_compression background quality stream partial_images user "
+        "safety_identifier width height".split()
+    ) | set(_IGNORED)
+    # Names of other servers with this API: sd.cpp, lemonade, sglang, vLLM-Omni, LocalAI.
+    other_names: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("steps", "step", "num_steps", "sample_steps"), "num_inference_steps"),
+        **dict.fromkeys(("cfg_scale", "cfg", "guidance", "true_cfg_scale"), "guidance_scale"),
+        **dict.fromkeys(("sampler", "sampler_name", "sample_method"), "scheduler"),
+        **dict.fromkeys(("num_images", "num_outputs"), "n"),
+    }
 
     @abstractmethod
     def base(self, context: DialectContext) -> GenerationRequest:
@@ -79,66 +113,101 @@ class ImagesParams(GenerationParams):
 
     @property
     def as_base64(self) -> bool:
-        """Whether the response holds the images in base64."""
-        if self.response_format is None:
-            return (self.model or "").startswith(("gpt-image", "chatgpt-image"))
+        """Whether the response holds the images in base64; `read_images_params` sets the default."""
         return self.response_format == "b64_json"
+
+    def default_format(self, context: DialectContext) -> str:
+        """Return the `response_format` of a request without one: url or b64_json."""
+        if context.response_format != "auto":
+            return context.response_format
+        return "b64_json" if (self.model or "").startswith(_BASE64_MODELS) else "url"
 
     def to_requests(self, context: DialectContext) -> list[GenerationRequest]:
         """Return a request for each image. Raises `InvalidInput`."""
-        self._check(context)
         spec = context.model(self.model)
-        base = self.base(context)
-        steps = self.num_inference_steps
-        if steps is None and self.quality in _STEP_FACTORS:
-            steps = min(max(1, math.ceil(spec.default_steps * _STEP_FACTORS[self.quality])), context.limits.max_steps)
-        file_format = self.output_format or (Format.PNG if self.save_path is None else None)
-        compression = self.output_compression
         base = replace(
-            base,
+            self.base(context),
             model=spec.name if self.model else None,
-            num_inference_steps=steps,
-            format=file_format,
-            quality=None if compression is None else max(1, compression),
+            seed="random" if self.seed in (None, -1) else self.seed,
+            num_inference_steps=self._steps(spec, context),
+            format=self.output_format or (Format.PNG if self.save_path is None else None),
+            quality=None if self.output_compression is None else max(1, self.output_compression),
         )
         return [replace(base, variation=number) for number in range(self.count)]
 
     def warnings(self) -> list[RequestWarning]:
         """Return warnings about parameters that were ignored."""
-        ignored = {name: getattr(self, name) for name in _IGNORED}
-        return [RequestWarning("not-honoured", f"{name}: {_IGNORED[name]}") for name, value in ignored.items() if value]
+        ignored = [f"{name}: {why}" for name, why in _IGNORED.items() if getattr(self, name)]
+        if self.background == "transparent":
+            ignored.append("background: the image is opaque; no model here draws transparency.")
+        return [RequestWarning("not-honoured", sentence) for sentence in ignored]
 
     def pixels(self) -> tuple[int | None, int | None]:
         """Return width and height in pixels, `None` for `auto`. Raises `InvalidInput`."""
         if self.size in (None, "auto"):
-            return None, None
+            return self.width, self.height
         match = _SIZE.fullmatch(self.size or "")
         if not match:
-            raise InvalidInput("size must be WIDTHxHEIGHT in pixels, or auto.", field="size")
-        return int(match[1]), int(match[2])
+            raise InvalidInput("size must be WIDTHxHEIGHT in pixels, such as 1024x1024, or auto.", field="size")
+        width, height = int(match[1]), int(match[2])
+        if (self.width or width, self.height or height) != (width, height):
+            raise InvalidInput("size and width or height differ; send one of them.", field="size")
+        return width, height
 
-    def _check(self, context: DialectContext) -> None:
+    def faults(self, context: DialectContext) -> list[tuple[str, str]]:
+        """Return (parameter, sentence) of each value out of its bounds, and of each unknown name."""
+        spec = context.find_model(self.model)
+        values = {**self.to_request_fields(), "seed": None if self.seed == -1 else self.seed}
+        values |= dict.fromkeys(("width", "height", "quality"))
+        faults = [*context.limits.faults(values.get), *self._own_faults(context), *self._size_faults(context)]
+        if spec is None:
+            faults.append(("model", context.unknown_model(self.model)))
+        elif self.scheduler is not None:
+            try:
+                scheduler_of(spec, self.scheduler, spec.default_steps)
+            except InvalidInput as error:
+                faults += error.faults
+        return faults
+
+    def _steps(self, spec: ModelSpec, context: DialectContext) -> int | None:
+        if self.num_inference_steps is not None or self.quality not in _STEP_FACTORS:
+            return self.num_inference_steps
+        return min(max(1, math.ceil(spec.default_steps * _STEP_FACTORS[self.quality])), context.limits.max_steps)
+
+    def _own_faults(self, context: DialectContext) -> list[tuple[str, str]]:
         faults = []
         if not 1 <= self.count <= context.max_n:
-            faults.append(("n", f"n must be between 1 and {context.max_n}."))
+            faults.append(("n", range_sentence("n", 1, context.max_n)))
         if self.count > 1 and self.save_path is not None:
-            faults.append(("save_path", "save_path names one picture; leave it out, or ask for one."))
-        if self.background == "transparent":
-            faults.append(("background", "background cannot be transparent: no model here draws it."))
-        if self.output_compression is not None and self.output_format in (None, Format.PNG):
-            faults.append(("output_compression", "output_compression is for webp and jpeg; png loses nothing."))
+            faults.append(("save_path", "save_path names one image; leave it out, or ask for one."))
+        compressed = self.output_compression not in (None, 100)
+        if compressed and (self.output_format or Format.PNG) is Format.PNG:
+            faults.append(("output_compression", "output_compression must be 100 for png, which loses nothing."))
         if self.partial_images and not self.stream:
-            faults.append(("partial_images", "partial_images come with stream."))
-        width, height = self.pixels()
-        bounds = context.limits.bounds()
-        for side, name in ((width, "width"), (height, "height")):
-            low, high = bounds[name]
+            faults.append(("partial_images", "partial_images need stream."))
+        return faults
+
+    def _size_faults(self, context: DialectContext) -> list[tuple[str, str]]:
+        try:
+            width, height = self.pixels()
+        except InvalidInput as error:
+            return list(error.faults)
+        low, high = context.limits.bounds()["width"]
+        faults = []
+        for name, side in (("width", width), ("height", height)):
             if side is not None and not low <= side <= high:
-                faults.append(("size", f"size: the {name} must be between {low:g} and {high:g}."))
-        if faults:
-            raise InvalidInput.from_faults(faults)
-        if self.as_base64:
+                by_size = getattr(self, name) is None
+                words = f"size: the {name}" if by_size else name
+                faults.append(("size" if by_size else name, range_sentence(words, low, high)))
+        if len(faults) > 1 and self.size is not None:
+            faults = [("size", range_sentence("size: width and height", low, high))]
+        if faults or (self.response_format or self.default_format(context)) != "b64_json":
+            return faults
+        try:
             context.check_size(self.count, width or _DEFAULT_SIDE, height or _DEFAULT_SIDE, "n")
+        except InvalidInput as error:
+            return list(error.faults)
+        return []
 
     def _shared(self) -> dict[str, Any]:
         return {name: value for name, value in self.to_request_fields().items() if name not in self.own}
@@ -157,10 +226,13 @@ class GenerateImagesParams(ImagesParams):
 class EditImageParams(ImagesParams):
     """Parameters of image to image, or with a mask of inpainting: its transparent parts are repainted."""
 
-    files: ClassVar[frozenset[str]] = frozenset({"image", "image[]", "mask"})
+    files: ClassVar[frozenset[str]] = frozenset({"image", "image[]", "mask", "markup"})
+    other_names: ClassVar[Mapping[str, str]] = {**ImagesParams.other_names, "denoising_strength": "strength"}
+    own: ClassVar[frozenset[str]] = ImagesParams.own | {"markup"}
     lists: ClassVar[frozenset[str]] = frozenset({"image", "image[]"})
 
     image: tuple[File, ...] = Field((), description="The image to edit. Further images are ignored, with a warning.")
+    markup: File = Field(None, description="Accepted and ignored, with a warning.")
     mask: File = Field(None, description="Image of any size whose transparent parts are repainted.")
     strength: float | None = Field(None, description="How much is changed, 0 to 1. If omitted 0.6, with a mask 1.")
     feather: int = Field(0, description="Pixels over which the repainted part fades in from the border of the mask.")
@@ -172,11 +244,18 @@ class EditImageParams(ImagesParams):
     canny_high: int = Field(200, description="Upper Canny threshold: pixels above it are edges.")
     control_scale: float | None = Field(None, description="How strongly to keep the edges.")
 
+    def default_format(self, context: DialectContext) -> str:
+        """Return the `response_format` of a request without one: url or b64_json."""
+        return "b64_json" if context.response_format == "auto" else context.response_format
+
+    def faults(self, context: DialectContext) -> list[tuple[str, str]]:
+        """Return (parameter, sentence) of each value out of its bounds, and of a missing image."""
+        missing = [] if self._images() else [("image", "image must be sent as a file of a multipart form.")]
+        return [*missing, *super().faults(context)]
+
     def base(self, context: DialectContext) -> GenerationRequest:
         """Return the request of the first image."""
-        images = [image for image in self.image if isinstance(image, UploadedFile)]
-        if not images:
-            raise InvalidInput("image must be sent as a file of a multipart form.", field="image")
+        images = self._images()
         width, height = self.pixels()
         fields = self._shared()
         strength, refine = fields.pop("strength"), fields.pop("refine")
@@ -194,5 +273,37 @@ class EditImageParams(ImagesParams):
 
     def warnings(self) -> list[RequestWarning]:
         """Return warnings about parameters that were ignored."""
-        more = [RequestWarning("images-unused", "One picture is edited, the first; the others are not used.")]
-        return [*super().warnings(), *(more if len(self.image) > 1 else [])]
+        warnings = super().warnings()
+        if self.markup is not None:
+            warnings.append(RequestWarning("not-honoured", "markup: only a mask says what is changed."))
+        if len(self.image) > 1:
+            warnings.append(
+                RequestWarning("images-unused", "One picture is edited, the first; the others are not used.")
+            )
+        return warnings
+
+    def _images(self) -> list[UploadedFile]:
+        return [image for image in self.image if isinstance(image, UploadedFile)]
+
+
+def read_images_params(schema: type[P], context: DialectContext) -> Callable[[Request], Awaitable[P]]:
+    """Return the dependency that reads query and body of a request as parameters of `schema`.
+
+    It raises `MalformedRequest`, `UnsupportedMedia`, `InvalidInput`, which names every invalid parameter, and
+    `ModelNotFound` if only the model is unknown.
+    """
+
+    async def read(request: Request) -> P:
+        sent = await read_parameters(request, schema.files, schema.lists, schema.pictures, schema.ignored)
+        try:
+            params = validated(schema, sent, lambda params: params.faults(context))
+        except InvalidInput as error:
+            name = sent.get("model")
+            if len(error.faults) == 1 and isinstance(name, str) and context.find_model(name) is None:
+                raise ModelNotFound(error.detail, field="model") from error
+            raise
+        if params.response_format is not None:
+            return params
+        return params.model_copy(update={"response_format": params.default_format(context)})
+
+    return read

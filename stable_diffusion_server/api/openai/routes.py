@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -21,7 +21,13 @@ from stable_diffusion_server.api.dependencies import DialectContext, UrlOf, call
 from stable_diffusion_server.api.dispatch import RequestDispatcher
 from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
 from stable_diffusion_server.api.openai import responses
-from stable_diffusion_server.api.openai.protocol import EditImageParams, GenerateImagesParams, ImagesParams
+from stable_diffusion_server.api.openai.protocol import (
+    EditImageParams,
+    GenerateImagesParams,
+    ImagesParams,
+    read_images_params,
+)
+from stable_diffusion_server.api.openai.repeats import InFlightSeeds, claims_of
 from stable_diffusion_server.api.openai.responses import (
     GeneratedImage,
     OpenAIImagesBody,
@@ -30,11 +36,11 @@ from stable_diffusion_server.api.openai.responses import (
 )
 from stable_diffusion_server.api.openai.streaming import EventStream, PartialImages
 from stable_diffusion_server.api.openapi.document import EVENT_STREAM, parameters_openapi
-from stable_diffusion_server.api.schemas.params import params_from_request
 from stable_diffusion_server.api.schemas.responses import JobStatusBody
-from stable_diffusion_server.errors import InvalidInput, NotFound, TooLarge
+from stable_diffusion_server.errors import ModelNotFound, TooLarge
 from stable_diffusion_server.generation import GenerationService
 from stable_diffusion_server.imaging import Pixels, encode_image
+from stable_diffusion_server.jobs import IdempotencyClaim
 from stable_diffusion_server.types import (
     EngineEventKind,
     Format,
@@ -63,10 +69,11 @@ class _Call:
 def openai_router(
     service: GenerationService, dispatcher: RequestDispatcher, context: DialectContext, url_of: UrlOf
 ) -> APIRouter:
-    """Return the routes. A request for one image without `stream` may run as a job, and once per idempotency key."""
+    """Return the routes. A request for one image without `stream` may run as a job."""
     routes = APIRouter(tags=["openai"], prefix="/v1")
-    images = _ImageRoutes(service, dispatcher, context, url_of)
-    read_generation, read_edit = params_from_request(GenerateImagesParams), params_from_request(EditImageParams)
+    images = _ImageRoutes(service, dispatcher, context, url_of, InFlightSeeds())
+    read_generation = read_images_params(GenerateImagesParams, context)
+    read_edit = read_images_params(EditImageParams, context)
 
     @routes.post(
         "/images/generations",
@@ -112,9 +119,9 @@ def openai_router(
     )
     async def model(model: str) -> Response:
         """Return one model."""
-        spec = context.models.get(context.aliases.get(model, model))
+        spec = context.find_model(model)
         if spec is None:
-            raise NotFound(f"{model[:100]!r} is not a model here.", field="model")
+            raise ModelNotFound(context.unknown_model(model), field="model")
         return JSONResponse(responses.model_body(model, spec.revision))
 
     return routes
@@ -128,35 +135,47 @@ class _ImageRoutes:
     dispatcher: RequestDispatcher
     context: DialectContext
     url_of: UrlOf
+    seeds: InFlightSeeds
 
     async def answer(self, request: Request, parameters: ImagesParams, kind: str) -> Response:
         caller = caller_of(request)
         generations = [scope_to_caller(caller, one) for one in parameters.to_requests(self.context)]
         call = _Call(request, parameters, generations, kind)
-        if len(generations) == 1 and not parameters.stream:
+        if parameters.stream:
+            return await self._streamed(call)
+        async with self.seeds.hold(request, generations) as seeded:
+            call = replace(call, generations=seeded)
+            return await (self._one(call) if len(seeded) == 1 else self._all_at_once(call))
 
-            async def render(request: Request, result: GenerationResult, file: bytes) -> Response:
-                return await self._rendered(call, [GeneratedImage(result, self.url_of(request, result.key), file)])
+    async def _one(self, call: _Call) -> Response:
+        async def render(request: Request, result: GenerationResult, file: bytes) -> Response:
+            return await self._rendered(call, [GeneratedImage(result, self.url_of(request, result.key), file)])
 
-            return await self.dispatcher.dispatch(request, generations[0], render, with_file=parameters.as_base64)
-        if request.headers.get("idempotency-key") is not None:
-            raise InvalidInput("Idempotency-Key is for one picture that is not streamed.", field="Idempotency-Key")
-        return await (self._streamed(call) if parameters.stream else self._all_at_once(call))
+        return await self.dispatcher.dispatch(
+            call.request, call.generations[0], render, with_file=call.parameters.as_base64, joins=True
+        )
 
     async def _all_at_once(self, call: _Call) -> Response:
-        caller = caller_of(call.request)
+        caller, with_file = caller_of(call.request), call.parameters.as_base64
+        claims = await claims_of(self.dispatcher, call.request, call.generations, streams=False)
 
-        async def generate(one: GenerationRequest) -> GeneratedImage:
-            file = b""
-            if call.parameters.as_base64:
-                result, file = await self.service.generate_with_bytes(one, caller=caller)
-            else:
-                result = await self.service.generate(one, caller=caller)
-            return GeneratedImage(result, self.url_of(call.request, result.key), file)
+        async def generate(one: GenerationRequest, claim: IdempotencyClaim | None) -> tuple[GeneratedImage, bool]:
+            async def work() -> tuple[GenerationResult, bytes]:
+                if with_file:
+                    return await self.service.generate_with_bytes(one, caller=caller)
+                return await self.service.generate(one, caller=caller), b""
 
-        work = gather_or_cancel([generate(one) for one in call.generations])
-        images = await cancel_on_disconnect(call.request, work)
-        return client_closed_request() if images is None else await self._rendered(call, images)
+            result, file, replayed = await self.dispatcher.generate_once(call.request, claim, work, with_file=with_file)
+            return GeneratedImage(result, self.url_of(call.request, result.key), file), replayed
+
+        work = gather_or_cancel([generate(*pair) for pair in zip(call.generations, claims, strict=True)])
+        generated = await cancel_on_disconnect(call.request, work)
+        if generated is None:
+            return client_closed_request()
+        response = await self._rendered(call, [image for image, _ in generated])
+        if all(replayed for _, replayed in generated):
+            response.headers["Idempotency-Replayed"] = "true"
+        return response
 
     async def _rendered(self, call: _Call, images: list[GeneratedImage]) -> Response:
         size = sum(len(image.file) for image in images)
@@ -166,9 +185,12 @@ class _ImageRoutes:
 
     async def _streamed(self, call: _Call) -> Response:
         stream = EventStream(responses.error_event)
+        claims = await claims_of(self.dispatcher, call.request, call.generations, streams=True)
 
         async def work() -> None:
-            await gather_or_cancel([self._generate_into(stream, call, one) for one in call.generations])
+            async with self.seeds.hold(call.request, call.generations) as seeded:
+                pairs = zip(seeded, claims, strict=True)
+                await gather_or_cancel([self._generate_into(stream, call, *pair) for pair in pairs])
 
         disconnect = asyncio.create_task(wait_for_disconnect(call.request))
         disconnect.add_done_callback(lambda done: None if done.cancelled() else stream.stop())
@@ -190,7 +212,9 @@ class _ImageRoutes:
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
-    async def _generate_into(self, stream: EventStream, call: _Call, generation: GenerationRequest) -> None:
+    async def _generate_into(
+        self, stream: EventStream, call: _Call, generation: GenerationRequest, claim: IdempotencyClaim | None
+    ) -> None:
         """Generate an image, and send its previews and the image as events."""
         size = f"{generation.width}x{generation.height}" if generation.width else "auto"
         file_format = generation.format or Format.PNG
@@ -210,9 +234,12 @@ class _ImageRoutes:
                 stream.begin()
             partials.watch(progress)
 
-        result, file = await self.service.generate_with_bytes(
-            generation, caller=caller_of(call.request), watch=watch, previews=wanted > 0
-        )
+        async def work() -> tuple[GenerationResult, bytes]:
+            return await self.service.generate_with_bytes(
+                generation, caller=caller_of(call.request), watch=watch, previews=wanted > 0
+            )
+
+        result, file, _ = await self.dispatcher.generate_once(call.request, claim, work, with_file=True)
         await asyncio.gather(*encoding)
         image = GeneratedImage(result, self.url_of(call.request, result.key), file)
         stream.send(await run_if_large(len(file), responses.completed_event, call.parameters, image, call.kind))

@@ -118,7 +118,7 @@ def generate_router(
 
     def add(route: _Route) -> None:
         render = render_file if route.answers_file else render_json
-        generation_of = generation_from_request(route.params)
+        generation_of = generation_from_request(route.params, limits)
 
         async def handler(request: Request, generation: GenerationRequest = Depends(generation_of)) -> Response:
             return await dispatcher.dispatch(request, generation, render, with_file=route.answers_file)

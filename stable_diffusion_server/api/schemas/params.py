@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator
 
 from stable_diffusion_server.api.base64_images import bytes_of, is_data_url
 from stable_diffusion_server.api.concurrency import run_if_large
 from stable_diffusion_server.api.dependencies import caller_of, scope_to_caller
 from stable_diffusion_server.api.request_parsing import RawJson, UploadedFile, read_parameters, read_query
+from stable_diffusion_server.api.schemas.validation import FaultsOf, RequestParams, validated
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation import NAME_MAX, TEXT_MAX
+from stable_diffusion_server.generation import NAME_MAX, TEXT_MAX, RequestLimits
 from stable_diffusion_server.types import LORA_NAME_PATTERN, Format, GenerationRequest, ImageInput, Task
 
 _BINARY = {"type": "string", "format": "binary"}
@@ -28,25 +29,11 @@ _NUMBERS = frozenset(
 _BOOLEANS = frozenset("overwrite refine canny stream".split())
 # Maximum characters of `lora`: far more than MAX_LORAS entries need, and short enough to split before counting.
 _LORA_TEXT_MAX = 2000
-_LORA = re.compile(rf"(?P<name>{LORA_NAME_PATTERN})(:(?P<weight>[+-]?\d{{1,3}}(\.\d{{1,6}})?))?")
+_LORA = re.compile(rf"(?P<name>{LORA_NAME_PATTERN})(:(?P<weight>[+-]?[0-9]{{1,3}}(\.[0-9]{{1,6}})?))?")
 # Maximum bytes of a query string whose parsed request is cached.
 _CACHED_QUERY_MAX = 1024
 
 File = Annotated[UploadedFile | None, WithJsonSchema(_BINARY)]
-
-
-class RequestParams(BaseModel):
-    """Parameters that `params_from_request` can read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-
-    # Parameters that may be files of a multipart form, and parameters that may be repeated.
-    files: ClassVar[frozenset[str]] = frozenset()
-    lists: ClassVar[frozenset[str]] = frozenset()
-    # Parameters that may hold an image as base64 text.
-    pictures: ClassVar[frozenset[str]] = frozenset()
-    # Parameters of a query that are dropped, repeated or not.
-    ignored: ClassVar[frozenset[str]] = frozenset()
 
 
 class GenerationParams(RequestParams):
@@ -102,17 +89,17 @@ class GenerationParams(RequestParams):
         chosen = "strength" in self.model_fields_set and getattr(self, "strength", None) is not None
         return {**values, "loras": loras, "alone": self.batch == "alone", "at_least_one_step": not chosen}
 
-    @model_validator(mode="before")
     @classmethod
-    def _check_types(cls, data: Any) -> Any:
-        """Reject booleans for numbers (`True == 1` in Python), and in JSON also texts for numbers and booleans."""
-        for name, value in data.items() if isinstance(data, dict) else ():
+    def type_faults(cls, parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Return the booleans for numbers (`True == 1` in Python), and in JSON the texts for numbers and booleans."""
+        faults = []
+        for name, value in parameters.items():
             text = isinstance(value, RawJson) and value != "random"
             if name in cls.numbers and (isinstance(value, bool) or text):
-                raise InvalidInput(f"{name} must be a number.", field=name)
+                faults.append((name, f"{name} must be a number."))
             if name in _BOOLEANS and (isinstance(value, RawJson | float) or type(value) is int):
-                raise InvalidInput(f"{name} must be true or false.", field=name)
-        return data
+                faults.append((name, f"{name} must be true or false."))
+        return faults
 
 
 class NativeParams(GenerationParams, ABC):
@@ -203,69 +190,45 @@ class InpaintParams(NativeParams):
 P = TypeVar("P", bound=RequestParams)
 
 
-def params_from_request(schema: type[P]) -> Callable[[Request], Awaitable[P]]:
+def params_from_request(schema: type[P], faults_of: FaultsOf[P] | None = None) -> Callable[[Request], Awaitable[P]]:
     """Return the dependency that reads query and body (form, multipart or JSON) as parameters of `schema`.
 
     It raises `MalformedRequest`, `UnsupportedMedia`, and `InvalidInput`, which names every invalid parameter.
     """
 
     async def read(request: Request) -> P:
-        found = await read_parameters(request, schema.files, schema.lists, schema.pictures, schema.ignored)
-        return validated(schema, found)
+        sent = await read_parameters(request, schema.files, schema.lists, schema.pictures, schema.ignored)
+        return validated(schema, sent, faults_of)
 
     return read
 
 
-def generation_from_request(schema: type[NativeParams]) -> Callable[[Request], Awaitable[GenerationRequest]]:
+def generation_from_request(
+    schema: type[NativeParams], limits: RequestLimits
+) -> Callable[[Request], Awaitable[GenerationRequest]]:
     """Return the dependency that reads a `GenerationRequest` from query and body by the parameters of `schema`.
 
     It raises the errors of `params_from_request`, and `Forbidden` for an object key the caller must not write.
     """
-    read_params = params_from_request(schema)
+
+    def faults_of(params: NativeParams) -> Sequence[tuple[str, str]]:
+        return limits.faults(params.to_request_fields().get)
+
+    read_params = params_from_request(schema, faults_of)
+
+    @lru_cache(1024)  # clients repeat queries, and parsing is pure
+    def parse_query(query_string: bytes) -> GenerationRequest:
+        return validated(schema, read_query(query_string), faults_of).to_request()
 
     async def read(request: Request) -> GenerationRequest:
         query = request.scope["query_string"]
         if request.method == "GET" and len(query) <= _CACHED_QUERY_MAX:
-            return scope_to_caller(caller_of(request), _parse_query(schema, query))
+            return scope_to_caller(caller_of(request), parse_query(query))
         params = await read_params(request)
         size = sum(len(getattr(params, name) or "") for name in schema.pictures)
         return scope_to_caller(caller_of(request), await run_if_large(size, params.to_request))
 
     return read
-
-
-@lru_cache(1024)
-def _parse_query(schema: type[NativeParams], query_string: bytes) -> GenerationRequest:
-    """Return the request in a query string. Cached, because clients repeat queries and parsing is pure."""
-    return validated(schema, read_query(query_string)).to_request()
-
-
-def validated(schema: type[P], parameters: Mapping[str, Any]) -> P:
-    """Validate parameters by a schema. Raises `InvalidInput`, which names every invalid one."""
-    try:
-        return schema.model_validate(parameters)
-    except ValidationError as error:
-        raise_invalid(error)
-
-
-def raise_invalid(error: ValidationError) -> NoReturn:
-    """Raise Pydantic's errors as one `InvalidInput`, without the values, which may be long or secret."""
-    faults: dict[str, str] = {}
-    for fault in error.errors(include_url=False, include_input=False):
-        name = str(fault["loc"][0])
-        faults.setdefault(name[:100], _sentence(name, fault["type"], fault["msg"]))
-    raise InvalidInput.from_faults(list(faults.items())) from error
-
-
-def _sentence(name: str, kind: str, message: str) -> str:
-    if kind == "extra_forbidden":
-        return f"{name[:100]} is not a parameter here."
-    if kind == "missing":
-        return f"{name} is missing."
-    if name.endswith("_file"):
-        return f"{name} must be sent as a file of a multipart form."
-    message = message.removeprefix("Value error, ")
-    return f"{name}: {message[0].lower()}{message[1:]}."
 
 
 def _input_images(parameters: NativeParams, *names: str) -> list[ImageInput]:
