@@ -29,6 +29,7 @@ _MAX_FIELDS = 100
 _MAX_ESCAPES = 131_072
 # Maximum files of a repeatable parameter.
 _MAX_LISTED = 16
+_INDEX_DIGITS = 4
 # Other codecs of Python take quadratic time, raise errors of their own, or produce lone surrogates.
 _CHARSETS = frozenset((b"utf-8", b"utf8", b"us-ascii", b"ascii"))
 _LONGEST_MEDIA_TYPE = 500
@@ -71,7 +72,7 @@ async def read_parameters(
     """Return query and body of a request as one mapping. Raises `MalformedRequest` for a repeated parameter.
 
     `files` are the parameters that may be files of a multipart form; the result has them as `UploadedFile`. `lists` are
-    the parameters that may repeat; the result has a list, under the name without `[]`. `pictures` are the parameters
+    the parameters that may repeat, also as `name[]` and `name[0]`; the result has a list. `pictures` are the parameters
     that may hold an image in base64 in JSON, `ignored` those of a query that mean nothing here.
     """
     query = [pair for pair in _read_pairs(request.scope["query_string"], "query") if pair[0] not in ignored]
@@ -85,19 +86,38 @@ def read_query(query_string: bytes) -> dict[str, object]:
 
 def _merged(pairs: list[tuple[str, object]], lists: Set[str]) -> dict[str, object]:
     merged: dict[str, object] = {}
-    for name, value in pairs:
+    for name, value in _in_order(pairs, lists):
         if not name.isascii():
             # Pydantic fails on lone surrogates in names.
             raise InvalidInput(f"{name[:100]} is not a parameter here.", field=name[:100])
-        if name in lists:
-            several = merged.setdefault(name.removesuffix("[]"), [])
-            if isinstance(several, list):
+        if (listed := _list_name(name, lists)) is not None:
+            several = merged.setdefault(listed, [])
+            if isinstance(several, list) and value is not None:
                 several.extend(value if isinstance(value, list) else [value])
             continue
         if name in merged:
             raise MalformedRequest(f"{name[:100]} is given more than once.", field=name[:100])
         merged[name] = value
     return merged
+
+
+def _list_name(name: str, lists: Set[str]) -> str | None:
+    """Return the parameter in `lists` that a name means: `image`, `image[]` or `image[0]`; `None` for other names."""
+    if name in lists:
+        return name
+    base, bracket, index = name[:-1].partition("[")
+    is_index = not index or (len(index) <= _INDEX_DIGITS and index.isascii() and index.isdigit())
+    return base if bracket and name.endswith("]") and base in lists and is_index else None
+
+
+def _in_order(pairs: list[tuple[str, object]], lists: Set[str]) -> list[tuple[str, object]]:
+    """Return the pairs with those of a list by their index, if they have one: PHP sends `image[1]` in any place."""
+
+    def index_of(pair: tuple[str, object]) -> int:
+        index = pair[0][:-1].partition("[")[2]
+        return int(index) if index and _list_name(pair[0], lists) is not None else 0
+
+    return sorted(pairs, key=index_of) if lists else pairs
 
 
 def limits_of(request: Request) -> BodyLimits:
@@ -172,7 +192,7 @@ async def _read_multipart(request: Request, files: Set[str], lists: Set[str]) ->
     try:
         async with request.form(max_files=most, max_fields=_MAX_FIELDS, max_part_size=left) as form:
             for name, value in form.multi_items():
-                if isinstance(value, UploadFile) and name not in files:
+                if isinstance(value, UploadFile) and (_list_name(name, lists) or name) not in files:
                     raise InvalidInput(f"{name[:100]} takes no file here.", field=name[:100])
                 left -= len(name) + (len(value) if isinstance(value, str) else 0)
                 if left < 0:

@@ -96,7 +96,7 @@ def add_routes(
     dispatcher = RequestDispatcher(service, jobs, url_of, stores.base_of)
     app.include_router(generate_router(dispatcher, options.limits, url_of, get_generates=settings.get_generates))
     dialects = build_dialect_context(settings, options, models)
-    app.include_router(openai_router(service, dispatcher, dialects, url_of))
+    app.include_router(openai_router(service, dispatcher, dialects, url_of, decode))
     previews = EncodedPreviews()
     followers = FollowerLimiter(
         settings.event_streams, settings.event_streams_per_caller, settings.event_streams_per_job

@@ -27,12 +27,12 @@ def _origin(text: str) -> str:
         return text
     if text == "*":
         raise ValueError("'*' would let every web site draw here: list the origins, such as https://app.example")
+    if text.partition(":")[0] in _NO_ORIGINS:
+        raise ValueError(f"{text!r} is not an origin: browsers send null for such pages")
     match = _ORIGIN.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not an origin such as https://app.example or app://obsidian.md, without a path")
     scheme, host, port = match["scheme"], match["host"], match["port"] or ""
-    if scheme in _NO_ORIGINS:
-        raise ValueError(f"{text!r} is not an origin: browsers send `null` for pages of {scheme}:")
     if scheme not in _DEFAULT_PORTS:
         return text
     return f"{scheme}://{host.lower()}{port if port != _DEFAULT_PORTS[scheme] else ''}"

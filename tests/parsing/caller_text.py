@@ -36,6 +36,7 @@ from stable_diffusion_server.api.automatic1111 import (
 from stable_diffusion_server.api.automatic1111.task_params import Txt2Img
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.api.middleware import access, access_policy, api_keys, cors, proxy_headers
+from stable_diffusion_server.api.openai import image_sources
 from stable_diffusion_server.api.openai import protocol as openai_parameters
 from stable_diffusion_server.api.schemas import params, validation
 from stable_diffusion_server.errors import ServerError
@@ -432,6 +433,27 @@ PARSERS = [
         "size of OpenAI",
         10_000,
         lambda text: openai_parameters.GenerateImagesParams(prompt="a", size=text).pixels(),
+        refuses=False,
+    ),
+    Parser(
+        "an image in JSON of OpenAI",
+        4 * MEBIBYTE,
+        image_sources.read_source,
+        lambda text: f"data:image/png;base64,{text}",
+        {"letters": "a", "lines": "aaaa\n", "semicolons": ";", "commas": ",", "equals": "="},
+        refuses=False,
+    ),
+    Parser(
+        "an address in JSON of OpenAI",
+        MEBIBYTE,
+        image_sources.read_source,
+        lambda text: {"image_url": text},
+        refuses=False,
+    ),
+    Parser(
+        "the name of a field in a list",
+        100_000,
+        lambda text: request_parsing._merged([(f"image[{text}]", 1), (text, 1)], frozenset({"image"})),
         refuses=False,
     ),
     Parser(

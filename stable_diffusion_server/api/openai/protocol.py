@@ -12,14 +12,15 @@ from typing import Any, ClassVar, Literal, TypeVar
 from fastapi import Request
 from pydantic import Field
 
+from stable_diffusion_server.api.concurrency import run_if_large
 from stable_diffusion_server.api.dependencies import DialectContext
-from stable_diffusion_server.api.request_parsing import UploadedFile, read_parameters
-from stable_diffusion_server.api.schemas.params import File, GenerationParams
+from stable_diffusion_server.api.request_parsing import read_parameters
+from stable_diffusion_server.api.schemas.params import GenerationParams
 from stable_diffusion_server.api.schemas.validation import validated
 from stable_diffusion_server.errors import InvalidInput, ModelNotFound
 from stable_diffusion_server.generation import range_sentence
 from stable_diffusion_server.pipelines import ModelSpec, scheduler_of
-from stable_diffusion_server.types import Fit, Format, GenerationRequest, ImageInput, RequestWarning, Task
+from stable_diffusion_server.types import Format, GenerationRequest, RequestWarning, Task
 
 P = TypeVar("P", bound="ImagesParams")
 
@@ -223,69 +224,6 @@ class GenerateImagesParams(ImagesParams):
         return GenerationRequest(task=Task.TEXT_TO_IMAGE, **fields)
 
 
-class EditImageParams(ImagesParams):
-    """Parameters of image to image, or with a mask of inpainting: its transparent parts are repainted."""
-
-    files: ClassVar[frozenset[str]] = frozenset({"image", "image[]", "mask", "markup"})
-    other_names: ClassVar[Mapping[str, str]] = {**ImagesParams.other_names, "denoising_strength": "strength"}
-    own: ClassVar[frozenset[str]] = ImagesParams.own | {"markup"}
-    lists: ClassVar[frozenset[str]] = frozenset({"image", "image[]"})
-
-    image: tuple[File, ...] = Field((), description="The image to edit. Further images are ignored, with a warning.")
-    markup: File = Field(None, description="Accepted and ignored, with a warning.")
-    mask: File = Field(None, description="Image of any size whose transparent parts are repainted.")
-    strength: float | None = Field(None, description="How much is changed, 0 to 1. If omitted 0.6, with a mask 1.")
-    feather: int = Field(0, description="Pixels over which the repainted part fades in from the border of the mask.")
-    refine: bool = Field(
-        False, description="Run a second pass at low strength over the image. If omitted, only with a mask."
-    )
-    canny: bool | None = Field(False, description="Keep the edges of the image, with a ControlNet.")
-    canny_low: int = Field(100, description="Lower Canny threshold: pixels above it that touch an edge belong to it.")
-    canny_high: int = Field(200, description="Upper Canny threshold: pixels above it are edges.")
-    control_scale: float | None = Field(None, description="How strongly to keep the edges.")
-
-    def default_format(self, context: DialectContext) -> str:
-        """Return the `response_format` of a request without one: url or b64_json."""
-        return "b64_json" if context.response_format == "auto" else context.response_format
-
-    def faults(self, context: DialectContext) -> list[tuple[str, str]]:
-        """Return (parameter, sentence) of each value out of its bounds, and of a missing image."""
-        missing = [] if self._images() else [("image", "image must be sent as a file of a multipart form.")]
-        return [*missing, *super().faults(context)]
-
-    def base(self, context: DialectContext) -> GenerationRequest:
-        """Return the request of the first image."""
-        images = self._images()
-        width, height = self.pixels()
-        fields = self._shared()
-        strength, refine = fields.pop("strength"), fields.pop("refine")
-        return GenerationRequest(
-            task=Task.INPAINT if self.mask else Task.IMAGE_TO_IMAGE,
-            image=ImageInput("image", data=images[0].data),
-            mask=ImageInput("mask", data=self.mask.data, transparency=True) if self.mask else None,
-            strength=strength if strength is not None else (1.0 if self.mask else 0.6),
-            refine=refine if "refine" in self.model_fields_set else bool(self.mask),
-            fit=Fit.CROP,
-            width=width,
-            height=height,
-            **fields,
-        )
-
-    def warnings(self) -> list[RequestWarning]:
-        """Return warnings about parameters that were ignored."""
-        warnings = super().warnings()
-        if self.markup is not None:
-            warnings.append(RequestWarning("not-honoured", "markup: only a mask says what is changed."))
-        if len(self.image) > 1:
-            warnings.append(
-                RequestWarning("images-unused", "One picture is edited, the first; the others are not used.")
-            )
-        return warnings
-
-    def _images(self) -> list[UploadedFile]:
-        return [image for image in self.image if isinstance(image, UploadedFile)]
-
-
 def read_images_params(schema: type[P], context: DialectContext) -> Callable[[Request], Awaitable[P]]:
     """Return the dependency that reads query and body of a request as parameters of `schema`.
 
@@ -296,7 +234,8 @@ def read_images_params(schema: type[P], context: DialectContext) -> Callable[[Re
     async def read(request: Request) -> P:
         sent = await read_parameters(request, schema.files, schema.lists, schema.pictures, schema.ignored)
         try:
-            params = validated(schema, sent, lambda params: params.faults(context))
+            size = _text_size({name: sent.get(name) for name in schema.pictures})  # base64 is decoded here
+            params: P = await run_if_large(size, validated, schema, sent, lambda params: params.faults(context))
         except InvalidInput as error:
             name = sent.get("model")
             if len(error.faults) == 1 and isinstance(name, str) and context.find_model(name) is None:
@@ -307,3 +246,11 @@ def read_images_params(schema: type[P], context: DialectContext) -> Callable[[Re
         return params.model_copy(update={"response_format": params.default_format(context)})
 
     return read
+
+
+def _text_size(value: object) -> int:
+    """Return the characters of all texts in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_text_size, parts))

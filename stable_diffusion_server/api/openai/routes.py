@@ -1,4 +1,4 @@
-"""Routes of the OpenAI API: `/v1/images/generations`, `/v1/images/edits` and `/v1/models`."""
+"""Routes of the OpenAI API: `/v1/images/generations`, `edits` and `variations`, and `/v1/models`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,8 @@ from stable_diffusion_server.api.dependencies import DialectContext, UrlOf, call
 from stable_diffusion_server.api.dispatch import RequestDispatcher
 from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
 from stable_diffusion_server.api.openai import responses
-from stable_diffusion_server.api.openai.protocol import (
-    EditImageParams,
-    GenerateImagesParams,
-    ImagesParams,
-    read_images_params,
-)
+from stable_diffusion_server.api.openai.edits import EditImageParams, VaryImageParams
+from stable_diffusion_server.api.openai.protocol import GenerateImagesParams, ImagesParams, read_images_params
 from stable_diffusion_server.api.openai.repeats import InFlightSeeds, claims_of
 from stable_diffusion_server.api.openai.responses import (
     GeneratedImage,
@@ -38,10 +34,11 @@ from stable_diffusion_server.api.openai.streaming import EventStream, PartialIma
 from stable_diffusion_server.api.openapi.document import EVENT_STREAM, parameters_openapi
 from stable_diffusion_server.api.schemas.responses import JobStatusBody
 from stable_diffusion_server.errors import ModelNotFound, TooLarge
-from stable_diffusion_server.generation import GenerationService
+from stable_diffusion_server.generation import DecodeImage, GenerationService
 from stable_diffusion_server.imaging import Pixels, encode_image
 from stable_diffusion_server.jobs import IdempotencyClaim
 from stable_diffusion_server.types import (
+    Caller,
     EngineEventKind,
     Format,
     GenerationProgress,
@@ -50,6 +47,9 @@ from stable_diffusion_server.types import (
 )
 
 _PREVIEW_QUALITY = 80
+_FILE_TYPES = ("multipart/form-data", "application/json")
+# From this level on a pixel counts as transparent, as in a mask.
+_TRANSPARENT = 224
 _IMAGES: dict[int | str, dict[str, Any]] = {
     200: {"model": OpenAIImagesBody, "content": EVENT_STREAM},
     202: {"model": JobStatusBody},
@@ -67,13 +67,19 @@ class _Call:
 
 
 def openai_router(
-    service: GenerationService, dispatcher: RequestDispatcher, context: DialectContext, url_of: UrlOf
+    service: GenerationService,
+    dispatcher: RequestDispatcher,
+    context: DialectContext,
+    url_of: UrlOf,
+    decode: DecodeImage,
 ) -> APIRouter:
     """Return the routes. A request for one image without `stream` may run as a job."""
     routes = APIRouter(tags=["openai"], prefix="/v1")
     images = _ImageRoutes(service, dispatcher, context, url_of, InFlightSeeds())
+    _add_model_routes(routes, context)
     read_generation = read_images_params(GenerateImagesParams, context)
     read_edit = read_images_params(EditImageParams, context)
+    read_variation = read_images_params(VaryImageParams, context)
 
     @routes.post(
         "/images/generations",
@@ -91,14 +97,39 @@ def openai_router(
         "/images/edits",
         summary="OpenAI: edit an image",
         operation_id="create_image_edit",
-        openapi_extra=parameters_openapi(EditImageParams, context.limits, "POST", ("multipart/form-data",)),
+        openapi_extra=parameters_openapi(EditImageParams, context.limits, "POST", _FILE_TYPES),
         response_model=None,
         responses=_IMAGES,
     )
     async def edits(request: Request, parameters: EditImageParams = Depends(read_edit)) -> Response:
         """Change an image according to a prompt, or only what a mask leaves transparent."""
+        hole = parameters.file_with_hole
+        if hole is not None and await _has_hole(hole, decode, caller_of(request)):
+            parameters = parameters.with_own_mask()
         return await images.answer(request, parameters, "image_edit")
 
+    @routes.post(
+        "/images/variations",
+        summary="OpenAI: vary an image",
+        operation_id="create_image_variation",
+        openapi_extra=parameters_openapi(VaryImageParams, context.limits, "POST", _FILE_TYPES),
+        response_model=None,
+        responses=_IMAGES,
+    )
+    async def variations(request: Request, parameters: VaryImageParams = Depends(read_variation)) -> Response:
+        """Generate images like an image."""
+        return await images.answer(request, parameters, "image_variation")
+
+    return routes
+
+
+async def _has_hole(file: bytes, decode: DecodeImage, caller: Caller) -> bool:
+    """Return whether an image file has transparent parts. Raises the errors of decoding, for `image`."""
+    transparency = await decode(file, "image", transparency=True, share=caller.share)
+    return bool(transparency.max() >= _TRANSPARENT)
+
+
+def _add_model_routes(routes: APIRouter, context: DialectContext) -> None:
     @routes.get(
         "/models",
         summary="OpenAI: the models",
@@ -123,8 +154,6 @@ def openai_router(
         if spec is None:
             raise ModelNotFound(context.unknown_model(model), field="model")
         return JSONResponse(responses.model_body(model, spec.revision))
-
-    return routes
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ IMAGE_FILE: Schema = {
 _GENERATION_ERRORS = (400, 401, 403, 409, 413, 415, 421, 422, 429, 500, 502, 503, 504)
 _OTHER_ERRORS = (400, 401, 403, 404, 413, 415, 421, 422, 500, 503)
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds", "schema": {"type": "integer"}}}
-_GENERATING = {"create_image", "create_image_edit", "sdapi_txt2img", "sdapi_img2img"}
+_GENERATING = {"create_image", "create_image_edit", "create_image_variation", "sdapi_txt2img", "sdapi_img2img"}
 _WITHOUT_KEY = {"healthz", "readyz", "file_get", "file_head"}
 _REF = "#/components/schemas/{model}"
 # Bodies that no operation declares as its response. FastAPI adds the schemas of the others.
@@ -148,7 +148,7 @@ def parameters_openapi(
     """
     properties = bounded_properties(model, limits)
     required = [name for name, field in model.model_fields.items() if field.is_required()]
-    texts = {name: schema for name, schema in properties.items() if not _is_file(schema)}
+    texts = {name: _text_schema(schema) for name, schema in properties.items() if not _is_file(schema)}
     if method == "GET":
         return {"parameters": [query_parameter(name, texts[name], required=name in required) for name in texts]}
 
@@ -156,7 +156,8 @@ def parameters_openapi(
         schema = {"type": "object", "required": required, "properties": shown, "additionalProperties": False}
         return {"schema": schema}
 
-    content = {kind: body(properties if kind == "multipart/form-data" else texts) for kind in media_types}
+    forms = {name: _form_schema(schema) for name, schema in properties.items()}
+    content = {kind: body(forms if kind == "multipart/form-data" else texts) for kind in media_types}
     return {"requestBody": {"required": bool(required), "content": content}}
 
 
@@ -183,7 +184,7 @@ def bounded_properties(model: type[BaseModel], limits: RequestLimits) -> Schema:
     for name in ("prompt", "negative_prompt"):
         for part in _variants(properties.get(name, {}), "string"):
             part["maxLength"] = limits.max_prompt_characters
-            if name == "prompt":
+            if name == "prompt" and model.model_fields[name].is_required():
                 part["minLength"] = 1
     return properties
 
@@ -205,6 +206,22 @@ def set_bounds(schema: Schema, low: float, high: float) -> None:
 
 def _variants(schema: Schema, *types: str) -> list[Schema]:
     return [part for part in [schema, *schema.get("anyOf", [])] if part.get("type") in types]
+
+
+def _form_schema(schema: Schema) -> Schema:
+    """Return the schema of a parameter in a multipart form: what may be a file is one."""
+    if "items" in schema:
+        return {**schema, "items": _form_schema(schema["items"])}
+    files = [part for part in schema.get("anyOf", ()) if _is_file(part)]
+    return {**{name: part for name, part in schema.items() if name != "anyOf"}, **files[0]} if files else schema
+
+
+def _text_schema(schema: Schema) -> Schema:
+    """Return the schema of a parameter in JSON, which holds no file."""
+    if "items" in schema:
+        return {**schema, "items": _text_schema(schema["items"])}
+    parts = schema.get("anyOf", ())
+    return {**schema, "anyOf": [part for part in parts if not _is_file(part)]} if parts else schema
 
 
 def _is_file(schema: Schema) -> bool:

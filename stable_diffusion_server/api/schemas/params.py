@@ -81,7 +81,7 @@ class GenerationParams(RequestParams):
 
     def to_request_fields(self) -> dict[str, Any]:
         """Return the fields of a `GenerationRequest`, without the images."""
-        images = {"image_url", "image_file", "mask_url", "mask_file", "image", "mask"}
+        images = {"image_url", "image_file", "mask_url", "mask_file", "image", "images", "mask"}
         matches = [_LORA.fullmatch(part.strip()) for part in self.lora.split(",")] if self.lora is not None else []
         loras = tuple((match["name"], float(match["weight"] or 1)) for match in matches if match)
         values = self.model_dump(exclude={"lora", "batch", *images})

@@ -21,6 +21,7 @@ _EXPECTED = {
     **dict.fromkeys(("list_type", "tuple_type"), "a list"),
     **dict.fromkeys(("dict_type", "model_type"), "an object"),
     **dict.fromkeys(("dataclass_type", "dataclass_exact_type", "is_instance_of"), "sent as a file of a multipart form"),
+    "image_source": "sent as a file of a multipart form, or in JSON as an address or a data URL",
     "string_type": "a text",
     "int_parsing_size": "a smaller number",
 }

@@ -1,0 +1,127 @@
+"""Parameters of OpenAI's image edits and variations, which start from an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar
+
+from pydantic import Field
+
+from stable_diffusion_server.api.dependencies import DialectContext
+from stable_diffusion_server.api.openai.image_sources import ImageSource, OptionalSource, Source
+from stable_diffusion_server.api.openai.protocol import ImagesParams
+from stable_diffusion_server.api.schemas.params import File
+from stable_diffusion_server.generation import TEXT_MAX
+from stable_diffusion_server.types import Fit, GenerationRequest, RequestWarning, Task
+
+_DEFAULT_STRENGTH = 0.6
+# The model whose images had their own hole as a mask.
+_HOLE_MODEL = "dall-e-2"
+
+
+class FromImageParams(ImagesParams):
+    """Parameters of the routes that start from an image."""
+
+    files: ClassVar[frozenset[str]] = frozenset({"image", "images"})
+    lists: ClassVar[frozenset[str]] = frozenset({"image", "images"})
+    pictures: ClassVar[frozenset[str]] = frozenset({"image", "images"})
+    other_names: ClassVar[Mapping[str, str]] = {**ImagesParams.other_names, "denoising_strength": "strength"}
+    own: ClassVar[frozenset[str]] = ImagesParams.own | {"images"}
+
+    image: tuple[Source, ...] = Field((), description="The image. Further images are ignored, with a warning.")
+    images: tuple[Source, ...] = Field((), description="The same as `image`, as JSON bodies name it.")
+    strength: float | None = Field(None, description="How much is changed, 0 to 1. If omitted 0.6, with a mask 1.")
+    canny: bool | None = Field(False, description="Keep the edges of the image, with a ControlNet.")
+    canny_low: int = Field(100, description="Lower Canny threshold: pixels above it that touch an edge belong to it.")
+    canny_high: int = Field(200, description="Upper Canny threshold: pixels above it are edges.")
+    control_scale: float | None = Field(None, description="How strongly to keep the edges.")
+
+    @property
+    def sources(self) -> tuple[ImageSource, ...]:
+        """All images of the request; the first is used."""
+        return (*self.image, *self.images)
+
+    def faults(self, context: DialectContext) -> list[tuple[str, str]]:
+        """Return (parameter, sentence) of each value out of its bounds, and of a missing image."""
+        sentence = "image must be sent as a file of a multipart form, or in JSON as an address or a data URL."
+        return [*([] if self.sources else [("image", sentence)]), *super().faults(context)]
+
+    def base(self, context: DialectContext) -> GenerationRequest:
+        """Return the request of the first image."""
+        return self._request(None)
+
+    def warnings(self) -> list[RequestWarning]:
+        """Return warnings about parameters that were ignored."""
+        unused = RequestWarning("images-unused", "One picture is edited, the first; the others are not used.")
+        return [*super().warnings(), *([unused] if len(self.sources) > 1 else [])]
+
+    def _request(self, mask: ImageSource | None) -> GenerationRequest:
+        width, height = self.pixels()
+        fields = self._shared()
+        strength, refine = fields.pop("strength"), fields.pop("refine")
+        return GenerationRequest(
+            task=Task.INPAINT if mask else Task.IMAGE_TO_IMAGE,
+            image=self.sources[0].to_input("image"),
+            mask=mask.to_input("mask", transparency=True) if mask else None,
+            strength=strength if strength is not None else (1.0 if mask else _DEFAULT_STRENGTH),
+            refine=refine if "refine" in self.model_fields_set else bool(mask),
+            fit=Fit.CROP,
+            width=width,
+            height=height,
+            **fields,
+        )
+
+
+class EditImageParams(FromImageParams):
+    """Parameters of image to image, or with a mask of inpainting: its transparent parts are repainted."""
+
+    files: ClassVar[frozenset[str]] = FromImageParams.files | {"mask", "markup"}
+    pictures: ClassVar[frozenset[str]] = FromImageParams.pictures | {"mask"}
+    own: ClassVar[frozenset[str]] = FromImageParams.own | {"markup"}
+
+    markup: File = Field(None, description="Accepted and ignored, with a warning.")
+    mask: OptionalSource = Field(
+        None,
+        description=(
+            "Image of any size whose transparent parts are repainted. If omitted, `dall-e-2` takes the transparent "
+            "parts of the image."
+        ),
+    )
+    feather: int = Field(0, description="Pixels over which the repainted part fades in from the border of the mask.")
+    refine: bool = Field(
+        False, description="Run a second pass at low strength over the image. If omitted, only with a mask."
+    )
+
+    @property
+    def file_with_hole(self) -> bytes | None:
+        """The file whose transparent parts are the mask, if it has such parts; `None` if that is not asked for."""
+        named = (self.model or "").startswith(_HOLE_MODEL)
+        return self.sources[0].data if named and self.mask is None else None
+
+    def with_own_mask(self) -> EditImageParams:
+        """Return the parameters with the image as its own mask."""
+        return self.model_copy(update={"mask": self.sources[0]})
+
+    def default_format(self, context: DialectContext) -> str:
+        """Return the `response_format` of a request without one: url or b64_json."""
+        return "b64_json" if context.response_format == "auto" else context.response_format
+
+    def base(self, context: DialectContext) -> GenerationRequest:
+        """Return the request of the first image."""
+        return self._request(self.mask)
+
+    def warnings(self) -> list[RequestWarning]:
+        """Return warnings about parameters that were ignored."""
+        unused = RequestWarning("not-honoured", "markup: only a mask says what is changed.")
+        return [*super().warnings(), *([unused] if self.markup is not None else [])]
+
+
+class VaryImageParams(FromImageParams):
+    """Parameters of variations: image to image, by default without a prompt."""
+
+    prompt: str = Field("", max_length=TEXT_MAX, description="What the images show; OpenAI has no prompt here.")
+
+    def base(self, context: DialectContext) -> GenerationRequest:
+        """Return the request of the first image."""
+        return replace(super().base(context), allow_empty_prompt=True)
