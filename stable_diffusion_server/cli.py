@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         "serve", help="start the server; HOST, PORT and the other settings are read from the environment"
     )
     _add_draw(commands)
-    commands.add_parser("models", help="list the models of the settings, and the real weights that are present")
+    _add_models(commands)
     commands.add_parser("check-storage", help="try every operation of the bucket, one line each")
     _add_spool(commands)
     commands.add_parser("settings", help="print every setting with its default and meaning")
@@ -58,18 +58,43 @@ def _run(given: argparse.Namespace) -> None:
 
 def _run_with_settings(given: argparse.Namespace, settings: Settings) -> None:
     # Imported after the settings were read: these imports take seconds, and a wrong setting is reported before.
-    from stable_diffusion_server.app import check_storage, draw_to_file, list_models, manage_dead_letters
+    from stable_diffusion_server.app import check_storage, draw_to_file, manage_dead_letters
 
     match given.command:
         case "draw":
             fields = {name: value for name in _DRAW_FIELDS if (value := getattr(given, name)) is not None}
             draw_to_file(settings, fields, given.out)
         case "models":
-            list_models(settings)
+            _run_models(given, settings)
         case "check-storage":
             check_storage(settings)
         case "spool":
             manage_dead_letters(settings.data_dir, given.action, given.ids)
+
+
+def _run_models(given: argparse.Namespace, settings: Settings) -> None:
+    from stable_diffusion_server.app import inspect_model, list_models, verify_models
+
+    match given.action:
+        case "inspect":
+            inspect_model(settings, given.file, as_json=given.json)
+        case "verify":
+            verify_models(settings, given.names, as_json=given.json)
+        case _:
+            list_models(settings, as_json=given.json)
+
+
+def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("models", help="list the models of the settings and of MODELS_DIR, or check them")
+    parser.set_defaults(json=False)
+    actions = parser.add_subparsers(dest="action")
+    shown = argparse.ArgumentParser(add_help=False)
+    shown.add_argument("--json", action="store_true", help="print JSON")
+    actions.add_parser("list", parents=[shown], help="the models that are used, and every model file (default)")
+    inspect = actions.add_parser("inspect", parents=[shown], help="say what a file or folder is, by its header")
+    inspect.add_argument("file", metavar="FILE", help="a path, or a name as `models list` prints it")
+    verify = actions.add_parser("verify", parents=[shown], help="read files whole, check them and print their hashes")
+    verify.add_argument("names", nargs="*", metavar="NAME", help="as `models list` prints it; default: all")
 
 
 def _add_draw(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from stable_diffusion_server.app.application import create_app
-from stable_diffusion_server.app.commands import check_storage, draw_to_file, list_models, manage_dead_letters
+from stable_diffusion_server.app.commands import check_storage, draw_to_file, manage_dead_letters
 from stable_diffusion_server.app.http_protocol import BoundedProtocol
 from stable_diffusion_server.app.lifecycle import ProcessHooks
+from stable_diffusion_server.app.model_commands import inspect_model, list_models, verify_models
 from stable_diffusion_server.app.process_tuning import ServingHooks, tune_malloc
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "check_storage",
     "create_app",
     "draw_to_file",
+    "inspect_model",
     "list_models",
     "manage_dead_letters",
     "tune_malloc",
+    "verify_models",
 ]

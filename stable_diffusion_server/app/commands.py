@@ -1,4 +1,4 @@
-"""One-shot CLI commands: draw a file, list models, check the storage, manage dead letters."""
+"""One-shot CLI commands: draw a file, check the storage, manage dead letters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from uuid import uuid4
 import httpx
 
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.app.models import ModelState
 from stable_diffusion_server.engine import EngineState
 from stable_diffusion_server.errors import StorageUnavailable
-from stable_diffusion_server.pipelines import REAL_MODELS
 from stable_diffusion_server.settings import Settings, set_compiler_cache
 from stable_diffusion_server.storage import DeadLetters, check_bucket, object_key, open_bucket
 
@@ -69,24 +67,6 @@ async def _generate(settings: Settings, fields: Mapping[str, Any]) -> httpx.Resp
                 sentence = {"detail": " ".join(ready.json()["missing"])}
                 return httpx.Response(HTTPStatus.SERVICE_UNAVAILABLE, json=sentence)
             await asyncio.sleep(_POLL_SECONDS)
-
-
-def list_models(settings: Settings) -> None:
-    """Print the models that the settings select, and which real weights are present. Exits with 1 without a model."""
-    loaded = ModelState.of(settings)
-    if loaded.fault is not None:
-        _exit(1, loaded.fault.detail)
-    sys.stdout.write(f"MODELS={settings.models}, MODELS_DIR={settings.models_dir}\n")
-    for name, facts in loaded.facts.items():
-        side = round(facts.native_pixels**0.5)
-        sys.stdout.write(
-            f"  {name:5} {facts.folder} ({facts.revision}), native {side} x {side}, {facts.default_steps} steps\n"
-        )
-    sys.stdout.write("Real weights, by the folder they are looked for in:\n")
-    for name, candidates in REAL_MODELS.items():
-        for facts in candidates:
-            there = "here" if (settings.models_dir / facts.folder).is_dir() else "not here"
-            sys.stdout.write(f"  {name:5} {facts.folder}: {there}\n")
 
 
 def check_storage(settings: Settings) -> None:

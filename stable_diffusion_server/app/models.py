@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -70,7 +71,8 @@ class ModelState:
         """Choose the models by the settings and by the folders in MODELS_DIR. Raises `SettingsError`."""
         check_model_names(settings)
         folders = {facts.folder for candidates in REAL_MODELS.values() for facts in candidates}
-        places = {folder: settings.models_dir / folder for folder in folders}
+        models_dir = folder_with_models(settings)
+        places = {folder: models_dir / folder for folder in folders}
         # A broken link counts as present, so that loading reports it instead of silently using another model.
         present = [folder for folder, place in places.items() if place.is_dir() or place.is_symlink()]
         wanted = settings.hub_models or (settings.text_to_image_model,)
@@ -135,6 +137,13 @@ class ModelState:
         return read()
 
 
+def folder_with_models(settings: Settings) -> Path:
+    """Return the folder of MODELS_DIR that models are loaded from: the first that holds one of the catalogue's."""
+    names = [facts.folder for candidates in REAL_MODELS.values() for facts in candidates]
+    folders = settings.models_dir
+    return next((folder for folder in folders if any((folder / name).exists() for name in names)), folders[0])
+
+
 def check_model_names(settings: Settings) -> None:
     """Raise `SettingsError` if TEXT_TO_IMAGE_MODEL or MODEL_ALIASES names a model that is not in the catalogue."""
     names = sorted({*MODELS, *REAL_MODELS})
@@ -188,7 +197,7 @@ def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
         vae_tiling=settings.vae_tiling,
         prompt_cache_bytes=settings.prompt_cache_bytes,
     )
-    models = registry.load(settings.models_dir, settings.device, settings.cpu_threads, options)
+    models = registry.load(folder_with_models(settings), settings.device, settings.cpu_threads, options)
     loaded.unusable.update(models.unusable)
     for name in models.unusable:
         del loaded.facts[name]

@@ -70,7 +70,7 @@ def _shown(default: Any) -> str:
     if isinstance(default, SecretStr):
         default = default.get_secret_value()
     if isinstance(default, tuple):
-        default = ", ".join(default)
+        default = ", ".join(_shown(part) for part in default)
     if isinstance(default, Path) and default.is_relative_to(ROOT):
         default = default.relative_to(ROOT)
     return "(empty)" if default in ("", None) else str(default)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from stable_diffusion_server.settings.base import Names, SettingsGroup, none_if_empty
+from stable_diffusion_server.settings.base import Folders, Names, SettingsGroup, none_if_empty
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # An installed package has no `models` folder beside it: there the folder is relative to the working directory.
@@ -44,9 +44,13 @@ class ModelSettings(SettingsGroup):
             "separated by commas. For others the first downloaded commit stays pinned, in DATA_DIR."
         ),
     )
-    models_dir: Path = Field(
-        ROOT / "models" if _IN_TREE else Path("models"),
-        description="Folder of the model weights. The embedded ones are part of the installed package.",
+    models_dir: Folders = Field(
+        (ROOT / "models" if _IN_TREE else Path("models"),),
+        description=(
+            "Folder of the model weights, or several, separated by commas or as in PATH. Models are loaded from the "
+            "first one that holds a model; `models list` shows what is in all. The embedded ones are part of the "
+            "installed package."
+        ),
     )
     text_to_image_model: str = Field("sdxl", description="Model of a request that names none.")
     lora_dir: Annotated[Path | None, BeforeValidator(none_if_empty)] = Field(

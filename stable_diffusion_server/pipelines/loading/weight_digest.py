@@ -59,6 +59,21 @@ class WeightDigests:
             return None
         return self.of(files) if known else None
 
+    def of_file(self, file: Path) -> str:
+        """The SHA-256 of one file's content, 64 hexadecimal digits. Raises `ModelLoadError`."""
+        lacking = self._remembered(_facts_of(file)) is None
+        digest = self._digest(file)
+        if lacking:
+            self._keep()
+        return digest
+
+    def remembered_file(self, file: Path) -> str | None:
+        """The same digest if it is cached and the file has not changed since."""
+        try:
+            return self._remembered(_facts_of(file))
+        except ModelLoadError:
+            return None
+
     def _remembered(self, key: str) -> str | None:
         return self._fresh.get(key) or self._known.get(key)
 

@@ -75,6 +75,15 @@ def parts_of(folder: Path) -> list[WeightPart]:
     return parts
 
 
+def check_pipeline_folder(folder: Path, variant: str | None = "fp16") -> None:
+    """Raise `WeightFileError` if a part of a pipeline's folder is missing, damaged or of a format that is not read."""
+    for part in parts_of(folder):
+        if part.has_weights:
+            check_part(folder / part.name, part.stem, variant)
+        else:
+            check_texts(folder / part.name)
+
+
 def weight_files(folder: Path, stem: str, variant: str | None) -> WeightFiles:
     """The weight files of a component, preferably those of `variant`. Raises `WeightFileError` naming what it found."""
     for wanted in dict.fromkeys((variant, None)):
