@@ -125,7 +125,7 @@ class _ImageTasks:
             return client_closed_request()
         images = [image for image in generated if image is not None]
         maps = await self._detected_maps(parsed, caller) if images else []
-        size = sum(len(image.file) for image in images)
+        size = sum(map(len, (*(image.file for image in images), *maps)))
         if size * 4 // 3 > self.context.max_response_bytes:
             raise TooLarge("The pictures are too large for one answer; send_images=false answers their addresses.")
 
