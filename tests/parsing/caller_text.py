@@ -399,6 +399,7 @@ PARSERS = [
         100_000,
         lambda text: task_params.with_infotext(Txt2Img(infotext=text)),
         shapes=FACTS,
+        refuses=False,  # Pydantic counts all characters; JSON has at most 131,072 bytes in a text
     ),
     Parser(
         "sampler of /sdapi",
