@@ -40,7 +40,6 @@ SHORTER_MODULES: dict[str, str] = {
     "parsing/unicode_text.py": _LEAF,
     "settings/base.py": _LEAF,
     "settings/observability.py": "one group of settings, as the docs table has it",
-    "storage/object_headers.py": _LEAF,
     "ui/sessions.py": _PART,
 }
 # Packages whose modules share names on purpose: dialects, bucket backends, model families, UI tabs.

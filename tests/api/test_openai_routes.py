@@ -13,7 +13,7 @@ BASE = "http://127.0.0.1:8000"
 
 
 def post(running_app: RunningApp, path: str, **more: object) -> httpx.Response:
-    return running_app.client.request("POST", f"{BASE}{path}", **{"json": ORDER, **more})  # type: ignore[arg-type]
+    return running_app.client.request("POST", f"{BASE}{path}", **{"json": ORDER, **more})  # type: ignore[arg-type]  # httpx types each argument by itself
 
 
 SLIPS = [
