@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
 
-from stable_diffusion_server.api.automatic1111.image_work import ImageWorker, read_body
+from stable_diffusion_server.api.automatic1111.image_work import ImageWorker, json_of, read_body
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.openapi.document import bounded_properties, json_body
@@ -125,7 +125,7 @@ def add_controlnet_routes(routes: APIRouter, worker: ImageWorker) -> None:
         """Return the edges of images."""
         params = await read_body(request, DetectParams, frozenset({_IMAGES}))
         images = await worker.change(request, params.controlnet_input_images, _IMAGES, params.size_of, params.detect)
-        return JSONResponse({"images": images, "info": "Success"})
+        return await json_of({"images": images, "info": "Success"}, images)
 
 
 def controlnet_names(context: DialectContext) -> list[str]:

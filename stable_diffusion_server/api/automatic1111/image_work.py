@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from stable_diffusion_server.api.base64_images import bytes_of, text_of
 from stable_diffusion_server.api.concurrency import run_if_large
 from stable_diffusion_server.api.dependencies import DialectContext, caller_of
+from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.request_parsing import read_json
 from stable_diffusion_server.api.schemas.validation import raise_invalid
 from stable_diffusion_server.concurrency import FairRequestQueue
@@ -87,6 +88,11 @@ async def read_body(request: Request, model: type[B], pictures: frozenset[str]) 
         return await run_if_large(len(await request.body()), model.model_validate, given)
     except ValidationError as error:
         raise_invalid(error)
+
+
+async def json_of(body: Mapping[str, object], images: Sequence[str]) -> JSONResponse:
+    """Return a response that contains these images, encoded on a thread if they are large."""
+    return await run_if_large(sum(map(len, images)), JSONResponse, body)
 
 
 def _changed(

@@ -9,10 +9,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
 
-from stable_diffusion_server.api.automatic1111.image_work import SIDE_MAX, ImageWorker, read_body
+from stable_diffusion_server.api.automatic1111.image_work import SIDE_MAX, ImageWorker, json_of, read_body
 from stable_diffusion_server.api.automatic1111.options import CallerOptions, file_format_of
 from stable_diffusion_server.api.dependencies import caller_of
-from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.openapi.document import bounded_properties, json_body
 from stable_diffusion_server.generation import NAME_MAX
 from stable_diffusion_server.imaging import Pixels, Resampling, blend, upscale
@@ -134,7 +133,7 @@ def add_upscale_routes(routes: APIRouter, worker: ImageWorker, options: CallerOp
         """Enlarge an image by resampling."""
         params = await read_body(request, SingleExtrasParams, frozenset({"image"}))
         images = await enlarged(request, params, [params.image] if params.image else [], "image")
-        return JSONResponse({"html_info": params.report(), "image": images[0]})
+        return await json_of({"html_info": params.report(), "image": images[0]}, images)
 
     @routes.post(
         "/sdapi/v1/extra-batch-images",
@@ -148,7 +147,7 @@ def add_upscale_routes(routes: APIRouter, worker: ImageWorker, options: CallerOp
         """Enlarge several images by resampling."""
         params = await read_body(request, BatchExtrasParams, frozenset({"imageList"}))
         images = await enlarged(request, params, [image.data for image in params.images], "imageList")
-        return JSONResponse({"html_info": params.report(), "images": images})
+        return await json_of({"html_info": params.report(), "images": images}, images)
 
 
 def _resampling(name: str) -> Resampling | None:
