@@ -18,6 +18,8 @@ from fakes import until
 
 from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = {
     "uvicorn": ("-m", "uvicorn", "main:app", "--port"),
     "uvicorn that believes all": ("-m", "uvicorn", "main:app", "--forwarded-allow-ips", "*", "--port"),

@@ -16,6 +16,8 @@ from stable_diffusion_server.app import create_app
 from stable_diffusion_server.app.models import ModelState
 from stable_diffusion_server.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 Making = Callable[..., RunningApp]
 
 

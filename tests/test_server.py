@@ -20,6 +20,8 @@ from fakes import until
 from numpy.typing import NDArray
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 NATIVE = {"width": 128, "height": 128}
 RGB = {

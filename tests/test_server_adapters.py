@@ -12,6 +12,8 @@ import httpx
 import pytest
 from conftest import ROOT, Server, free_port, start_server
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 ASKED: dict[str, Any] = {
     "prompt": "a red circle on a blue background",

@@ -16,6 +16,8 @@ import pytest
 from conftest import ROOT, Server, free_port, start_server
 from fakes import until
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 ASYNC = {"Prefer": "respond-async"}
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 10}

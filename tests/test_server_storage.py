@@ -26,6 +26,8 @@ from storage_servers import (
     start_s3,
 )
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 2}
 SERVE = (sys.executable, "-m", "stable_diffusion_server", "serve")

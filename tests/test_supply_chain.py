@@ -16,6 +16,8 @@ from conftest import RunningApp
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 # The oldest releases without a known vulnerability that affects this server.
 FLOORS = {

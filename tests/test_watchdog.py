@@ -16,6 +16,8 @@ from fakes import until
 
 from stable_diffusion_server.app.lifecycle import DEVICE_LOST_STATUS
 
+pytestmark = pytest.mark.slow
+
 # Counts its starts in a file, then does what its argument says.
 PROGRAM = """
 import os, signal, sys, time

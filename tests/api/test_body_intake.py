@@ -14,6 +14,8 @@ import pytest
 from fakes import until
 from live_servers import LiveServer
 
+pytestmark = pytest.mark.slow
+
 MULTIPART = "multipart/form-data; boundary=x"
 ROUTES = [
     ("/create_and_upload_image", "application/json", b'{"prompt": "a'),

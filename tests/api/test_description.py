@@ -11,6 +11,8 @@ from conftest import ROOT, RunningApp
 
 from stable_diffusion_server.cli import describe_api
 
+pytestmark = pytest.mark.slow
+
 
 def operations(running_app: RunningApp) -> Iterator[tuple[str, str, dict[str, Any]]]:
     document = running_app.client.get("/openapi.json").json()

@@ -26,6 +26,8 @@ from stable_diffusion_server.storage.memory import MemoryBucket
 from stable_diffusion_server.storage.signed_urls import UrlSigner
 from stable_diffusion_server.types import Caller
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def picture(running_app: RunningApp) -> httpx.Response:

@@ -25,6 +25,8 @@ from stable_diffusion_server.jobs.events import JobEventLog, JobStatus
 from stable_diffusion_server.jobs.store.records import JobState
 from stable_diffusion_server.types import Format
 
+pytestmark = pytest.mark.slow
+
 KEYS = {"api_keys": "a:secret-of-a-1234567,b:secret-of-b-1234567"}
 A, B = {"X-API-Key": "secret-of-a-1234567"}, {"X-API-Key": "secret-of-b-1234567"}
 SQUARE = {"prompt": "a red square", "width": 64, "height": 64}

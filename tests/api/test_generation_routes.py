@@ -19,6 +19,8 @@ from fakes import COLOURS, FakeImageDenoiser, disc, file_of, until
 from numpy.typing import NDArray
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 STYLE = "/style_transfer_and_upload_image"
 BYTES = "/style_transfer_bytes_and_upload_image"
 INPAINT = "/inpaint_and_upload_image"

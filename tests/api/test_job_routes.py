@@ -22,6 +22,8 @@ from live_servers import LiveServer
 from numpy.typing import NDArray
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 ASYNC = {"Prefer": "respond-async"}
 ORDER: dict[str, Any] = {"prompt": "a red square", "width": 64, "height": 64}

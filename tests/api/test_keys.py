@@ -15,6 +15,8 @@ from fakes import FakeDenoiser, until
 
 from stable_diffusion_server.settings.auth import parse_keys
 
+pytestmark = pytest.mark.slow
+
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
 KEYS = "ann:secret-a;rate=3/minute, bob:secret-b;concurrency=1, cid:secret-c;prefix=team-c/, secret-d"
 

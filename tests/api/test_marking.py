@@ -12,6 +12,8 @@ from conftest import RunningApp
 from fakes import disc, file_of
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 _VOCABULARY = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _GENERATED = _VOCABULARY + "trainedAlgorithmicMedia"
 _EDITED = _VOCABULARY + "compositeWithTrainedAlgorithmicMedia"

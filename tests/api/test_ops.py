@@ -18,6 +18,8 @@ from fastapi.testclient import TestClient
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.errors import ModelLoadError
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_process_is_alive_before_it_can_draw(tmp_path: Path) -> None:
     """While the models load: /healthz 200, /readyz 503 with the reason, requests 503 with Retry-After; then all 200."""

@@ -12,6 +12,8 @@ from stable_diffusion_server.api.middleware.access_policy import OriginPolicy
 from stable_diffusion_server.api.middleware.rate_limiter import FailedLoginLimiter
 from stable_diffusion_server.errors import Forbidden
 
+pytestmark = pytest.mark.slow
+
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
 IMG = {"sec-fetch-dest": "image", "sec-fetch-mode": "no-cors"}
 LINK = {"sec-fetch-dest": "document", "sec-fetch-mode": "navigate"}

@@ -15,6 +15,8 @@ from conftest import RunningApp
 from fakes import FakeDenoiser, until
 from storage_servers import KEYS, StorageServer, make_gcs_bucket, make_s3_bucket, s3_client
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 ORDER: dict[str, Any] = {"prompt": "a red square", "width": 64, "height": 64}
 HOSTS = ["localhost:9000", "127.0.0.1:8123", "[::1]:7000", "draw.example", "draw.example:8443", "localhost"]

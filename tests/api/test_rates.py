@@ -15,6 +15,8 @@ from stable_diffusion_server.concurrency import moving_windows
 from stable_diffusion_server.concurrency.moving_windows import MovingWindows
 from stable_diffusion_server.errors import RateLimited
 
+pytestmark = pytest.mark.slow
+
 STEPS = (-3_600.0, -7_200.0, 90_000.0, -4e8, 4e8)
 
 

@@ -19,6 +19,8 @@ from stable_diffusion_server.imaging.encode import encode_image
 from stable_diffusion_server.imaging.metadata import read_record
 from stable_diffusion_server.types import Format, GenerationRequest
 
+pytestmark = pytest.mark.slow
+
 IMAGE = file_of(disc(96, 80))
 _MASK = np.zeros((80, 96, 3), np.uint8)
 _MASK[20:60, 30:70] = 255

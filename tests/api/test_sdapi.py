@@ -19,6 +19,8 @@ from live_servers import LiveServer
 from numpy.typing import NDArray
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"width": 64, "height": 64}
 TXT2IMG, IMG2IMG = "/sdapi/v1/txt2img", "/sdapi/v1/img2img"
 

@@ -14,6 +14,8 @@ from stable_diffusion_server.api.middleware.access_policy import AccessPolicy, a
 from stable_diffusion_server.api.middleware.api_keys import ApiKeyring, HashedApiKey, hashed
 from stable_diffusion_server.types import Caller
 
+pytestmark = pytest.mark.slow
+
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
 
 

@@ -19,6 +19,8 @@ from stable_diffusion_server.generation.library import Ownership
 from stable_diffusion_server.generation.resolver import resolve_request
 from stable_diffusion_server.storage.signed_urls import ServerSecret
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 ORDER: dict[str, Any] = {"prompt": "a red square", "width": 64, "height": 64}
 ASYNC = {"prefer": "respond-async"}

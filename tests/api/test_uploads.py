@@ -15,6 +15,8 @@ from conftest import RunningApp
 from fakes import COLOURS, FakeDenoiser, until
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 ASKED = {"prompt": "a red square", "save_path": "demo/first.webp", "width": 100, "height": 70}
 

@@ -11,6 +11,8 @@ from fakes import FakeImageDenoiser, disc, file_of
 from hostile_images import SECRET, exif_of_a_place, gif_of_frames, jpeg_with_profile, polyglots
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 STYLE = "/style_transfer_and_upload_image"
 PHOTOGRAPH = jpeg_with_profile(200_000, file_of(disc(), "JPEG", exif=exif_of_a_place()))
 BROUGHT = {"a photograph": PHOTOGRAPH, **polyglots()}

@@ -20,6 +20,8 @@ from starlette.types import Receive, Scope, Send
 from stable_diffusion_server.app.http_protocol import FREE_CHUNKS, LEAST_CHUNK_BYTES, BoundedProtocol
 from stable_diffusion_server.observability.logs import LibraryLogHandler, configure_logging
 
+pytestmark = pytest.mark.slow
+
 SMALL = b"1\r\n \r\n"
 Ask = Callable[..., socket.socket]
 

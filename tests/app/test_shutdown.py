@@ -16,6 +16,8 @@ from conftest import ROOT, Server, free_port, start_server
 from fakes import until
 from test_server_jobs import CREATE, SMALL, accept, job
 
+pytestmark = pytest.mark.slow
+
 PAINTED = (sys.executable, str(ROOT / "tests" / "painted_server.py"), "0.1")
 SERVE = (sys.executable, "-m", "stable_diffusion_server", "serve")
 UVICORN = (sys.executable, "-m", "uvicorn", "main:app", "--app-dir", str(ROOT), "--port")

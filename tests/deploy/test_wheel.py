@@ -18,7 +18,7 @@ from PIL import Image
 from scripts.documented_commands import blocks
 from stable_diffusion_server import __version__
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 UV = Path(sys.executable).with_name("uv")
 ORDER = {"prompt": "a red circle on a blue background", "width": 256, "height": 256}
 

@@ -24,6 +24,8 @@ from stable_diffusion_server.app import ProcessHooks, create_app
 from stable_diffusion_server.app.lifecycle import DEVICE_LOST_STATUS
 from stable_diffusion_server.app.process_tuning import freeze_gc
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -17,6 +17,8 @@ from conftest import ROOT, RunningApp, free_port
 from fakes import FakeDenoiser, until
 from storage_servers import KEYS, MisbehavingStore, StorageServer, make_s3_bucket
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 ASYNC = {"prefer": "respond-async"}
 

@@ -19,6 +19,8 @@ from fastapi.testclient import TestClient
 
 from stable_diffusion_server.app import create_app
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
 _WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

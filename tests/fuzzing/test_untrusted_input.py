@@ -28,6 +28,8 @@ from stable_diffusion_server.parsing.strict_json import dumps, parse_object
 from stable_diffusion_server.storage.keys import object_key, url_path
 from stable_diffusion_server.storage.local import LocalBucket
 
+pytestmark = pytest.mark.slow
+
 # Module-level fixtures: an app or a pool is made once, and every example must leave it unchanged.
 SHARED = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -23,6 +23,8 @@ from fakes import FakeDenoiser, settings_in, until
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.generation import output
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 STEPS = 6
 ORDER = {"width": 64, "height": 64, "num_inference_steps": STEPS, "seed": 1}

@@ -19,6 +19,8 @@ from test_decoder_pool import children
 from stable_diffusion_server.errors import InvalidInput, NotReady
 from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 
+pytestmark = pytest.mark.slow
+
 HANG_UPS = 1000
 SIDE = 600
 LIMITS: dict[str, Any] = {"max_bytes": 4_000_000, "max_pixels": 20_000_000, "max_side": 5000}

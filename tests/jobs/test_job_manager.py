@@ -35,6 +35,8 @@ from stable_diffusion_server.observability.crash_reports import DeviceRecord
 from stable_diffusion_server.storage.local import LocalBucket
 from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult
 
+pytestmark = pytest.mark.slow
+
 ANN, BOB = Caller("ann"), Caller("bob")
 
 

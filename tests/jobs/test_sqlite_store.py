@@ -32,6 +32,8 @@ from stable_diffusion_server.types import (
     Task,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

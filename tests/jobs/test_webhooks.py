@@ -21,6 +21,8 @@ from stable_diffusion_server.net.url_policy import AllowedTarget
 from stable_diffusion_server.net.webhook_client import WebhookClient
 from stable_diffusion_server.types import Caller
 
+pytestmark = pytest.mark.slow
+
 HOST = "127.0.0.1"
 
 

@@ -27,6 +27,8 @@ from stable_diffusion_server.net import image_fetcher, safe_client
 from stable_diffusion_server.net.image_fetcher import FetchLimits, ImageFetcher, _resolve_redirect
 from stable_diffusion_server.net.url_policy import PORTS, AllowedTarget, parse_url
 
+pytestmark = pytest.mark.slow
+
 STYLE = "/style_transfer_and_upload_image"
 PUBLIC = "93.184.216.34"
 NAMES: dict[str, list[list[str]]] = {

@@ -14,6 +14,8 @@ from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed, Serv
 from stable_diffusion_server.net.image_fetcher import MAX_REDIRECTS, FetchLimits, ImageFetcher
 from stable_diffusion_server.net.url_policy import AllowedTarget
 
+pytestmark = pytest.mark.slow
+
 MAX_BYTES = 100_000
 
 

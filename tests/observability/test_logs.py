@@ -11,6 +11,8 @@ from conftest import RunningApp
 
 from stable_diffusion_server.observability.logs import MAX_TRACEBACK, MAX_VALUE, shorten_values
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 KEY = {"X-API-Key": "secret-of-anna", "X-Request-ID": "the-id"}
 ORDER = {"prompt": "a confidential red square", "width": 64, "height": 64}

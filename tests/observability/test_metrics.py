@@ -19,6 +19,8 @@ from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.storage.instrumented import InstrumentedBucket
 from stable_diffusion_server.storage.memory import MemoryBucket
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 KEY = {"X-API-Key": "secret-of-anna"}
 

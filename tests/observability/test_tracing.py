@@ -16,6 +16,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from stable_diffusion_server.observability.tracing import Tracing
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 CALLERS = "0af7651916cd43dd8448eb211c80319c"
 TRACE = {"traceparent": f"00-{CALLERS}-b7ad6b7169203331-01"}

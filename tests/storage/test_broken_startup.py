@@ -22,6 +22,8 @@ from storage_servers import (
 
 from stable_diffusion_server.app import create_app
 
+pytestmark = pytest.mark.slow
+
 ORDER = {"prompt": "a red square", "width": 64, "height": 64, "save_path": "a.webp"}
 HTML = Said(200, b"<html>Log in to the network</html>", {"Content-Type": "text/html"})
 XML = {"Content-Type": "application/xml"}

@@ -9,6 +9,8 @@ from conftest import RunningApp
 
 from stable_diffusion_server.storage.local import LocalBucket
 
+pytestmark = pytest.mark.slow
+
 NAME = "static/uploads/a.webp"
 GARBAGE: dict[str, Callable[[bytes], bytes]] = {
     "html": lambda picture: b"<html>garbage</html>",

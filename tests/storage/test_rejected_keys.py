@@ -28,6 +28,8 @@ from stable_diffusion_server.app import commands
 from stable_diffusion_server.errors import InvalidInput, StorageRefused, StorageUnavailable
 from stable_diffusion_server.storage.dead_letters import DeadLetters
 
+pytestmark = pytest.mark.slow
+
 Rule = Callable[[str, str, Mapping[str, str]], str | Said]
 
 

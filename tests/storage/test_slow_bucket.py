@@ -12,6 +12,8 @@ import pytest
 from live_servers import LiveServer
 from storage_servers import KEYS, MisbehavingStore, StorageServer, make_s3_bucket
 
+pytestmark = pytest.mark.slow
+
 STORED = "/files/static/uploads/none"
 FLOODS = {
     "reads": ("GET", f"{STORED}-%d.webp"),

@@ -14,6 +14,8 @@ from storage_servers import KEYS, MisbehavingStore, StorageServer, make_s3_bucke
 from stable_diffusion_server.errors import StorageUnavailable
 from stable_diffusion_server.storage.base import Bucket
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def behind(

@@ -25,6 +25,8 @@ from storage_servers import (
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.storage.base import Bucket
 
+pytestmark = pytest.mark.slow
+
 HTML = Said(200, b"<html><body>Welcome to the hotel's network</body></html>", {"Content-Type": "text/html"})
 PORTAL = Said(200, HTML.content, {**HTML.headers, "ETag": '"portal"'})
 NOTHING = Said(200)

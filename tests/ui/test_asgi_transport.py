@@ -14,6 +14,8 @@ from starlette.types import Receive, Scope, Send
 from stable_diffusion_server.ui.asgi_transport import StreamingASGITransport
 from stable_diffusion_server.ui.client import ApiClient, RefusedError, UiRequest
 
+pytestmark = pytest.mark.slow
+
 BASE = "http://127.0.0.1:8000"
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 START = {"type": "http.response.start", "status": 200, "headers": []}

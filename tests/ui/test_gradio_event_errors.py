@@ -11,6 +11,8 @@ import pytest
 from conftest import free_port, start_server
 from test_ui_attacks import SERVE, Visitor, environment_of, visit
 
+pytestmark = pytest.mark.slow
+
 CANARY = "canary-in-a-choice"
 # Of the right type, but no page sends them.
 ODD: dict[str, list[Any]] = {

@@ -18,6 +18,8 @@ from stable_diffusion_server.ui.asgi_transport import StreamingASGITransport
 from stable_diffusion_server.ui.client import ApiClient, RefusedError, ServerAddress, UiRequest
 from stable_diffusion_server.ui.gradio_events import EVENT_BYTES, STREAMS, GradioEvent, GradioGuard
 
+pytestmark = pytest.mark.slow
+
 BASE = "http://127.0.0.1:8000"
 EVENT = "/ui/gradio_api/queue/join"
 NEWS = "/ui/gradio_api/queue/data"

@@ -17,6 +17,8 @@ from stable_diffusion_server.errors import NotFound, RateLimited, TooLarge
 from stable_diffusion_server.ui.image_intake import ALTOGETHER, PER_VISITOR, ImageIntake
 from stable_diffusion_server.ui.upload_store import UploadLimits, UploadStore
 
+pytestmark = pytest.mark.slow
+
 LIMITS = UploadLimits(pictures=3, bytes=100, total_bytes=150, seconds=60)
 
 

@@ -23,6 +23,8 @@ from stable_diffusion_server.ui.client import ApiClients
 from stable_diffusion_server.ui.image_intake import ImageIntake, UploadRoutes
 from stable_diffusion_server.ui.upload_store import UploadStore
 
+pytestmark = pytest.mark.slow
+
 BASE = "http://127.0.0.1:8000"
 
 
