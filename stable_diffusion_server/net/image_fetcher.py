@@ -118,7 +118,7 @@ class ImageFetcher:
         if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
             raise RemoteFetchFailed(f"{field} is answered compressed, which was not asked for.", field=field)
         declared = response.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > limits.max_bytes:
+        if declared.isascii() and declared.isdigit() and int(declared) > limits.max_bytes:
             raise TooLarge(f"{field} is larger than {limits.max_bytes} bytes.", field=field)
         data, started = bytearray(), time.monotonic()
         async for chunk in response.aiter_raw():

@@ -92,7 +92,7 @@ def inpaint(
 
 def several(common: CommonFields, request: UiRequest) -> list[UiRequest]:
     """Return `count` copies of a request with consecutive seeds from the given one."""
-    if common.seed.isdecimal():
+    if common.seed.isascii() and common.seed.isdigit():
         seeds = [str(int(common.seed) + further) for further in range(common.count)]
     else:
         seeds = [common.seed or "random"] * common.count

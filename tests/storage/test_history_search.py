@@ -59,6 +59,18 @@ def test_a_search_finds_exactly_the_prompts_that_hold_the_words(tmp_path: Path, 
     assert found
 
 
+def test_a_history_of_long_prompts_loses_its_oldest_entries_above_its_size(tmp_path: Path) -> None:
+    """The newest stay and are found; the file stays near the limit."""
+    index = HistoryIndex(tmp_path / "history.db", 1_000_000, 0, max_bytes=2_000_000)
+    index.open()
+    for number in range(200):
+        index.add([entry_of(number, f"{number} " + "word " * 6000)])
+    found = index.search(HistoryQuery(limit=200))
+    assert found[0].prompt.startswith("199 ")
+    assert 5 < len(found) < 100
+    assert (tmp_path / "history.db").stat().st_size < 8_000_000
+
+
 @pytest.mark.fault(173)
 @pytest.mark.parametrize("words", ["\0", "red\0square", "x" * 1000, "aab" * 300, "NOT red", '"red" OR "ab"'])
 def test_what_no_prompt_holds_finds_nothing(tmp_path: Path, words: str) -> None:

@@ -30,7 +30,7 @@ from stable_diffusion_server.storage import (
 )
 from stable_diffusion_server.types import StoredObject
 
-_RANGE = re.compile(r"bytes=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*")
+_RANGE = re.compile(r"bytes=\s*([0-9]+-[0-9]*|-[0-9]+)(\s*,\s*([0-9]+-[0-9]*|-[0-9]+))*")
 _ONE_RANGE = re.compile(r"bytes=\s*([0-9]{0,18})-([0-9]{0,18})\s*")
 _LONGEST_RANGE = 200
 _FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
