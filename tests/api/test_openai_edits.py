@@ -185,7 +185,7 @@ def test_a_hole_in_the_image_is_its_mask_for_dall_e_2(app: RunningApp) -> None:
 
     assert kept("dall-e-2", HOLE)
     assert kept("dall-e-2", HOLE, n="2")
-    assert app.squares.finished[-1].strength == 1.0  # type: ignore[attr-defined]
+    assert app.squares.finished[-1].strength == 1.0
     assert not kept("dall-e-2", FILE)
     assert not kept("dall-e-2", with_hole(PIXELS, 128))  # half transparent is no hole
     assert not kept("sdxl", HOLE)
