@@ -170,6 +170,8 @@ def test_detect_answers_edges(running_app: RunningApp) -> None:
     assert (same == disc(64, 48)).all()
     both = detected(running_app, controlnet_input_images=[PICTURE, "data:image/png;base64," + PICTURE])
     assert len(both.json()["images"]) == 2
+    older = detected(running_app, controlnet_input_images=None, controlnet_images=[PICTURE])
+    assert (pixels_of(older) == pixels_of(answer)).all()
 
 
 def test_edges_are_those_of_the_server(running_app: RunningApp) -> None:

@@ -26,7 +26,7 @@ MODULES = (_NONE, _CANNY)
 _RESOLUTION, _LOW, _HIGH = (512, 64, 2048), (100, 1, 255), (200, 1, 255)
 _IMAGES_MAX = 32
 _HASH_CHARACTERS = 8
-_IMAGES = "controlnet_input_images"
+_IMAGES, _OLDER_IMAGES = "controlnet_input_images", "controlnet_images"
 
 
 class ControlNetVersionBody(TypedDict):
@@ -74,6 +74,7 @@ class DetectParams(BaseModel):
 
     controlnet_module: str = Field(_NONE, max_length=NAME_MAX, description="`canny`, or `none` for the image itself.")
     controlnet_input_images: list[str] = Field([], max_length=_IMAGES_MAX, description="The images in base64.")
+    controlnet_images: list[str] = Field([], max_length=_IMAGES_MAX, description=f"Older name of `{_IMAGES}`.")
     controlnet_processor_res: int = Field(-1, description="Shorter side in pixels, 64 to 2048; -1: 512.")
     controlnet_threshold_a: float = Field(-1, description="Lower threshold, 1 to 255; -1: 100.")
     controlnet_threshold_b: float = Field(-1, description="Upper threshold, 1 to 255; -1: 200.")
@@ -123,8 +124,9 @@ def add_controlnet_routes(routes: APIRouter, worker: ImageWorker) -> None:
     )
     async def detect(request: Request) -> Response:
         """Return the edges of images."""
-        params = await read_body(request, DetectParams, frozenset({_IMAGES}))
-        images = await worker.change(request, params.controlnet_input_images, _IMAGES, params.size_of, params.detect)
+        params = await read_body(request, DetectParams, frozenset({_IMAGES, _OLDER_IMAGES}))
+        given = params.controlnet_input_images or params.controlnet_images
+        images = await worker.change(request, given, _IMAGES, params.size_of, params.detect)
         return await json_of({"images": images, "info": "Success"}, images)
 
 
