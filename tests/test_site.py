@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT
 
 PAGES = (
-    "index http-api jobs openai-and-automatic1111 errors troubleshooting glossary architecture api ui models storage "
-    "settings security scaling deploying commands AGENTS CONTRIBUTING CHANGELOG models/index"
+    "index http-api jobs openai-and-automatic1111 clients errors troubleshooting glossary architecture api ui models "
+    "storage settings security scaling deploying commands AGENTS CONTRIBUTING CHANGELOG models/index"
 ).split()
 
 

@@ -1,78 +1,152 @@
-"""Sends every kind of request with `webuiapi`: `PORT=8000 KEY=… python with_webuiapi.py`."""
+"""Sends every kind of request with `webuiapi`: `SERVER=http://127.0.0.1:8000 KEY=… python with_webuiapi.py`."""
 
 from __future__ import annotations
 
-import os
-import sys
+import json
 import threading
 import time
+from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import webuiapi
-from PIL import Image, ImageDraw
+from cells import HOST, KEY, PORT, WORDS, ClientReport, cancels, check, circle, hole, outside_is_exact
+from PIL import Image
 
-PORT, KEY = int(os.environ.get("PORT", "8000")), os.environ.get("KEY", "")
-
-
-def say(what: str, *facts: object) -> None:
-    """Print one result."""
-    sys.stdout.write(f"{what}: {' '.join(map(str, facts))}\n")
-    sys.stdout.flush()
+SMALL: dict[str, Any] = {"width": 256, "height": 256}
+LONG: dict[str, Any] = {"steps": 100, "width": 512, "height": 512, "batch_size": 4}
+# webuiapi's getters of lists, and the type of each answer.
+LISTS: dict[str, type] = {
+    "get_samplers": list, "get_schedulers": list, "get_sd_models": list, "get_sd_vae": list, "get_loras": list,
+    "get_upscalers": list, "get_latent_upscale_modes": list, "get_hypernetworks": list, "get_face_restorers": list,
+    "get_realesrgan_models": list, "get_prompt_styles": list, "get_extensions": list, "get_options": dict,
+    "get_cmd_flags": dict, "get_embeddings": dict, "get_scripts": dict, "get_memory": dict,
+}  # fmt: skip
 
 
 def main() -> None:
-    """Every kind of request once."""
-    who = {"username": "anyone", "password": KEY} if KEY else {}
-    api = webuiapi.WebUIApi(port=PORT, sampler="Euler", steps=4, **who)
-    say("models", api.util_get_model_names(), "samplers", api.util_get_sampler_names(), "loras", api.get_loras())
-    size: dict[str, Any] = {"width": 256, "height": 256}
-    drawn = api.txt2img(prompt="a red circle on a blue background", seed=7, cfg_scale=2, batch_size=2, **size)
-    say(
-        "txt2img",
-        [picture.size for picture in drawn.images],
-        "seeds",
-        drawn.info["all_seeds"],
-        drawn.info["not_honoured"],
-    )
-    ignored = api.txt2img(prompt="a red circle", seed=8, restore_faces=True, sampler_name="DPM++ 2M Karras", **size)
-    say("not honoured", ignored.info["not_honoured"])
-    picture, mask = Image.new("RGB", (128, 128), "blue"), Image.new("L", (128, 128), 0)
-    ImageDraw.Draw(picture).ellipse((40, 40, 88, 88), fill="red")
-    mask.paste(255, (44, 44, 84, 84))
-    for whole in (True, False):
-        result = api.img2img(
-            images=[picture], mask_image=mask, prompt="a yellow square on a red background", mask_blur=0, seed=1,
-            denoising_strength=1.0, inpainting_fill=1, inpaint_full_res=not whole, inpaint_full_res_padding=16,
-            width=128, height=128, cfg_scale=2,
-        )  # fmt: skip
-        outside = np.asarray(mask) == 0
-        same = bool((np.asarray(result.image.convert("RGB"))[outside] == np.asarray(picture)[outside]).all())
-        inside = np.asarray(result.image.convert("RGB"))[50:78, 50:78].reshape(-1, 3).mean(0).round()
-        say("img2img with mask", "whole" if whole else "only masked", "outside as sent:", same, "inside:", inside)
-    unit = webuiapi.ControlNetUnit(image=picture, module="canny", model="control_canny", weight=0.8)
-    drawn = api.txt2img(
-        prompt="a green circle on a white background", seed=1, controlnet_units=[unit], width=128, height=128
-    )
-    say("controlnet", drawn.image.size, drawn.info["not_honoured"])
-    read = api.png_info(drawn.image)
-    say("png info", read.info.replace("\n", " | ") if isinstance(read.info, str) else read.info)
-    results: list[webuiapi.WebUIApiResult] = []
-    long = threading.Thread(
-        target=lambda: results.append(
-            api.txt2img(prompt="a star", steps=100, seed=3, batch_size=2, width=512, height=512)
+    """Every column of the table."""
+    who = {"username": "anyone", "password": KEY} if KEY != "none" else {}
+    api = webuiapi.WebUIApi(host=HOST, port=PORT, sampler="Euler", steps=4, **who)
+    report = ClientReport(f"webuiapi {version('webuiapi')}")
+    with report.cell("connect"):
+        api.get_options()
+    lists(report, api)
+    draws(report, api)
+    edits(report, api)
+    follows(report, api)
+    errors(report, api)
+
+
+def lists(report: ClientReport, api: Any) -> None:
+    """Every getter, and orders that change nothing here."""
+    for getter, kind in LISTS.items():
+        if hasattr(api, getter):
+            with report.cell("list"):
+                answer = getattr(api, getter)()
+                check(isinstance(answer, kind) and "error" not in answer, f"{getter} answers {str(answer)[:80]}")
+    with report.cell("list"):
+        check("sdxl" in " ".join(api.util_get_model_names()), "sdxl is listed")
+        api.util_set_model("flux"), api.util_set_model("sdxl")
+        check("sdxl" in api.util_get_current_model(), "the chosen model is told")
+    for order in ("refresh_checkpoints", "refresh_loras", "unload_checkpoint", "reload_checkpoint"):
+        if hasattr(api, order):
+            with report.cell("list"):
+                getattr(api, order)()
+
+
+def draws(report: ClientReport, api: Any) -> None:
+    """Seeds, batches, samplers, styles of prompts, a second pass."""
+    with report.cell("draw"):
+        drawn = api.txt2img(prompt=WORDS, seed=7, cfg_scale=2, batch_size=2, **SMALL)
+        check([image.size for image in drawn.images] == [(256, 256)] * 2, "two images of the asked size")
+        check(drawn.info["all_seeds"] == [7, 8] and len(drawn.info["all_subseeds"]) == 2, "seeds are told")
+        check("Seed: 7" in api.png_info(drawn.image).info, "the parameters are read back from the image")
+    with report.cell("draw"):
+        api.txt2img(
+            prompt=f"({WORDS}:1.2) <lora:nonesuch:1>", seed=-1, restore_faces=True, sampler_name="Restart", **SMALL
         )
-    )
-    long.start()
-    until = time.monotonic() + 20
-    while (progress := api.get_progress())["state"]["sampling_step"] < 3 and time.monotonic() < until:
-        time.sleep(0.05)
-    say("progress", progress["progress"], progress["state"]["sampling_step"], "of", progress["state"]["sampling_steps"],
-        "eta", progress["eta_relative"], "picture", bool(progress["current_image"]))  # fmt: skip
-    started = time.monotonic()
-    api.interrupt()
-    long.join()
-    say("interrupt", f"answered after {time.monotonic() - started:.2f} s", results[0].info["interrupted"])
+    with report.cell("draw"):
+        large = api.txt2img(
+            prompt=WORDS, enable_hr=True, hr_scale=2, hr_upscaler=webuiapi.HiResUpscaler.Latent, **SMALL
+        )
+        check(large.image.size == (512, 512), f"enable_hr doubles the size, not {large.image.size}")
+    with report.cell("draw"):
+        unit = webuiapi.ControlNetUnit(image=circle(), module="canny", model="control_canny", weight=0.8)
+        drawn = api.txt2img(prompt="a green circle", seed=1, controlnet_units=[unit], width=128, height=128)
+        check(drawn.images[0].size == (128, 128), "an image drawn along edges")
+    with report.cell("draw"):
+        api.controlnet_version(), api.controlnet_model_list(), api.controlnet_module_list()
+        check(api.controlnet_detect([circle()], module="canny").images, "edges are detected")
+
+
+def edits(report: ClientReport, api: Any) -> None:
+    """Image to image, with a mask, and enlarged."""
+    mask = hole().getchannel("A").point(lambda alpha: 0 if alpha else 255)
+    edit: dict[str, Any] = {"images": [circle()], "prompt": "a yellow square", "width": 128, "height": 128, "seed": 1}
+    with report.cell("edit"):
+        api.img2img(**{**edit, "images": [circle(), circle()]}, denoising_strength=0.1)
+    for only_masked in (False, True):
+        with report.cell("edit"):
+            result = api.img2img(
+                **edit, mask_image=mask, mask_blur=0, denoising_strength=1.0, inpainting_fill=1,
+                inpaint_full_res=only_masked, inpaint_full_res_padding=16, inpainting_mask_invert=0,
+            )  # fmt: skip
+            check(outside_is_exact(result.image), "the outside of the mask is exact")
+    with report.cell("edit"):
+        large = api.extra_single_image(circle(), upscaler_1="Lanczos", upscaling_resize=2)
+        check(large.image.size == (256, 256), "extra_single_image doubles the size")
+    with report.cell("edit"):
+        several = api.extra_batch_images([circle(), circle()], upscaler_1="Lanczos", upscaling_resize=2)
+        check(len(several.images) == 2, "extra_batch_images enlarges both")
+    with report.cell("edit"):
+        try:
+            api.interrogate(circle())
+        except RuntimeError as error:
+            check("no model that describes images" in str(error), "interrogate is refused with a reason")
+
+
+def follows(report: ClientReport, api: Any) -> None:
+    """Progress, interrupt and skip."""
+    results: list[webuiapi.WebUIApiResult] = []
+
+    def draw() -> None:
+        results.append(api.txt2img(prompt=WORDS, seed=3, **LONG))
+
+    with report.cell("progress"):
+        thread = threading.Thread(target=draw)
+        thread.start()
+        until = time.monotonic() + 20
+        while (progress := api.get_progress())["state"]["sampling_step"] < 3 and time.monotonic() < until:
+            time.sleep(0.02)
+        check(0 < progress["progress"] < 1 and progress["eta_relative"] >= 0, f"{json.dumps(progress)[:120]}")
+        check(progress["current_image"], "progress has an image")
+    with report.cell("cancel"):
+        api.interrupt()
+        thread.join()
+        check(results[-1].info["interrupted"], "info tells of the interruption")
+        check(isinstance(results[-1].image, Image.Image), "an interrupted request answers the unfinished image")
+    with report.cell("cancel"):
+        cancels(draw, api.interrupt)
+    with report.cell("cancel"):
+        results.clear()
+        cancels(draw, api.skip)
+        check(results and results[0].images, "a skipped request answers an image")
+
+
+def errors(report: ClientReport, api: Any) -> None:
+    """A refused value raises, and the message names it."""
+    with report.cell("errors"):
+        try:
+            api.txt2img(prompt=WORDS, width=99999, height=256)
+        except RuntimeError as error:
+            check("width" in str(error), f"the message names width, not {str(error)[:100]}")
+        else:
+            check(False, "width=99999 is refused")
+    if KEY != "none":
+        with report.cell("errors"):
+            wrong = {"username": "anyone", "password": f"not {KEY}"}
+            answer = webuiapi.WebUIApi(host=HOST, port=PORT, **wrong).get_options()
+            check(answer.get("error"), "a wrong key is refused")
 
 
 if __name__ == "__main__":
