@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import threading
 from importlib.metadata import version
 from typing import Any
 
-# Otherwise the import downloads a list of prices.
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
-
-import litellm
 from cells import (
     KEY,
     SERVER,
@@ -26,6 +23,9 @@ from cells import (
     png,
 )
 
+# Otherwise the import downloads a list of prices.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+litellm = importlib.import_module("litellm")
 litellm.suppress_debug_info = True
 WHERE: dict[str, Any] = {"api_base": f"{SERVER}/v1", "api_key": KEY, "max_retries": 0}
 SMALL: dict[str, Any] = {"prompt": WORDS, "size": "256x256", **WHERE}
