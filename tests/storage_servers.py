@@ -76,7 +76,8 @@ def start(command: list[str], port: int, folder: Path, **environment: str) -> St
 def start_s3(folder: Path, port: int = 0, **environment: str) -> StorageServer:
     """Start moto's S3 server: objects in memory, no signature check by default."""
     port = port or free_port()
-    return start([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port, folder, **environment)
+    command = [sys.executable, str(HERE / "s3_server.py"), "-H", "127.0.0.1", "-p", str(port)]
+    return start(command, port, folder, **environment)
 
 
 def start_gcs(folder: Path, port: int = 0) -> StorageServer:
