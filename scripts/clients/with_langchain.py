@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+import openai
 from cells import KEY, SERVER, WORDS, ClientReport, check, picture_of
 from langchain_community.tools.openai_dalle_image_generation import OpenAIDALLEImageGenerationTool
 from langchain_community.utilities.dalle_image_generator import DallEAPIWrapper
@@ -33,8 +34,10 @@ def main() -> None:
     with report.cell("errors"):
         try:
             wrapper("nonesuch").run(WORDS)
-        except Exception as error:
+        except openai.OpenAIError as error:
             check("nonesuch" in str(error), "the message names the model")
+        else:
+            check(False, "an unknown model is refused")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,8 @@ def main() -> None:
             litellm.image_generation(model="openai/nonesuch", **SMALL)
         except (litellm.NotFoundError, litellm.BadRequestError) as error:
             check("nonesuch" in str(error), "the message names the model")
+        else:
+            check(False, "an unknown model is refused")
 
 
 if __name__ == "__main__":

@@ -125,17 +125,23 @@ def errors(report: ClientReport, client: openai.OpenAI) -> None:
             images.generate(model="nonesuch", **SMALL)
         except (openai.NotFoundError, openai.BadRequestError) as error:
             check(error.code == "model_not_found", f"the code is {error.code}")
+        else:
+            check(False, "an unknown model is refused")
     with report.cell("errors"):
         try:
             images.generate(extra_body={"foo": 1, "bar": 2}, **SMALL)
         except openai.BadRequestError as error:
             check("foo" in error.message and "bar" in error.message, f"both are named, not {error.message}")
+        else:
+            check(False, "unknown parameters are refused")
     if KEY != "none":
         with report.cell("errors"):
             try:
                 client.with_options(api_key="wrong").models.list()
             except openai.AuthenticationError as error:
                 check(error.code == "invalid_api_key", f"the code is {error.code}")
+            else:
+                check(False, "a wrong key is refused")
 
 
 if __name__ == "__main__":
