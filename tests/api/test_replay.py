@@ -147,7 +147,7 @@ def forged(picture: bytes, **changes: Any) -> bytes:
         ({"asked": {"guidance_scale": float("nan")}}, "picture_file"),
         ({"asked": {"guidance_scale": 1000.0}}, "guidance_scale"),
         ({"asked": {"loras": [["pastel", 1000.0]]}}, "lora"),
-        ({"asked": {"prompt": "x" * 5000}}, "prompt"),
+        ({"asked": {"prompt": "x" * 32_001}}, "prompt"),
         ({"asked": {"model": "dall-e"}}, "model"),
         ({"asked": {"scheduler": "x"}}, "scheduler"),
         ({"asked": {"task": "inpaint"}}, "picture_file"),
