@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -139,7 +140,9 @@ def test_an_anonymous_task_is_seen_and_stopped_by_its_own_id_alone(run_app: Call
         assert one.ask("POST", f"/sdapi/v1/interrupt?id_task={name}").status_code == 200
         assert squares.gate is not None
         squares.gate.set()
-        assert drawing.result().json()["images"] == []
+        answer = drawing.result().json()
+        info = json.loads(answer["info"])
+        assert (len(answer["images"]), info["interrupted"], info["keys"]) == (1, True, []), "unfinished, and not stored"
 
 
 @pytest.mark.fault(141)
