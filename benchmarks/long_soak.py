@@ -305,7 +305,7 @@ def main() -> None:
     same = sum(one == other for one, other in zip(before, after, strict=True))
     say(f"| probes drawn alone before and after: equal to the bit | {same} of {len(before)} |")
     say(f"| `/healthz` in ms: half / 99 % / longest of {len(health)} | {milliseconds(health)} |")
-    for row in watch.told():
+    for row in watch.reported():
         say(row)
     say("\n| way: what came of it | how often |\n| --- | --- |")
     for what, number in sorted(outcomes.items()):

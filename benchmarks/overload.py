@@ -142,7 +142,7 @@ def tell(rate: float, seconds: float, seen: Seen, watch: Watch, health: list[flo
     reported = f"{min(seen.retry_after, default=0)} to {max(seen.retry_after, default=0)}"
     say(f"| `Retry-After` in seconds | {reported} |")
     say(f"| `/healthz` in ms: half / 99 % / longest of {len(health)} | {milliseconds(health)} |")
-    for row in watch.told():
+    for row in watch.reported():
         say(row)
     for what, number in seen.other.most_common():
         say(f"\nNot as it should be, {number} times: {what}")

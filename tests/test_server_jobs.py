@@ -57,7 +57,8 @@ def test_a_server_that_is_killed_finishes_what_it_had_accepted(tmp_path: Path) -
     port = free_port()
     server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port))
     try:
-        ids = [accept(server, f"a red circle on a blue background {n}", save_path=f"{n}.webp") for n in range(10)]
+        prompt, steps = "a red circle on a blue background", 30
+        ids = [accept(server, f"{prompt} {n}", save_path=f"{n}.webp", num_inference_steps=steps) for n in range(10)]
         until(lambda: any(job(server, job_id)["step"] > 2 for job_id in ids), 120)
         first = child_of(server.process)
         assert first is not None

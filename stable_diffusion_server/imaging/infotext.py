@@ -124,13 +124,11 @@ def _read_pairs(line: str) -> Iterator[tuple[str, str]]:
     """Split `Name: value, Name: "quoted, value"` into pairs; parts without a name are left out."""
     position = 0
     while position < len(line):
-        colon, comma = line.find(":", position), line.find(",", position)
+        colon = line.find(":", position)
         if colon < 0:
             return
-        if 0 <= comma < colon:
-            position = comma + 1
-            continue
-        name = line[position:colon].strip()
+        # Skips parts without a name in one search; a search from each comma would be quadratic.
+        name = line[max(position, line.rfind(",", position, colon) + 1) : colon].strip()
         start = colon + 1
         while start < len(line) and line[start] == " ":
             start += 1

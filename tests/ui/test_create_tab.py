@@ -52,8 +52,8 @@ def test_enter_draws_and_nobody_else_is_asked(tab_of: Callable[..., Tab]) -> Non
     expect(tab.inside.get_by_label("Prompt", exact=True)).to_have_value(RED)
     fill_more(tab.inside, "60")
     ask(tab.inside, RED)
-    tab.told("of 60")
-    tab.told("Done in")
+    tab.reported("of 60")
+    tab.reported("Done in")
     tab.inside.get_by_text(re.compile(r"\d+ × \d+, sdxl, 60 steps")).wait_for()
     picture = tab.picture
     (middle, around) = picture[len(picture) // 2, len(picture) // 2], picture[4, 4]
@@ -79,9 +79,9 @@ def test_cancel_frees_the_device(tab_of: Callable[..., Tab], studio_server: Serv
     fill_more(tab.inside, "100")
     fill_count(tab.inside, 4)
     ask(tab.inside, RED)
-    tab.told("of 100")
+    tab.reported("of 100")
     tab.inside.get_by_role("button", name="Cancel").click()
-    tab.told("4 cancelled")
+    tab.reported("4 cancelled")
     ended = jobs_of(studio_server)[:4]
     assert [job["state"] for job in ended] == ["cancelled"] * 4
     assert max(job["step"] or 0 for job in ended) < 100
@@ -102,7 +102,7 @@ def test_what_is_wrong_is_told_beside_its_field(tab_of: Callable[..., Tab]) -> N
     tab.inside.get_by_role("button", name="More").click()
     tab.inside.get_by_label("Width").fill("9000")
     ask(tab.inside, RED)
-    for name, label, words in (("width", "Width", "2048"), ("num_inference_steps", "Steps", "100")):
+    for name, label, words in (("width", "Width", "2048"), ("num_inference_steps", "Steps", "150")):
         fault = tab.page.locator(f"#sds-fault-create-{name}")
         fault.wait_for()
         assert fault.inner_text().startswith(label)
@@ -112,7 +112,7 @@ def test_what_is_wrong_is_told_beside_its_field(tab_of: Callable[..., Tab]) -> N
         expect(box).to_have_attribute("aria-invalid", "true")
         below = fault.bounding_box()["y"] - box.bounding_box()["y"]
         assert 0 < below < 150
-    tab.told("Not drawn. Have a look at Width and Steps.")
+    tab.reported("Not drawn. Have a look at Width and Steps.")
     tab.inside.get_by_label("Width").fill("256")
     fill_more(tab.inside, "4")
     draw(tab.inside, RED)
@@ -127,14 +127,14 @@ def test_a_page_that_is_loaded_again_goes_on(tab_of: Callable[..., Tab], studio_
     fill_more(tab.inside, "100")
     fill_count(tab.inside, 4)
     ask(tab.inside, "a green circle on a white background")
-    tab.told("of 100")
+    tab.reported("of 100")
     before = [job["id"] for job in jobs_of(studio_server)]
     tab.was_quiet()
     tab.page.reload()
     settle(tab.page)
     tab.complaints.clear()  # the unloaded page reported its aborted connections
-    tab.told("of 4 pictures")
-    tab.told("All 4 pictures are done")
+    tab.reported("of 4 pictures")
+    tab.reported("All 4 pictures are done")
     expect(tab.inside.locator(".sds-gallery img")).to_have_count(4)
     assert [job["id"] for job in jobs_of(studio_server)] == before
     tab.was_quiet()

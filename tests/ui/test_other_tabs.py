@@ -97,7 +97,7 @@ def test_the_history_is_searched_filtered_told_replayed_and_deleted(
     inside.get_by_role("button", name="As a call, to copy").click()
     expect(inside.locator("#sds-curl")).to_contain_text("a blue unmistakable circle, flux")
     inside.get_by_role("button", name="Draw again").click()
-    tab.told("Drawn again: equal bit for bit.")
+    tab.reported("Drawn again: equal bit for bit.")
     inside.get_by_role("button", name="Use its settings").click()
     prompt = tab.page.locator("#sds-create-prompt textarea, #sds-create-prompt input").first
     expect(prompt).to_have_value("a blue unmistakable circle, flux")
@@ -108,7 +108,7 @@ def test_the_history_is_searched_filtered_told_replayed_and_deleted(
     expect(address).to_have_value(f"{two_drawn.url}/files/{again}")
     inside.get_by_role("button", name="Delete …").click()
     inside.get_by_role("button", name="Really delete it").click()
-    tab.told("Deleted.")
+    tab.reported("Deleted.")
     expect(found).to_have_count(1)
     assert keys_of(two_drawn) == [first]
     tab.was_quiet()
@@ -125,7 +125,7 @@ def test_status_tells_what_draws_and_what_waits(tab_of: Callable[..., Tab]) -> N
     """Readiness, both models with their placement, the queue, and the server's memory."""
     tab = tab_of()
     inside = tab.open("Status")
-    tab.told("It can draw")
+    tab.reported("It can draw")
     for text in ("sdxl (draws where none is named)", "flux", "On the device", "Waiting", "Memory of the server"):
         inside.get_by_text(text, exact=True).first.wait_for()
     assert inside.get_by_text("resident", exact=True).count() == 2
@@ -142,5 +142,5 @@ def test_a_phone_shows_all_of_it_in_one_column(tab_of: Callable[..., Tab]) -> No
     for name in TABS:
         tab.open(name)
         assert (name, tab.page.evaluate("document.documentElement.scrollWidth <= 390")) == (name, True)
-    tab.told("It can draw")
+    tab.reported("It can draw")
     tab.was_quiet()

@@ -182,7 +182,7 @@ def _request_openapi(model: type[Txt2Img], limits: RequestLimits, *required: str
     for name, ours in {**BOUNDED, "width": "width", "height": "height"}.items():
         if name in properties:
             set_bounds(properties[name], *bounds[ours])
-    return json_body(properties, "prompt", *required)
+    return json_body(properties, *required)
 
 
 async def _read(model: type[A], request: Request) -> A:
