@@ -85,7 +85,7 @@ class RunningRequest(Generic[P]):
     """A request on the device, with seconds per stage so far.
 
     `attributed_step_seconds` is its share of the step time of its batches, `preview_seconds` the time of its previews.
-    `pictured`: the unfinished picture was sent, and is not decoded again until it is wanted anew.
+    `pictured`: the unfinished picture was sent, and is decoded again only if it is wanted again.
     """
 
     ticket: Ticket[P]

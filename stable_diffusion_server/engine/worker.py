@@ -188,7 +188,7 @@ class EngineWorker(Generic[P]):
         )
 
     def _unfinished_picture(self, running: RunningRequest[P]) -> P | None:
-        """Decode a request that is not done, if its caller wants that; once, until it is wanted anew."""
+        """Decode a request that is not done, if its caller wants that; once for each time it is wanted."""
         wanted = running.ticket.wants_picture is not None and running.ticket.wants_picture()
         if not wanted or running.pictured or running.state.done:
             running.pictured = running.pictured and wanted

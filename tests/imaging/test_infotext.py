@@ -71,6 +71,7 @@ def test_a_record_of_a_stranger_is_written_without_failing(change: dict[str, Any
     assert "Seed: 7" in parameters_text({**RECORD, **change})
 
 
-def test_hundreds_of_thousands_of_separators_are_skipped_at_once() -> None:
-    """A search from each comma would be quadratic: 393,000 of them took a second."""
-    assert parse_parameters("a square\nSteps: 1, Seed: 5, " + "," * 390_000 + "CFG scale: 2") is not None
+def test_separators_without_a_name_are_skipped() -> None:
+    """Hundreds of thousands of them, too; tests/parsing measures that their number counts once."""
+    read = parse_parameters("a square\nSteps: 1, Seed: 5, " + "," * 390_000 + "CFG scale: 2")
+    assert (read["Steps"], read["Seed"], read["CFG scale"]) == ("1", "5", "2")

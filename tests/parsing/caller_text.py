@@ -395,6 +395,13 @@ PARSERS = [
     Parser("prompt of /sdapi", 5000, lambda text: protocol.parse_task(Txt2Img(prompt=text), HOUSE, {}), shapes=SYNTAX),
     Parser("infotext of /sdapi", 100_000, infotext.parse_parameters, shapes=FACTS, refuses=False),
     Parser(
+        "infotext with a name at its end",
+        1_000_000,  # below it the square of searches in C does not show
+        lambda text: infotext.parse_parameters(f"Steps: 1, {text}, Seed: 2"),
+        shapes=FACTS,
+        refuses=False,
+    ),
+    Parser(
         "infotext in a request",
         100_000,
         lambda text: task_params.with_infotext(Txt2Img(infotext=text)),

@@ -51,7 +51,7 @@ def generation_info(
     results = [image.result for image in images if image.result is not None]
     facts = _facts(generation, results[0] if results else None, spec)
     texts = [_infotext(image, spec) for image in images]
-    told = parse_parameters(texts[0]) if texts else {}
+    infotext = parse_parameters(texts[0]) if texts else {}
     seeds = [image.seed for image in images]
     seed = seeds[0] if seeds else TaskImage(generation, None, "", b"").seed
     subseed = params.subseed if params.subseed is not None and params.subseed >= 0 else seed
@@ -77,13 +77,13 @@ def generation_info(
         "restore_faces": False,
         "face_restoration_model": None,
         "sd_model_name": facts["model"],
-        "sd_model_hash": told.get("Model hash", spec.revision),
+        "sd_model_hash": infotext.get("Model hash", spec.revision),
         "sd_vae_name": None,
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
         "denoising_strength": generation.hires_strength if hires else generation.strength,
-        "extra_generation_params": {name: value for name, value in told.items() if name not in _PLAIN_NAMES},
+        "extra_generation_params": {name: value for name, value in infotext.items() if name not in _PLAIN_NAMES},
         "index_of_first_image": 0,
         "infotexts": texts,
         "styles": [],

@@ -36,7 +36,7 @@ _EMPTY = (
     *("sd-vae", "sd-modules", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles"),
     *("latent-upscale-modes", "extensions", "lycos", "artists", "artist-categories"),
 )
-# Orders that change nothing here, with AUTOMATIC1111's answer: lists are read anew for each request, and the operator
+# Orders that change nothing here, with AUTOMATIC1111's answer: each request reads the lists, and the operator
 # chooses the loaded models, which all callers share.
 _DONE: dict[str, Any] = {
     **dict.fromkeys(("refresh-checkpoints", "refresh-vae", "refresh-loras", "refresh-embeddings")),

@@ -9,8 +9,6 @@ from itertools import accumulate
 
 Lora = tuple[str, float]
 
-# Unknown adapters that are named; a prompt has room for thousands.
-_MAX_SENTENCES = 20
 _TAG = re.compile(r"<([^<>]*)>")
 _NAME_AND_WEIGHT = re.compile(r"(?P<name>[^:]+)(:(?P<weight>[+-]?[0-9]{0,3}(\.[0-9]{1,6})?))?(:.*)?", re.DOTALL)
 _OTHER_NETWORKS = ("lyco:", "hypernet:")
@@ -64,12 +62,7 @@ def resolve_loras(loras: Sequence[Lora], known: Callable[[], Sequence[str]]) -> 
             ignored.append(f"prompt: there is no adapter {name[:50]!r} here; it is left out.")
         else:
             found.append((here, weight))
-    sentences = list(dict.fromkeys(ignored))
-    if len(sentences) > _MAX_SENTENCES:
-        sentences[_MAX_SENTENCES:] = [
-            f"prompt: {len(sentences) - _MAX_SENTENCES} more adapters are not here; they are left out."
-        ]
-    return tuple(found), sentences
+    return tuple(found), list(dict.fromkeys(ignored))
 
 
 def _extract_tags(prompt: str) -> tuple[str, list[Lora], bool]:

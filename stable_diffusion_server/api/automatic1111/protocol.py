@@ -103,17 +103,20 @@ def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Opt
 
 
 def _model(
-    overridden: Mapping[str, object], told: str, options: Mapping[str, Option], context: DialectContext
+    overridden: Mapping[str, object], named_model: str, options: Mapping[str, Option], context: DialectContext
 ) -> tuple[str | None, list[str]]:
-    """Return the model of the settings, the infotext (`told`) or the options; a sentence if `told` is not here."""
+    """Return the model of the settings, of the infotext (`named_model`) or of the options.
+
+    The second value is a sentence if `named_model` is not here.
+    """
     chosen = str(options.get("sd_model_checkpoint", ""))
     ignored = []
     named = _text(overridden, "sd_model_checkpoint")
-    if told and not named:
+    if named_model and not named:
         try:
-            return model_named(told[:NAME_MAX], context), []
+            return model_named(named_model[:NAME_MAX], context), []
         except InvalidInput:
-            ignored.append(f"infotext: the model {told[:50]!r} is not here.")
+            ignored.append(f"infotext: the model {named_model[:50]!r} is not here.")
     named = named or chosen
     return model_named(named, context) if named else None, ignored
 

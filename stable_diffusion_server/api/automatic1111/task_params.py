@@ -143,19 +143,19 @@ def with_infotext(params: P) -> tuple[P, str, list[str]]:
     """
     if not params.infotext:
         return params, "", []
-    told = parse_parameters(params.infotext)
+    parsed = parse_parameters(params.infotext)
     given = {name: value for name, value in params.model_dump().items() if value not in (None, "")}
     ignored = []
     for theirs, name in _OF_INFOTEXT.items():
-        if theirs not in told or name in given or name not in type(params).model_fields:
+        if theirs not in parsed or name in given or name not in type(params).model_fields:
             continue
         try:
-            type(params).model_validate({name: told[theirs]})
+            type(params).model_validate({name: parsed[theirs]})
         except ValidationError:
             ignored.append(f"infotext: {theirs} is not valid.")
         else:
-            given[name] = told[theirs]
-    hires = {"Hires upscale", "Hires upscaler", "Hires resize-1"} & set(told)
+            given[name] = parsed[theirs]
+    hires = {"Hires upscale", "Hires upscaler", "Hires resize-1"} & set(parsed)
     if hires and "enable_hr" not in given and not isinstance(params, Img2Img):
         given["enable_hr"] = True
-    return type(params).model_validate(given), told.get("Model", ""), ignored
+    return type(params).model_validate(given), parsed.get("Model", ""), ignored

@@ -55,7 +55,7 @@ def find_lora(header: TensorHeader) -> LoraFacts | None:
     remarks: tuple[str, ...] = ()
     if len(families) != 1:
         known = ", ".join(families) or "a model that its tensors do not name"
-        remarks = (f"Its tensors fit {known}; the base model cannot be told apart.",)
+        remarks = (f"Its tensors fit {known}; the header does not say which.",)
     layout = layout or ("kohya" if any(name.startswith(("lora_", "lycoris_")) for name in header.shapes) else "lycoris")
     return LoraFacts(method or "lora", layout, families, _parts_of(header), control, remarks)
 
