@@ -1,9 +1,16 @@
 """Parsers of callers' text take linear time up to their limit, and almost none above it.
 
 The tests compare CPU times of inputs of ten times the size: a ratio of about ten is linear, a hundred is quadratic.
+CPU time includes what a hypervisor or a neighbour on the same core takes. So a ratio that is too large is measured
+again, and the minimum of each size counts: a quadratic parser still grows a hundredfold, and a disturbance passes.
 """
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 
 import pytest
 from caller_text import (
@@ -27,8 +34,23 @@ MOST_GROWTH = 40.0
 FLOOR = 20e-6
 
 
-def growth(smaller: float, larger: float) -> float:
-    return max(larger, FLOOR) / max(smaller, FLOOR)
+# So often is a suspicious ratio measured; twice if that takes seconds, which no disturbance explains.
+ROUNDS, PATIENCE = 8, 2.0
+
+
+def growth_beyond(most: float, measures: Sequence[Callable[[], float]]) -> list[float]:
+    """CPU seconds of the first two sizes in a row of which the larger takes `most` times as long; else nothing."""
+    after = measures[0]()
+    for smaller, larger in pairwise(measures):
+        before, after = after, larger()
+        for number in range(ROUNDS if after < PATIENCE else 2):
+            if max(after, FLOOR) / max(before, FLOOR) < most:
+                break
+            time.sleep(0.05 * number)  # a disturbance passes
+            before, after = min(before, smaller()), min(after, larger())
+        else:
+            return [before, after]
+    return []
 
 
 @pytest.mark.fault(120)
@@ -49,11 +71,10 @@ def test_no_regular_expression_over_callers_text_grows_with_the_square(expressio
     """1,000, 10,000 and 100,000 characters of every pattern, regardless of the limit in front of it."""
     for name, shape in SHAPES.items():
         for make in (repeated, opened):
-            took = 0.0
-            for size in (1_000, 10_000, 100_000):
-                text = make(shape, size)
-                before, took = took, seconds_of(lambda: expression.read(text))  # noqa: B023  # run at once
-                assert not before or growth(before, took) < MOST_GROWTH, (name, size, before, took)
+            texts = [make(shape, size) for size in (1_000, 10_000, 100_000)]
+            measures = [partial(seconds_of, partial(expression.read, text)) for text in texts]
+            times = growth_beyond(MOST_GROWTH, measures)
+            assert not times, (name, make, times)
 
 
 @pytest.mark.fault(120)
@@ -61,10 +82,9 @@ def test_no_regular_expression_over_callers_text_grows_with_the_square(expressio
 def test_no_parser_of_callers_text_grows_with_the_square(parser: Parser) -> None:
     """At 1/100, 1/10 and 1 × of its limit, for every pattern."""
     for name in parser.shapes:
-        took = 0.0
-        for part in (100, 10, 1):
-            before, took = took, parser.seconds(name, parser.limit // part)
-            assert not before or growth(before, took) < MOST_GROWTH, (name, part, before, took)
+        sizes = [parser.limit // part for part in (100, 10, 1)]
+        times = growth_beyond(MOST_GROWTH, [partial(parser.seconds, name, size) for size in sizes])
+        assert not times, (name, sizes, times)
 
 
 @pytest.mark.fault(121)
@@ -72,5 +92,6 @@ def test_no_parser_of_callers_text_grows_with_the_square(parser: Parser) -> None
 def test_what_is_beyond_a_limit_costs_no_more_than_what_is_at_it(parser: Parser) -> None:
     """Ten times longer input is refused in the same time: the time does not depend on the excess."""
     for name in list(parser.shapes)[:: 1 if parser.limit < 100_000 else 6]:
-        near, far = (parser.seconds(name, parser.limit * times) for times in (2, 20))
-        assert growth(near, far) < 4 or far < 0.001, (name, near, far)
+        sizes = [parser.limit * times for times in (2, 20)]
+        times = growth_beyond(4, [partial(parser.seconds, name, size) for size in sizes])
+        assert not times or times[-1] < 0.001, (name, sizes, times)
