@@ -9,8 +9,7 @@ from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.generation.prompts import shorten_too_long_text
 from stable_diffusion_server.imaging import DigitalSourceType, crop_to_size, encode_image, plan_canvas, xmp_packet
 from stable_diffusion_server.pipelines.catalog import spec_of
-from stable_diffusion_server.pipelines.families.flux import Flux
-from stable_diffusion_server.pipelines.loading.components import load_pipeline
+from stable_diffusion_server.pipelines.loading.components import load_pipeline, quieten_libraries
 from stable_diffusion_server.pipelines.loading.footprint import choose_device
 from stable_diffusion_server.types import DiffusionRequest, Format, Task
 
@@ -42,6 +41,9 @@ def main() -> None:
 
 def draw(prompt: str, out: Path, steps: int, seed: int, width: int, height: int) -> bytes:
     """The encoded picture of `prompt`, `width` × `height` pixels, in the format `out` is named for."""
+    quieten_libraries()  # before the family is imported: transformers warns about optional packages on import
+    from stable_diffusion_server.pipelines.families.flux import Flux
+
     spec = spec_of("flux")
     flux = Flux(load_pipeline(spec, Path(__file__).parent / "models", choose_device("auto")), spec)
     canvas = plan_canvas(width, height, spec.native_pixels, spec.min_side)

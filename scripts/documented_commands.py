@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 _BLOCK = re.compile(
     r"(?:<!-- (?P<remark>[^\n]*) -->\n)?```(?P<language>bash|python|javascript)\n(?P<text>.*?)```", re.S
 )
+# The JSON answer that a page shows for a command, before the next block and heading.
+_SAMPLE = re.compile(r"(?P<between>(?:(?!```|\n#).)*)```json\n(?P<json>.*?)```", re.S)
 _NOT_RUN, _RUN_BY = "not run: ", "run by "
 _SHOWN = 90
 
@@ -28,6 +30,8 @@ class Block:
     language: str
     text: str
     remark: str
+    sample: str = ""
+    sample_is_shortened: bool = False
 
     @property
     def reason(self) -> str:
@@ -49,12 +53,23 @@ def blocks() -> list[Block]:
     """All code blocks, page by page."""
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
     return [
-        Block(
-            page.relative_to(ROOT).as_posix(), number, match["language"], match["text"].strip(), match["remark"] or ""
-        )
+        _block_of(page, number, match)
         for page in pages
         for number, match in enumerate(_BLOCK.finditer(page.read_text()), 1)
     ]
+
+
+def _block_of(page: Path, number: int, match: re.Match[str]) -> Block:
+    shown = _SAMPLE.match(match.string, match.end())
+    return Block(
+        page.relative_to(ROOT).as_posix(),
+        number,
+        match["language"],
+        match["text"].strip(),
+        match["remark"] or "",
+        shown["json"] if shown else "",
+        sample_is_shortened="shortened" in (shown["between"] if shown else ""),
+    )
 
 
 def table() -> str:

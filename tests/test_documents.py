@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from conftest import ROOT, Server
 from PIL import Image
@@ -17,6 +19,7 @@ from PIL import Image
 from scripts.documented_commands import Block, blocks, table
 
 HTTP_API = (ROOT / "docs" / "http-api.md").read_text()
+JOBS = (ROOT / "docs" / "jobs.md").read_text()
 HERE = [block for block in blocks() if not block.remark]
 
 
@@ -43,6 +46,17 @@ def ran(command: list[str], server: Server, folder: Path) -> str:
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def differences(sample: Any, answer: Any, at: str = "", *, shortened: bool = False) -> list[str]:
+    """Paths of the fields that only one of two JSON values has. Timings of a stored image are left out."""
+    if isinstance(sample, list) and isinstance(answer, list):
+        return differences(sample[0], answer[0], f"{at}[0]") if sample and answer else []
+    if not isinstance(sample, dict) or not isinstance(answer, dict) or at == ".timings":
+        return []
+    alone = sample.keys() - answer.keys() if shortened else sample.keys() ^ answer.keys()
+    within = (differences(sample[name], answer[name], f"{at}.{name}") for name in sample.keys() & answer.keys())
+    return sorted(f"{at}.{name}" for name in alone) + [path for paths in within for path in paths]
 
 
 def test_the_pages_have_commands_and_each_that_is_not_run_says_why() -> None:
@@ -75,8 +89,41 @@ def test_a_command_of_the_pages_works_as_printed(server: Server, tmp_path: Path,
         output = ran([node, "--input-type=module", "--eval", at(server, block.text)], server, tmp_path)
     if output.startswith("{"):
         assert {"path", "status"} & set(json.loads(output))
+    if block.sample:
+        answer = json.loads(output[output.rindex("\n{") if "\n{" in output else 0 :])
+        assert differences(json.loads(block.sample), answer, shortened=block.sample_is_shortened) == []
     for name in re.findall(r"""--out(?:put)? (\S+)|\.save\("(\S+)"\)|writeFile\("(\S+)",""", block.text):
         assert (tmp_path / "".join(name)).stat().st_size > 100
+
+
+def test_most_json_answers_of_the_pages_are_compared_with_the_real_ones() -> None:
+    """So the comparison within the test before does not pass without samples."""
+    assert len([block for block in HERE if block.sample]) >= 10
+
+
+def test_the_record_on_the_http_api_page_has_the_fields_of_a_real_one(server: Server) -> None:
+    """`GET /files/…?record=1` of a new image."""
+    shown = next(text for text in re.findall(r"```json\n(.*?)```", HTTP_API, re.DOTALL) if '"record":' in text)
+    small = "prompt=a+red+square&width=64&height=64&save_path=record.webp"
+    drawn = httpx.get(f"{server.url}/create_and_upload_image?{small}", timeout=60).json()
+    record = httpx.get(f"{server.url}/files/{drawn['key']}?record=1").json()
+    assert differences(json.loads(shown), record) == []
+
+
+def test_the_events_on_the_jobs_page_have_the_fields_of_real_ones_in_their_order(server: Server) -> None:
+    """Names before the colons, as a job sends them."""
+    shown = re.search(r"A transcript.*?```text\n.*?retry: 2000\n\n(.*?)```", JOBS, re.DOTALL)
+    assert shown
+    small = "prompt=a+red+square&width=64&height=64&save_path=events.webp"
+    started = httpx.get(f"{server.url}/create_and_upload_image?{small}", headers={"Prefer": "respond-async"})
+    stream = httpx.get(f"{server.url}{started.headers['location']}/events", timeout=60).text
+    orders = [
+        [line.partition(":")[0] for line in event.splitlines()]
+        for text in (shown[1], stream.partition("\n\n")[2])
+        for event in text.strip().split("\n\n")
+    ]
+    assert len(orders) > 5
+    assert [order for order in orders if order != orders[-1]] == []
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts" / "examples").glob("*.sh")), ids=lambda path: path.name)

@@ -265,11 +265,12 @@ def test_a_wrong_setting_stops_the_start_in_one_sentence(tmp_path: Path, command
 
 @pytest.mark.parametrize("ending", ["png", "webp", "jpg"])
 def test_flux_schnell_draws_a_file(tmp_path: Path, ending: str) -> None:
-    """The smallest example: one prompt, one file of the requested size with the prompt's colours."""
+    """The smallest example: one prompt, one file of the requested size with the prompt's colours, and no warnings."""
     out = tmp_path / f"out.{ending}"
     command = [sys.executable, str(ROOT / "flux_schnell.py"), "a green square on a yellow background"]
     command += ["--out", str(out), "--steps", "4", "--seed", "1", "--size", "192x128"]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)  # noqa: S603  # our own program
+    done = subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True, text=True)  # noqa: S603  # our own program
+    assert (done.stdout, done.stderr) == (f"{out}\n", "")
     assert Image.open(io.BytesIO(out.read_bytes())).size == (192, 128)
     assert colours_of(out.read_bytes()) == ("green", "yellow")
 
