@@ -37,14 +37,16 @@ def main() -> None:
     asked = parser.parse_args()
     from fakes import FakeImageDenoiser, settings_in
 
-    from stable_diffusion_server.app import create_app
+    from stable_diffusion_server.app import BoundedProtocol, create_app
     from stable_diffusion_server.cli import open_listener
 
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_in(Path(folder), port=0, log_level="error", max_side=256, queue_limit=1000)
         listening = open_listener(settings)
         app = create_app(settings, load=lambda settings: FakeImageDenoiser())
-        server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning", proxy_headers=False))
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=BoundedProtocol, access_log=False, log_level="warning", proxy_headers=False)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -17,7 +17,7 @@ from stable_diffusion_server.api.openai.routes import openai_router
 from stable_diffusion_server.api.openapi.docs_page import docs_router
 from stable_diffusion_server.api.openapi.document import install_openapi
 from stable_diffusion_server.api.openapi.markdown import openapi_markdown
-from stable_diffusion_server.api.problems import install_exception_handlers
+from stable_diffusion_server.api.problems import install_exception_handlers, response_without_request
 from stable_diffusion_server.api.routes.files import files_router
 from stable_diffusion_server.api.routes.generate import generate_router
 from stable_diffusion_server.api.routes.health import health_router
@@ -55,4 +55,5 @@ __all__ = [
     "openai_router",
     "openapi_markdown",
     "replay_router",
+    "response_without_request",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
+from uuid import uuid4
 
 import structlog
 from fastapi import FastAPI, Request, Response
@@ -70,6 +71,17 @@ def error_response(error: ServerError, path: str, request_id: str) -> JSONRespon
         headers["WWW-Authenticate"] = 'Basic realm="stable-diffusion-server"' if basic else "Bearer"
     body: ProblemBody = {**problem_body(error), "request_id": request_id}
     return _response(body, path, error.kind, headers)
+
+
+def response_without_request(error: ServerError) -> JSONResponse:
+    """Return the response for an error of a request whose path could not be read, with a new id and all headers."""
+    request_id = uuid4().hex
+    response = error_response(error, "", request_id)
+    response.headers["X-Request-ID"] = request_id
+    start: dict[str, Any] = {"headers": response.raw_headers}
+    add_security_headers(start, "")
+    response.raw_headers = start["headers"]
+    return response
 
 
 def openai_error(body: StoredProblemBody, kind: str) -> OpenAIErrorDetailsBody:

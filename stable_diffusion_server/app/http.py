@@ -101,7 +101,7 @@ def add_routes(
     followers = FollowerLimiter(
         settings.event_streams, settings.event_streams_per_caller, settings.event_streams_per_job
     )
-    app.include_router(automatic1111_router(service, dialects, url_of, previews, decode))
+    app.include_router(automatic1111_router(service, dispatcher, dialects, url_of, previews, decode))
     app.include_router(jobs_router(jobs, url_of, followers, previews))
     app.include_router(files_router(stores.bucket, stores.library, stores.signer, stores.folder))
     app.include_router(history_router(stores.library, url_of))

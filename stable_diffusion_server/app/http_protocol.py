@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from stable_diffusion_server.api import response_without_request
+from stable_diffusion_server.errors import HeadersTooLarge, MalformedRequest, ServerError
+
 # A chunk of one byte costs the event loop as much as one of a thousand bytes. After the free chunks, chunks must have
 # this average size.
 FREE_CHUNKS, LEAST_CHUNK_BYTES = 1024, 256
 _HEAD_BYTES = 65_536
+# Seconds and bytes of a refused request that are read and dropped. Without this the system resets the connection, and
+# a client that still sends does not see the response.
+_DISCARD_SECONDS, _DISCARD_BYTES = 2.0, 4 * 2**20
 
 
 class BoundedConnection(h11.Connection):
@@ -21,10 +28,15 @@ class BoundedConnection(h11.Connection):
         super().__init__(h11.SERVER, max_incomplete_event_size)
         self._chunks = 0
         self._bytes = 0
+        self.status_hint = HTTPStatus.BAD_REQUEST
 
     def next_event(self) -> Any:
         """Return the next event. Raises `h11.RemoteProtocolError` for invalid HTTP and for too many small chunks."""
-        event = super().next_event()
+        try:
+            event = super().next_event()
+        except h11.RemoteProtocolError as error:
+            self.status_hint = HTTPStatus(error.error_status_hint)
+            raise
         if isinstance(event, h11.Request):
             self._chunks = self._bytes = 0
         elif isinstance(event, h11.Data):
@@ -39,15 +51,18 @@ class BoundedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 for clients that may be hostile; also for `uvicorn main:app --http MODULE:BoundedProtocol`.
 
     Closes a connection if the head of a request is not complete within `head_seconds` of its first byte, or of the
-    start of the connection. Invalid HTTP after the start of a response closes the connection without a second response.
+    start of the connection. Answers invalid HTTP with a problem document; after the start of a response it closes the
+    connection without a second response.
     """
 
     head_seconds = 30.0
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self.conn: h11.Connection = BoundedConnection(self.config.h11_max_incomplete_event_size or _HEAD_BYTES)
+        self.conn: BoundedConnection = BoundedConnection(self.config.h11_max_incomplete_event_size or _HEAD_BYTES)
         self._head_timer: asyncio.TimerHandle | None = None
+        # Bytes that may still be discarded; `None` until a request was refused.
+        self._to_discard: int | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's signature
         """Start the timer for the first head."""
@@ -61,6 +76,9 @@ class BoundedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Process received bytes and update the timer."""
+        if self._to_discard is not None:
+            self._discard(len(data))
+            return
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._stop_timer()
@@ -68,10 +86,32 @@ class BoundedProtocol(H11Protocol):
             self._start_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Respond 400 to invalid HTTP, or close the connection if a response has already begun."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            super().send_400_response(msg)
-        else:
+        """Answer invalid HTTP with 400 or 431, or close the connection if a response has already begun."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        refusal: ServerError = MalformedRequest("The request is not valid HTTP.")
+        if self.conn.status_hint is HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+            refusal = HeadersTooLarge(f"The head of a request may have {_HEAD_BYTES} bytes.")
+        response = response_without_request(refusal)
+        headers = [*response.raw_headers, (b"connection", b"close")]
+        events = (
+            h11.Response(status_code=refusal.status, headers=headers, reason=HTTPStatus(refusal.status).phrase),
+            h11.Data(data=bytes(response.body)),
+            h11.EndOfMessage(),
+        )
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._to_discard = _DISCARD_BYTES
+        self.flow.resume_reading()
+        self.loop.call_later(_DISCARD_SECONDS, self.transport.close)
+
+    def _discard(self, received: int) -> None:
+        """Count bytes after a refusal; close the connection when there are too many."""
+        assert self._to_discard is not None  # noqa: S101  # narrows the type
+        self._to_discard -= received
+        if self._to_discard < 0:
             self.transport.close()
 
     def _start_timer(self) -> None:

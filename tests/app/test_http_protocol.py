@@ -184,3 +184,50 @@ def test_what_libraries_log_is_a_line_of_json(capfd: pytest.CaptureFixture[str])
         ("%d", "other", "error"),
     ]
     assert "ValueError" in lines[1]["exception"]
+
+
+@pytest.mark.fault(174)
+@pytest.mark.parametrize(
+    ("head", "status", "kind"),
+    [
+        (b"GET /" + b"a" * 100_000, 431, "headers-too-large"),
+        (b"GET /?prompt=" + b"a" * 3_000_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 431, "headers-too-large"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 3_000_000 + b"\r\n\r\n", 431, "headers-too-large"),
+        (b"no HTTP at all\r\n\r\n" + b"a" * 3_000_000, 400, "malformed"),
+        (b"GET / HTTP/1.1\r\n\r\n", 400, "malformed"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nno header\r\n\r\n", 400, "malformed"),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n", 400, "malformed"),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n", 400, "malformed"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 300, 400, "malformed"),
+    ],
+)
+def test_a_request_that_is_no_http_gets_a_problem_document(
+    serving: Callable[[], int], head: bytes, status: int, kind: str
+) -> None:
+    """The client can read it, also when it still sends: the connection is closed, not reset."""
+    with closing(socket.create_connection(("127.0.0.1", serving()), timeout=20)) as client:
+        client.sendall(head)
+        heard = b""
+        while new := client.recv(65536):
+            heard += new
+    start, _, body = heard.partition(b"\r\n\r\n")
+    first, *lines = start.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    assert first.startswith(f"HTTP/1.1 {status}")
+    problem = json.loads(body)
+    assert (problem["status"], problem["type"].rpartition(":")[2]) == (status, kind), problem
+    assert problem["request_id"] == headers["x-request-id"]
+    assert headers["content-type"] == "application/problem+json"
+    assert (headers["x-content-type-options"], headers["connection"]) == ("nosniff", "close")
+
+
+@pytest.mark.fault(174)
+def test_a_client_that_sends_on_after_a_refusal_is_disconnected(serving: Callable[[], int]) -> None:
+    """After some megabytes; without this bound it would keep the connection busy."""
+    with closing(socket.create_connection(("127.0.0.1", serving()), timeout=20)) as client:
+        sent = 0
+        with suppress(OSError):
+            while sent < 2**30:
+                client.sendall(b"a" * 2**20)
+                sent += 2**20
+        assert sent < 2**30

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict bef
 from stable_diffusion_server.api.automatic1111.image_work import ImageWorker, json_of, read_body
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.api.http_responses import JSONResponse
-from stable_diffusion_server.api.openapi.document import bounded_properties, json_body
+from stable_diffusion_server.api.openapi.document import coerced_properties, json_body
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import NAME_MAX
 from stable_diffusion_server.imaging import Pixels, canny, resize_image
@@ -118,7 +118,7 @@ def add_controlnet_routes(routes: APIRouter, worker: ImageWorker) -> None:
         "/controlnet/detect",
         summary="ControlNet: find edges",
         operation_id="controlnet_detect",
-        openapi_extra=json_body(bounded_properties(DetectParams, worker.context.limits), _IMAGES),
+        openapi_extra=json_body(coerced_properties(DetectParams, worker.context.limits), _IMAGES),
         response_model=None,
         responses={200: {"model": ControlNetDetectBody}},
     )

@@ -21,13 +21,17 @@ _PLAIN_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class TaskImage:
-    """A generated image of a task. An unfinished one has no `result` and no `url`; `steps_done` says how far it is."""
+    """A generated image of a task. An unfinished one has no `result` and no `url`; `steps_done` says how far it is.
+
+    `replayed`: an earlier request with its idempotency key generated it.
+    """
 
     generation: GenerationRequest
     result: GenerationResult | None
     url: str
     file: bytes
     steps_done: str = ""
+    replayed: bool = False
 
     @property
     def seed(self) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from secrets import randbelow
-from typing import Any
+from typing import Any, Literal
 
 from stable_diffusion_server.api.automatic1111.checkpoint_names import model_named
 from stable_diffusion_server.api.automatic1111.controlnet_units import CannyUnit, parse_units
@@ -151,13 +150,13 @@ def _words_and_numbers(
     return generation, ignored
 
 
-def _seed(wanted: int | None) -> tuple[int, str | None]:
+def _seed(wanted: int | None) -> tuple[int | Literal["random"], str | None]:
     """Return the seed to use, and a sentence if it is not the one that was asked for.
 
     The noise is made by torch's CPU generator, which takes the lower 32 bits of a seed.
     """
     if wanted is None or wanted < 0:
-        return randbelow(SEED_MAX + 1), None
+        return "random", None
     seed = wanted % (SEED_MAX + 1)
     return seed, None if seed == wanted else f"seed: {wanted} is {seed}; the lower 32 bits of a seed count."
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -27,25 +27,29 @@ from stable_diffusion_server.api.automatic1111.options import CallerOptions, add
 from stable_diffusion_server.api.automatic1111.progress import TaskTracker, TrackedTask, UnfinishedImage
 from stable_diffusion_server.api.automatic1111.protocol import ParsedTask, parse_task
 from stable_diffusion_server.api.automatic1111.responses import Automatic1111ImagesBody
-from stable_diffusion_server.api.automatic1111.task_params import Img2Img, Txt2Img
+from stable_diffusion_server.api.automatic1111.task_params import NUMBERS, SEED_BOUNDS, Img2Img, Txt2Img
 from stable_diffusion_server.api.automatic1111.upscale_routes import add_upscale_routes
 from stable_diffusion_server.api.base64_images import EncodedPreviews
 from stable_diffusion_server.api.concurrency import cancel_on_disconnect, gather_or_cancel, run_if_large
 from stable_diffusion_server.api.dependencies import DialectContext, UrlOf, caller_of, scope_to_caller
+from stable_diffusion_server.api.dispatch import RequestDispatcher
 from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
-from stable_diffusion_server.api.openapi.document import bounded_properties, json_body, json_schema_of, set_bounds
+from stable_diffusion_server.api.openapi.document import coerced_properties, json_body, set_bounds
+from stable_diffusion_server.api.repeats import InFlightSeeds, claims_of, with_seed
 from stable_diffusion_server.api.request_parsing import read_json
 from stable_diffusion_server.api.schemas.validation import raise_invalid
 from stable_diffusion_server.errors import ServerError, TooLarge
 from stable_diffusion_server.generation import DEFAULT_QUALITY, DecodeImage, GenerationService, RequestLimits
 from stable_diffusion_server.imaging import Pixels, canny, encode_image, fit_image
-from stable_diffusion_server.types import Caller, Format, GenerationRequest
+from stable_diffusion_server.jobs import IdempotencyClaim
+from stable_diffusion_server.types import Caller, Format, GenerationRequest, GenerationResult
 
 A = TypeVar("A", bound=Txt2Img)
 
 
 def automatic1111_router(
     service: GenerationService,
+    dispatcher: RequestDispatcher,
     context: DialectContext,
     url_of: UrlOf,
     previews: EncodedPreviews,
@@ -54,7 +58,7 @@ def automatic1111_router(
     """Return all routes of the dialect; `url_of` makes the URL of an object key."""
     routes = APIRouter(tags=["automatic1111"])
     options = CallerOptions()
-    images = _ImageTasks(service, context, url_of, decode, TaskTracker(), options)
+    images = _ImageTasks(service, dispatcher, context, url_of, decode, options)
     worker = ImageWorker(context, decode)
 
     @routes.post(
@@ -98,11 +102,13 @@ class _ImageTasks:
     """Runs requests for images as tasks whose progress the caller can read."""
 
     service: GenerationService
+    dispatcher: RequestDispatcher
     context: DialectContext
     url_of: UrlOf
     decode: DecodeImage
-    tasks: TaskTracker
     options: CallerOptions
+    tasks: TaskTracker = field(default_factory=TaskTracker)
+    seeds: InFlightSeeds = field(default_factory=InFlightSeeds)
 
     async def answer(self, request: Request, params: Txt2Img) -> Response:
         """Generate the images of a request. Raises errors with the parameter names of this dialect."""
@@ -117,10 +123,17 @@ class _ImageTasks:
         options = image_options(self.options.of(caller))
         parsed = await run_in_threadpool(parse_task, params, self.context, options)
         parsed = replace(parsed, generations=[scope_to_caller(caller, one) for one in parsed.generations])
+        claims = await claims_of(self.dispatcher, request, parsed.generations, streams=False)
         name = params.force_task_id or f"task({uuid4().hex})"
-        with self.tasks.track(caller, name, len(parsed.generations)) as task:
-            work = [self._generate_one(request, number, one, task) for number, one in enumerate(parsed.generations)]
-            generated = await cancel_on_disconnect(request, gather_or_cancel(work))
+        async with self.seeds.hold(request, parsed.generations) as held:
+            seeded = with_seed(held)  # an idempotency key identifies the request without a seed
+            parsed = replace(parsed, generations=seeded)
+            with self.tasks.track(caller, name, len(seeded)) as task:
+                work = [
+                    self._generate_one(request, number, one, claim, task)
+                    for number, (one, claim) in enumerate(zip(seeded, claims, strict=True))
+                ]
+                generated = await cancel_on_disconnect(request, gather_or_cancel(work))
         if generated is None:
             return client_closed_request()
         images = [image for image in generated if image is not None]
@@ -131,29 +144,38 @@ class _ImageTasks:
 
         def render() -> Response:
             body = responses.images_body(parsed, images, maps, task.began, interrupted=task.interrupted)
-            return JSONResponse(body)
+            replayed = bool(images) and all(image.replayed for image in images)
+            return JSONResponse(body, headers={"Idempotency-Replayed": "true"} if replayed else None)
 
         return await run_if_large(size, render)
 
     async def _generate_one(
-        self, request: Request, number: int, generation: GenerationRequest, task: TrackedTask
+        self,
+        request: Request,
+        number: int,
+        generation: GenerationRequest,
+        claim: IdempotencyClaim | None,
+        task: TrackedTask,
     ) -> TaskImage | None:
         """Generate one image of a task, unfinished if it was stopped; `None` if it was not started by then."""
-        work = self.service.generate_with_bytes(
-            generation,
-            caller=caller_of(request),
-            watch=lambda progress: task.watch(number, progress),
-            previews=True,
-            picture=lambda: task.images[number].wanted,
-        )
-        generated = await task.run(number, work)
+
+        def work() -> Awaitable[tuple[GenerationResult, bytes]]:
+            return self.service.generate_with_bytes(
+                generation,
+                caller=caller_of(request),
+                watch=lambda progress: task.watch(number, progress),
+                previews=True,
+                picture=lambda: task.images[number].wanted,
+            )
+
+        generated = await task.run(number, self.dispatcher.generate_once(request, claim, work, with_file=True))
         if generated is None:
             return None
         if isinstance(generated, UnfinishedImage):
             file = await run_in_threadpool(_encode, generated.compose, generation.format or Format.PNG)
             return TaskImage(generation, None, "", file, f"{generated.step} of {generated.steps} steps were drawn")
-        result, file = generated
-        return TaskImage(generation, result, self.url_of(request, result.key), file)
+        result, file, replayed = generated
+        return TaskImage(generation, result, self.url_of(request, result.key), file, replayed=replayed)
 
     async def _detected_maps(self, parsed: ParsedTask, caller: Caller) -> list[bytes]:
         """Return the edges that were followed as a PNG, as the ControlNet extension does unless a unit refuses."""
@@ -177,8 +199,8 @@ def _encode(make: Callable[[], Pixels], file_format: Format) -> bytes:
 def _request_openapi(model: type[Txt2Img], limits: RequestLimits, *required: str) -> dict[str, Any]:
     """Return the OpenAPI of a JSON body with the bounds in the settings; further members are allowed."""
     bounds = limits.bounds()
-    properties = bounded_properties(model, limits)
-    properties["seed"] = json_schema_of(model)["properties"]["seed"]  # this dialect allows -1
+    properties = coerced_properties(model, limits, NUMBERS)
+    set_bounds(properties["seed"], *SEED_BOUNDS)  # this dialect allows -1
     for name, ours in {**BOUNDED, "width": "width", "height": "height"}.items():
         if name in properties:
             set_bounds(properties[name], *bounds[ours])

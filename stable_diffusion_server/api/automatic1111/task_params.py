@@ -14,9 +14,10 @@ P = TypeVar("P", bound="Txt2Img")
 
 _MARGIN_MAX = 2048
 # Seeds of 64 bits with and without a sign.
-_SEED_LEAST, _SEED_MOST = -(2**63), 2**64 - 1
+SEED_BOUNDS = -(2**63), 2**64 - 1
 _INFOTEXT_MAX = 100_000
-_NUMBERS = "seed steps cfg_scale width height batch_size n_iter denoising_strength mask_blur".split()
+# Numbers that must not be booleans.
+NUMBERS = "seed steps cfg_scale width height batch_size n_iter denoising_strength mask_blur".split()
 # Names in an infotext → parameters.
 _OF_INFOTEXT = {
     "Prompt": "prompt",
@@ -59,11 +60,13 @@ class Txt2Img(BaseModel):
     negative_prompt: str | None = Field(None, description="What the image must not show.")
     seed: int | None = Field(
         None,
-        ge=_SEED_LEAST,
-        le=_SEED_MOST,
+        ge=SEED_BOUNDS[0],
+        le=SEED_BOUNDS[1],
         description="Negative or omitted: random. Image i of a batch uses `seed + i`; the lower 32 bits count.",
     )
-    subseed: int | None = Field(None, ge=_SEED_LEAST, le=_SEED_MOST, description="Answered in `info`, without effect.")
+    subseed: int | None = Field(
+        None, ge=SEED_BOUNDS[0], le=SEED_BOUNDS[1], description="Answered in `info`, without effect."
+    )
     subseed_strength: float | None = Field(None, description="Answered in `info`, without effect.")
     steps: int | None = Field(None, description="Denoising steps.")
     cfg_scale: float | None = Field(None, description="How strongly to follow the prompt.")
@@ -106,7 +109,7 @@ class Txt2Img(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_booleans_as_numbers(cls, data: Any) -> Any:
-        for name in _NUMBERS:
+        for name in NUMBERS:
             if isinstance(data, dict) and isinstance(data.get(name), bool):
                 raise InvalidInput(f"{name} must be a number.", field=name)
         return data

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict bef
 from stable_diffusion_server.api.automatic1111.image_work import SIDE_MAX, ImageWorker, json_of, read_body
 from stable_diffusion_server.api.automatic1111.options import CallerOptions, file_format_of
 from stable_diffusion_server.api.dependencies import caller_of
-from stable_diffusion_server.api.openapi.document import bounded_properties, json_body
+from stable_diffusion_server.api.openapi.document import coerced_properties, json_body
 from stable_diffusion_server.generation import NAME_MAX
 from stable_diffusion_server.imaging import Pixels, Resampling, blend, upscale
 
@@ -125,7 +125,7 @@ def add_upscale_routes(routes: APIRouter, worker: ImageWorker, options: CallerOp
         "/sdapi/v1/extra-single-image",
         summary="AUTOMATIC1111: enlarge an image",
         operation_id="sdapi_extra_single_image",
-        openapi_extra=json_body(bounded_properties(SingleExtrasParams, worker.context.limits), "image"),
+        openapi_extra=json_body(coerced_properties(SingleExtrasParams, worker.context.limits), "image"),
         response_model=None,
         responses={200: {"model": Automatic1111ExtraImageBody}},
     )
@@ -139,7 +139,7 @@ def add_upscale_routes(routes: APIRouter, worker: ImageWorker, options: CallerOp
         "/sdapi/v1/extra-batch-images",
         summary="AUTOMATIC1111: enlarge images",
         operation_id="sdapi_extra_batch_images",
-        openapi_extra=json_body(bounded_properties(BatchExtrasParams, worker.context.limits), "imageList"),
+        openapi_extra=json_body(coerced_properties(BatchExtrasParams, worker.context.limits), "imageList"),
         response_model=None,
         responses={200: {"model": Automatic1111ExtraImagesBody}},
     )

@@ -23,7 +23,6 @@ from stable_diffusion_server.api.http_responses import JSONResponse, client_clos
 from stable_diffusion_server.api.openai import responses
 from stable_diffusion_server.api.openai.edits import EditImageParams, VaryImageParams
 from stable_diffusion_server.api.openai.protocol import GenerateImagesParams, ImagesParams, read_images_params
-from stable_diffusion_server.api.openai.repeats import InFlightSeeds, claims_of
 from stable_diffusion_server.api.openai.responses import (
     GeneratedImage,
     OpenAIImagesBody,
@@ -32,6 +31,7 @@ from stable_diffusion_server.api.openai.responses import (
 )
 from stable_diffusion_server.api.openai.streaming import EventStream, PartialImages
 from stable_diffusion_server.api.openapi.document import EVENT_STREAM, parameters_openapi
+from stable_diffusion_server.api.repeats import InFlightSeeds, claims_of
 from stable_diffusion_server.api.schemas.responses import JobStatusBody
 from stable_diffusion_server.errors import ModelNotFound, TooLarge
 from stable_diffusion_server.generation import DecodeImage, GenerationService

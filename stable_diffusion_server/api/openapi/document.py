@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
@@ -189,6 +189,25 @@ def bounded_properties(model: type[BaseModel], limits: RequestLimits) -> Schema:
     return properties
 
 
+def coerced_properties(
+    model: type[BaseModel], limits: RequestLimits, no_booleans: Collection[str] = frozenset()
+) -> Schema:
+    """Return `bounded_properties` with the types that Pydantic converts to the declared ones.
+
+    Numbers may be texts and booleans, except those in `no_booleans`; booleans may be numbers and texts; texts may be
+    numbers if the model is configured so.
+    """
+    more = {"integer": ["string", "boolean"], "number": ["string", "boolean"], "boolean": ["number", "string"]}
+    if model.model_config.get("coerce_numbers_to_str"):
+        more["string"] = ["number"]
+    properties = bounded_properties(model, limits)
+    for name, schema in properties.items():
+        for part in _variants(schema, *more):
+            kinds = [part["type"], *more[part["type"]]]
+            part["type"] = [kind for kind in kinds if kind != "boolean" or name not in no_booleans]
+    return properties
+
+
 @lru_cache(64)
 def json_schema_of(model: type[BaseModel]) -> Schema:
     """Return Pydantic's JSON Schema of a model.
@@ -205,7 +224,11 @@ def set_bounds(schema: Schema, low: float, high: float) -> None:
 
 
 def _variants(schema: Schema, *types: str) -> list[Schema]:
-    return [part for part in [schema, *schema.get("anyOf", [])] if part.get("type") in types]
+    """Return the parts of a schema whose type, or first type, is one of these."""
+    parts = [schema, *schema.get("anyOf", [])]
+    return [
+        part for part in parts if (part["type"][0] if isinstance(part.get("type"), list) else part.get("type")) in types
+    ]
 
 
 def _form_schema(schema: Schema) -> Schema:

@@ -18,20 +18,20 @@ from stable_diffusion_server.types import SEED_MAX, GenerationRequest
 
 
 class InFlightSeeds:
-    """Chooses seeds for requests without one, and gives a client's retry the seeds of the request it repeats.
+    """Chooses seeds for requests without one, and gives a client's retry the seed of the request it repeats.
 
     Requests with equal seeds share one generation. OpenAI's clients count retries in `x-stainless-retry-count`. For one
     event loop.
     """
 
     def __init__(self) -> None:
-        self._running: dict[str, list[tuple[int, ...]]] = {}
+        self._running: dict[str, list[int]] = {}
 
     @asynccontextmanager
     async def hold(
         self, request: Request, generations: Sequence[GenerationRequest]
     ) -> AsyncIterator[list[GenerationRequest]]:
-        """Yield the generations with seeds, which a retry gets while the block runs.
+        """Yield the generations with a seed, which a retry gets while the block runs.
 
         With an idempotency key the seeds stay as they are, because the key identifies the request.
         """
@@ -42,14 +42,22 @@ class InFlightSeeds:
         name = await run_in_threadpool(fingerprint, route, generations[0])
         running = self._running.setdefault(name, [])
         is_retry = bool(parse_int(request.headers.get("x-stainless-retry-count", "")))
-        seeds = running[0] if is_retry and running else tuple(randbelow(SEED_MAX + 1) for _ in generations)
-        running.append(seeds)
+        seed = running[0] if is_retry and running else randbelow(SEED_MAX + 1)
+        running.append(seed)
         try:
-            yield [replace(one, seed=seed, variation=0) for one, seed in zip(generations, seeds, strict=True)]
+            yield [replace(one, seed=seed) for one in generations]
         finally:
-            running.remove(seeds)
+            running.remove(seed)
             if not running:
                 self._running.pop(name, None)
+
+
+def with_seed(generations: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+    """Return the generations of one batch with the same random seed if they have none; image i adds i to it."""
+    if generations[0].seed != "random":
+        return list(generations)
+    seed = randbelow(SEED_MAX + 1)
+    return [replace(one, seed=seed) for one in generations]
 
 
 async def claims_of(
@@ -58,11 +66,15 @@ async def claims_of(
     """Return the idempotency claim of each image of a request, `None` without a key.
 
     The first image claims the key itself, so that another request with the key is recognized; the others claim the key
-    with a number, after a space, which no key contains.
+    with a number, after a space, which no key contains. Every image is a part of the fingerprint.
     """
-    form = f" {len(generations)}{' stream' if streams else ''}"
-    first = await dispatcher.claim_of(request, generations[0], preferences_of(request).key, form)
-    if first is None:
+    key, form = preferences_of(request).key, f" {len(generations)}{' stream' if streams else ''}"
+    if key is None:
         return [None] * len(generations)
-    numbered = [replace(first, key=f"{first.key} {number}") for number in range(1, len(generations))]
-    return [first, *numbered]
+    claims: list[IdempotencyClaim | None] = []
+    for number, one in enumerate(generations):
+        # The images of a batch rarely differ, and a fingerprint hashes their files.
+        same = next((at for at in range(number) if replace(one, variation=at) == generations[at]), None)
+        first = await dispatcher.claim_of(request, one, key, form) if same is None else claims[same]
+        claims.append(first if first is None or not number else replace(first, key=f"{key} {number}"))
+    return claims
