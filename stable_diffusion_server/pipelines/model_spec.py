@@ -1,10 +1,14 @@
-"""Catalogue types: the specification of a model and of a scheduler."""
+"""Catalogue types: the specification of a model and of a scheduler, and a table of models with aliases."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TypeVar
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +22,23 @@ class SchedulerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointFiles:
+    """The files of a model that is not a diffusers folder.
+
+    `family` is `sdxl` or `flux`; `parts` are pairs of a part (`denoiser`, `vae`, `clip_l`, `clip_g`, `t5`) and its
+    file's path within MODELS_DIR; a part that is not listed is in the denoiser's file. `tokenizer` is the place of T5's
+    tokenizer, a folder or a GGUF file. `prediction` is `epsilon` or `v_prediction`; with `zero_snr` the schedule ends
+    in pure noise.
+    """
+
+    family: str
+    parts: tuple[tuple[str, str], ...]
+    tokenizer: str = ""
+    prediction: str = ""
+    zero_snr: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One row of the catalogue: everything the server knows of a model before it loads it.
 
@@ -27,7 +48,9 @@ class ModelSpec:
     `native_pixels` is the largest area at which images are good and `min_side` the shortest side, both in pixels.
     `text_tokens` is the prompt length in tokens, special tokens included. `bumpy_redraws` is how often an image with
     artifacts is generated again. `rounds_steps_up` says how strength × steps is rounded (see `steps_skipped`).
-    `builtin_loras` are LoRAs that belong to the model, as (folder, weight).
+    `builtin_loras` are LoRAs that belong to the model, as (folder, weight). `guidance_rescale` (0..1) lessens the
+    overexposure that guidance causes in models with zero terminal SNR. `checkpoint` lists the files of a model that is
+    no diffusers folder; `folder` then is the name of the first of them.
 
     `revision` identifies the weights in digests and metadata. `weights` and `control_weights` are the SHA-256 digests
     of the files the revision stands for; for other files `with_weights` adds their digest to the revision.
@@ -72,8 +95,42 @@ class ModelSpec:
     cpu_dtype: str = "float32"
     variant: str | None = None
     denoiser_part: str = "unet"
+    guidance_rescale: float = 0.0
+    checkpoint: CheckpointFiles | None = None
     quantizable_parts: tuple[str, ...] = ("unet", "control")
 
     def revision_for(self, *, edges: bool) -> str:
         """The revision for an image: that of the weights, plus that of the ControlNet when it follows edges."""
         return f"{self.revision}+edges-{self.control_revision}" if edges and self.control_revision else self.revision
+
+
+def plain_name(name: str) -> str:
+    """A name for comparing: composed Unicode, slashes, no blanks around it, without case."""
+    return unicodedata.normalize("NFC", name.strip().replace("\\", "/").strip("/")).casefold()
+
+
+class ModelTable(dict[str, V]):
+    """Values by model name. `aliases` are further names of models: they are found, but not iterated over.
+
+    A model of the name itself comes before an alias. Only `[]`, `get` and `in` know aliases, in any case and as
+    `plain_name` compares them.
+    """
+
+    def __init__(
+        self, values: Mapping[str, V] | Iterable[tuple[str, V]] = (), aliases: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(values)
+        self.aliases = {plain_name(alias): name for alias, name in (aliases or {}).items()}
+
+    def __missing__(self, name: str) -> V:
+        target = self.aliases.get(plain_name(name))
+        if target is None or target not in self.keys():
+            raise KeyError(name)
+        return dict.__getitem__(self, target)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or super().__contains__(self.aliases.get(plain_name(str(name))))
+
+    def get(self, name: str, default: V | None = None) -> V | None:  # type: ignore[override]  # one signature
+        """The value of a model or alias."""
+        return self[name] if name in self else default  # noqa: SIM401  # the suggested call is this method

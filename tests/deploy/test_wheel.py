@@ -87,6 +87,15 @@ def test_the_installed_command_draws_what_is_asked(installed: Callable[..., str]
         assert blue > 150 > red
 
 
+def test_single_files_find_their_configurations(installed: Callable[..., str]) -> None:
+    """The configurations of checkpoints and CLIP's tokenizer are data of the package."""
+    package = "stable_diffusion_server.pipelines.loading"
+    code = f"from {package} import checkpoint_configs as c, tokenizer_files as t; "
+    code += "print(sorted(c.base_configs('flux')), sorted(c.base_configs('sdxl')), len(t.clip_tokenizer()))"
+    assert "'scheduler_schnell'" in (told := installed("-c", code, program="python"))
+    assert told.split()[-1] == "49408"
+
+
 def test_the_pages_commands_work_as_printed(installed: Callable[..., str]) -> None:
     """Those that docs/commands.md assigns to this file; the next test runs `serve`, which does not end."""
     printed = [block for block in blocks() if block.elsewhere == "tests/deploy/test_wheel.py"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.pipelines.base import (
@@ -39,11 +40,14 @@ class Conditioning:
     """The UNet's conditioning: rows are [negative, positive] with classifier-free guidance, [positive] without.
 
     `embeds` is rows × tokens × channels, `pooled` rows × channels, `time_ids` rows × 6 (SDXL's size and crop inputs).
+    `masked` is for a UNet made for inpainting: 1 × 5 × h × w, the mask and the latents of the image without its masked
+    part.
     """
 
     embeds: torch.Tensor
     pooled: torch.Tensor
     time_ids: torch.Tensor
+    masked: torch.Tensor | None = None
 
     @property
     def guided(self) -> bool:
@@ -89,12 +93,14 @@ class Sdxl(DiffusersFamily):
             dtype = conditioning.embeds.dtype
             generator = seeded(request.seed)
             original = None
-            if request.image is not None:
+            if request.image is not None and not (self._takes_mask and request.strength == 1):
                 pixels = to_tensor(request.image, self.device)
                 original = pipe.vae.config.scaling_factor * encode(pipe.vae, pixels, generator).to(dtype)
             segments = [self._segment(request, skipped, generator, dtype)]
             latents, inpaint = self._start(request, segments[0], original)
-            if inpaint is not None:
+            if self._takes_mask:
+                conditioning, inpaint = replace(conditioning, masked=self._masked(request, generator, dtype)), None
+            elif inpaint is not None:
                 # The stock pipeline samples masked-image latents even for a UNet that does not take them; ancestral
                 # schedulers draw from the same generator afterwards.
                 torch.randn(latents.shape, generator=generator, dtype=pipe.vae.dtype)
@@ -120,7 +126,7 @@ class Sdxl(DiffusersFamily):
             conditionings = [state.conditioning for state in states]
             rows = [len(conditioning.embeds) for conditioning in conditionings]
             inputs = {
-                "sample": _by_row([state.model_input for state in states], rows),
+                "sample": _by_row([_sample(state) for state in states], rows),
                 "timestep": _by_row([state.timestep.reshape(1) for state in states], rows).to(self.device),
                 "encoder_hidden_states": torch.cat([c.embeds for c in conditionings]),
                 "added_cond_kwargs": {
@@ -132,7 +138,7 @@ class Sdxl(DiffusersFamily):
             residuals = unet_residuals(self.controlnet, inputs, controls)
             predicted = self.pipeline.unet(**inputs, **residuals, return_dict=False)[0]
             for state, prediction in zip(states, predicted.split(rows), strict=True):
-                state.advance(_guide(prediction, state))
+                state.advance(_guide(prediction, state, self.spec.guidance_rescale))
             await_device(predicted.device)
 
     def _vae_latents(self, state: PipelineState[Conditioning], latents: torch.Tensor) -> torch.Tensor:
@@ -151,8 +157,35 @@ class Sdxl(DiffusersFamily):
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
         size = (request.height // pipe.vae_scale_factor, request.width // pipe.vae_scale_factor)
-        noise = torch.randn((1, pipe.unet.config.in_channels, *size), generator=generator, dtype=dtype)
+        noise = torch.randn((1, pipe.unet.config.out_channels, *size), generator=generator, dtype=dtype)
         return DenoisingSegment(scheduler, scheduler.timesteps[first:], generator, noise.to(self.device))
+
+    @property
+    def _takes_mask(self) -> bool:
+        """Whether the UNet was made for inpainting: mask and masked image are inputs of it, 5 channels more."""
+        config = self.pipeline.unet.config
+        return bool(config.in_channels != config.out_channels)
+
+    def _masked(self, request: DiffusionRequest, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+        """The further inputs of an inpainting UNet; without a mask, the whole image is repainted.
+
+        Samples from `generator` as the stock inpaint pipeline does.
+        """
+        vae, scale = self.pipeline.vae, self.pipeline.vae_scale_factor
+        if request.mask is None:
+            hidden = torch.ones(1, 1, request.height, request.width, device=self.device)
+        else:
+            hidden = (to_tensor(request.mask, self.device)[:, :1] >= 0.5).float()
+        if request.image is None:  # in the memory layout of an image; convolutions round differently in others
+            pixels = torch.full((1, 3, request.height, request.width), 0.5, device=self.device)
+            pixels = pixels.to(memory_format=torch.channels_last)
+        else:
+            pixels = to_tensor(request.image, self.device)
+        # In 0..1 the stock pipeline's zero in -1..1 is one half.
+        visible = (pixels - 0.5) * (hidden < 0.5) + 0.5
+        latents = vae.config.scaling_factor * encode(vae, visible, generator).to(dtype)
+        mask = torch.nn.functional.interpolate(hidden, size=(request.height // scale, request.width // scale))
+        return torch.cat([mask.to(dtype), latents], dim=1)
 
     def _start(
         self, request: DiffusionRequest, segment: DenoisingSegment, original: torch.Tensor | None
@@ -200,9 +233,19 @@ def _by_row(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tenso
     return torch.cat([tensor for tensor, n in zip(tensors, rows, strict=True) for _ in range(n)])
 
 
-def _guide(prediction: torch.Tensor, state: PipelineState[Conditioning]) -> torch.Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): negative + scale · (positive − negative)."""
+def _sample(state: PipelineState[Conditioning]) -> torch.Tensor:
+    """The UNet's input: the latents, and for an inpainting UNet the mask and the masked image."""
+    masked = state.conditioning.masked
+    return state.model_input if masked is None else torch.cat([state.model_input, masked], dim=1)
+
+
+def _guide(prediction: torch.Tensor, state: PipelineState[Conditioning], rescale: float) -> torch.Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): negative + scale · (positive − negative).
+
+    `rescale` (0..1) brings the spread towards that of `positive` (Lin et al. 2023, arXiv 2305.08891, section 3.4).
+    """
     if not state.conditioning.guided:
         return prediction
     negative, positive = prediction.chunk(2)
-    return negative + state.request.guidance_scale * (positive - negative)
+    guided = negative + state.request.guidance_scale * (positive - negative)
+    return rescale_noise_cfg(guided, positive, guidance_rescale=rescale) if rescale else guided

@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file: architecture, names, shapes and types of its tensors, in bounded time and memory.
+"""Reads the header of a GGUF file, with names, shapes, types and places of its tensors, in bounded time and memory.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -6,7 +6,8 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +29,8 @@ _STRING, _ARRAY = 8, 9
 # struct format of a metadata value, by its type's number; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
+GGUF = ".gguf"
+
 # Number → name, elements in a block, bytes of a block. From ggml.h.
 _TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
@@ -39,14 +42,38 @@ _TYPES = {
     29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
 }  # fmt: skip
+# Type → weights in a block, bytes of a block.
+GGUF_BLOCKS = {name: (weights, stored) for name, weights, stored in _TYPES.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """A tensor of a GGUF file: shape in PyTorch's order, type, and the place of its bytes in the file."""
+
+    shape: tuple[int, ...]
+    format: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """The metadata of a GGUF file by name, and its tensors by name."""
+
+    fields: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
 
 
 @dataclass(slots=True)
 class _Reader:
-    """Reads values in sequence. Raises `UnreadableModel` beyond the end of the file or the bound of the header."""
+    """Reads values in sequence. Raises `UnreadableModel` beyond the end of the file or the bound of the header.
+
+    Lists of metadata hold tokenizers: without `lists` they are skipped.
+    """
 
     source: BinaryIO
     limit: int
+    lists: bool
     offset: int = 0
 
     def take(self, size: int) -> bytes:
@@ -76,22 +103,42 @@ class _Reader:
 
 
 def read_gguf(file: Path) -> TensorHeader:
-    """Read and check the header of a GGUF file. Shapes are in PyTorch's order. Raises `UnreadableModel`."""
+    """The names and types of a GGUF file. Raises `UnreadableModel`."""
+    header = read_gguf_header(file)
+    amounts: dict[str, int] = {}
+    for tensor in header.tensors.values():
+        amounts[tensor.format] = amounts.get(tensor.format, 0) + prod(tensor.shape)
+    texts = {name: str(value) for name, value in header.fields.items() if isinstance(value, str | int | float)}
+    return TensorHeader({name: tensor.shape for name, tensor in header.tensors.items()}, amounts, texts, "gguf")
+
+
+def read_gguf_header(file: Path, *, lists: bool = False) -> GgufHeader:
+    """Read and check the header of a GGUF file; with `lists`, also the lists of its metadata, which else are `None`.
+
+    Raises `UnreadableModel`.
+    """
     with opened_file(file) as (source, size):
-        reader = _Reader(source, min(size, _MAX_HEADER_BYTES))
+        reader = _Reader(source, min(size, _MAX_HEADER_BYTES), lists)
         if size < 24 or reader.take(4) != b"GGUF":
             raise UnreadableModel(f"is not a GGUF file ({size:,} bytes)")
         version = reader.number("I")
         if version not in (2, 3):
             raise UnreadableModel(f"is GGUF version {version if version < 1000 else 'unknown'}; 2 and 3 are read")
-        tensors, entries = reader.number("Q"), reader.number("Q")
-        if tensors > MAX_TENSORS or entries > _MAX_ENTRIES:
-            raise UnreadableModel(f"has {tensors:,} tensors and {entries:,} entries, more than are read")
-        metadata = _read_metadata(reader, entries)
-        shapes, amounts, end = _read_tensors(reader, tensors)
-        _check_end(reader.offset, metadata.get("general.alignment", 32), end, size)
-    texts = {name: str(value) for name, value in metadata.items() if isinstance(value, str | int | float)}
-    return TensorHeader(shapes, amounts, texts, "gguf")
+        count, entries = reader.number("Q"), reader.number("Q")
+        if count > MAX_TENSORS or entries > _MAX_ENTRIES:
+            raise UnreadableModel(f"has {count:,} tensors and {entries:,} entries, more than are read")
+        fields = _read_metadata(reader, entries)
+        tensors = _read_tensors(reader, count)
+        base = _base(reader.offset, fields.get("general.alignment", 32))
+    end = base + max((tensor.start + tensor.size for tensor in tensors.values()), default=0)
+    if size < end:
+        raise UnreadableModel(f"is truncated: {size:,} of {end:,} bytes are there")
+    return GgufHeader(fields, {name: replace(tensor, start=base + tensor.start) for name, tensor in tensors.items()})
+
+
+def holds_t5_tokenizer(file: Path) -> bool:
+    """Whether a GGUF file holds T5's tokenizer. Raises `UnreadableModel`."""
+    return bool(read_gguf_header(file).fields.get("tokenizer.ggml.model") == "t5")
 
 
 def _read_metadata(reader: _Reader, entries: int) -> dict[str, Any]:
@@ -105,7 +152,7 @@ def _read_metadata(reader: _Reader, entries: int) -> dict[str, Any]:
 
 
 def _read_value(reader: _Reader, kind: int, depth: int) -> Any:
-    """One value; arrays are skipped, since they hold tokenizers and shapes, and give their length."""
+    """One value."""
     if kind == _STRING:
         return reader.text(_MAX_TEXT)
     if kind in _SCALARS:
@@ -115,6 +162,11 @@ def _read_value(reader: _Reader, kind: int, depth: int) -> Any:
     inner, length = reader.number("I"), reader.number("Q")
     if length > _MAX_ITEMS:
         raise UnreadableModel(f"has a list of {length:,} values in its header, and {_MAX_ITEMS:,} are read")
+    if reader.lists and inner in _SCALARS:
+        code = f"<{length}{_SCALARS[inner]}"
+        return list(struct.unpack(code, reader.take(struct.calcsize(code))))
+    if reader.lists:
+        return [_read_value(reader, inner, depth + 1) for _ in range(length)]
     if inner in _SCALARS:
         reader.skip(length * struct.calcsize(_SCALARS[inner]))
     elif inner == _STRING:
@@ -126,15 +178,13 @@ def _read_value(reader: _Reader, kind: int, depth: int) -> Any:
     return None
 
 
-def _read_tensors(reader: _Reader, count: int) -> tuple[dict[str, tuple[int, ...]], dict[str, int], int]:
-    """Shapes by name, elements by type, and the offset at which the last tensor ends."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    amounts: dict[str, int] = {}
-    end = 0
+def _read_tensors(reader: _Reader, count: int) -> dict[str, GgufTensor]:
+    """The tensors by name; they start at the end of the header."""
+    tensors: dict[str, GgufTensor] = {}
     for _ in range(count):
         name = reader.text(_MAX_NAME)
         sides = reader.number("I")
-        if name in shapes or sides > _MAX_SIDES:
+        if name in tensors or sides > _MAX_SIDES:
             raise UnreadableModel(f"has a header that is nonsense at {shown(name)}")
         shape = tuple(reader.number("Q") for _ in range(sides))
         kind, offset = reader.number("I"), reader.number("Q")
@@ -144,15 +194,12 @@ def _read_tensors(reader: _Reader, count: int) -> tuple[dict[str, tuple[int, ...
         elements = prod(shape)
         if elements % block or (shape and shape[0] % block):
             raise UnreadableModel(f"has a header that is nonsense at {shown(name)}")
-        shapes[name] = shape[::-1]
-        amounts[dtype] = amounts.get(dtype, 0) + elements
-        end = max(end, offset + elements // block * bytes_of_block)
-    return shapes, amounts, end
+        tensors[name] = GgufTensor(shape[::-1], dtype, offset, elements // block * bytes_of_block)
+    return tensors
 
 
-def _check_end(header: int, alignment: Any, end: int, size: int) -> None:
+def _base(header: int, alignment: Any) -> int:
+    """Where the weights begin."""
     if type(alignment) is not int or not 0 < alignment <= 2**20:
         raise UnreadableModel("has a header with an alignment that is nonsense")
-    whole = -(-header // alignment) * alignment + end
-    if size < whole:
-        raise UnreadableModel(f"is truncated: {size:,} of {whole:,} bytes are there")
+    return -(-header // alignment) * alignment

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from stable_diffusion_server.pipelines.library.file_headers import shown
 from stable_diffusion_server.pipelines.library.identity import DRAWING, FileIdentity, Kind
 from stable_diffusion_server.pipelines.library.scan import FoundModel
 from stable_diffusion_server.pipelines.library.spec_file import OwnerSpec
+from stable_diffusion_server.pipelines.model_spec import plain_name
 
 _MAX_NAME, _CANDIDATES, _NEAREST = 512, 20, 3
 SHORT_HASH = 10
@@ -78,11 +78,11 @@ def name_models(
     taken: dict[tuple[str, str], str] = {}
     for found, identity, size, spec in sorted(models, key=lambda model: _order(model[0], model[1])):
         role = role_of(found, identity)
-        name = next(name for name in _candidates(found) if (role, plain(name)) not in taken)
+        name = next(name for name in _candidates(found) if (role, plain_name(name)) not in taken)
         note = ""
         if name != found.name:
-            note = f"{shown(found.name, 200)} is the name of {shown(taken[role, plain(found.name)], 200)}."
-        taken[role, plain(name)] = f"{found.folder}/{found.name}{found.ending}".lstrip("/")
+            note = f"{shown(found.name, 200)} is the name of {shown(taken[role, plain_name(found.name)], 200)}."
+        taken[role, plain_name(name)] = f"{found.folder}/{found.name}{found.ending}".lstrip("/")
         named.append(LibraryModel(name, role, found, identity, size, spec, note))
     return named
 
@@ -105,11 +105,6 @@ def _candidates(found: FoundModel) -> Iterator[str]:
         number += 1
 
 
-def plain(name: str) -> str:
-    """A name for comparing: composed Unicode, slashes, no blanks around it, without case."""
-    return unicodedata.normalize("NFC", name.strip().replace("\\", "/").strip("/")).casefold()
-
-
 class ModelNames:
     """Finds models by name. `digest_of` gives the SHA-256 of a file if it is known already, without reading it."""
 
@@ -122,7 +117,7 @@ class ModelNames:
         for names in (_names, _owner_names, _other_names):
             for model in models:
                 for name in names(model):
-                    self._by_name.setdefault((model.role, plain(name)), model)
+                    self._by_name.setdefault((model.role, plain_name(name)), model)
 
     def resolve(self, name: str, role: str = "model", field: str = "model") -> LibraryModel:
         """The model of a name, alias, file name, path below MODELS_DIR, title or short hash.
@@ -130,11 +125,11 @@ class ModelNames:
         Raises `InvalidInput` with the nearest names.
         """
         text, digest = split_title(name[:_MAX_NAME])
-        found = self._by_name.get((role, plain(text))) if text else None
+        found = self._by_name.get((role, plain_name(text))) if text else None
         known = self._digest_of(found.path) if found and digest else None
         if found is not None and (known is None or known.startswith(digest)):
             return found
-        if by_hash := self._by_hash(digest or plain(text), role):
+        if by_hash := self._by_hash(digest or plain_name(text), role):
             return by_hash
         if found is not None:
             raise InvalidInput(
@@ -145,13 +140,17 @@ class ModelNames:
         hint = f"; did you mean {', '.join(near)}?" if near else "."
         raise InvalidInput(f"{shown(name)!r} is not a {role.replace('-', ' ')} here{hint}", field=field)
 
+    def every_name(self, role: str = "model") -> Mapping[str, str]:
+        """Everything that a model of a role may be called, as `plain_name` gives it → the model's name."""
+        return {name: model.name for (of, name), model in self._by_name.items() if of == role}
+
     def nearest(self, name: str, role: str = "model") -> list[str]:
         """Up to three names like this one, the nearest first. Takes time linear in the number of models."""
-        wanted = plain(name[:100])
+        wanted = plain_name(name[:100])
         pairs = _pairs(wanted)
         names = sorted({model.name for model in self._models if model.role == role})
-        likely = sorted(names, key=lambda known: -len(pairs & _pairs(plain(known[:100]))))[:_CANDIDATES]
-        by_plain = {plain(known): known for known in likely}
+        likely = sorted(names, key=lambda known: -len(pairs & _pairs(plain_name(known[:100]))))[:_CANDIDATES]
+        by_plain = {plain_name(known): known for known in likely}
         near = difflib.get_close_matches(wanted, by_plain, _NEAREST, 0.4)
         return [shown(by_plain[known]) for known in near]
 

@@ -45,7 +45,9 @@ def check_controlnet(folder: str, pipeline: Any, controlnet: Any) -> None:
 
 def _check_unet(folder: str, pipeline: Any, latent_channels: int) -> None:
     config = pipeline.unet.config
-    if config.in_channels != latent_channels:
+    inpaints = "Inpaint" in type(pipeline).__name__
+    # An inpainting UNet also takes the mask, one channel, and the masked image.
+    if config.in_channels != (2 * latent_channels + 1 if inpaints else latent_channels):
         raise ModelLoadError(
             f"{folder}/unet takes {config.in_channels} channels, and one that draws from text takes the VAE's "
             f"{latent_channels}: it was made for inpainting or the like."

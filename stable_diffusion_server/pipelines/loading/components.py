@@ -24,6 +24,7 @@ from stable_diffusion_server.pipelines.loading.model_files import (
     translate_load_errors,
 )
 from stable_diffusion_server.pipelines.loading.placement import CONTROL
+from stable_diffusion_server.pipelines.loading.single_file import empty_checkpoint, load_checkpoint
 from stable_diffusion_server.pipelines.loading.weight_files import (
     DIFFUSERS,
     INDEX,
@@ -47,8 +48,11 @@ def load_pipeline(
     missing, damaged or of another class, or when the components do not fit each other.
     """
     quieten_libraries()
-    folder = model_folder(spec, models_dir, hub=hub)
     dtype = dtype_of(spec, device)
+    if spec.checkpoint is not None:
+        pipeline = load_checkpoint(spec, models_dir, dtype)
+        return pipeline.to(device) if move else pipeline
+    folder = model_folder(spec, models_dir, hub=hub)
     with translate_load_errors(spec.folder, folder):
         variants = _check(spec, folder)
         parts = {
@@ -90,20 +94,13 @@ def load_controlnet(
 
 
 def empty_pipeline(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None = None) -> dict[str, torch.nn.Module]:
-    """The model's components by name, without weights (on torch's meta device), from their configurations.
+    """The model's components by name, without weights (on torch's meta device), from configurations or file headers.
 
     Its ControlNet is the component `control`, if it has one. Raises `ModelLoadError` when configurations are missing
     or of another class.
     """
-    folder = model_folder(spec, models_dir, hub=hub)
-    with translate_load_errors(spec.folder, folder), torch.device("meta"):
-        parts: dict[str, torch.nn.Module] = {}
-        for part in (part for part in parts_of(folder) if part.has_weights):
-            part_class = _class_of(part)
-            if part.library == "diffusers":
-                parts[part.name] = part_class.from_config(part_class.load_config(folder / part.name))
-            else:
-                parts[part.name] = part_class(part_class.config_class.from_pretrained(folder / part.name))
+    single = spec.checkpoint is not None
+    parts = empty_checkpoint(spec, models_dir) if single else _empty_folder(spec, models_dir, hub)
     try:
         edges = control_folder(spec, models_dir, hub=hub)
         if edges is not None:
@@ -112,6 +109,19 @@ def empty_pipeline(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None =
                 parts[CONTROL] = control_class.from_config(control_class.load_config(edges))
     except ModelLoadError:  # reported when it is loaded; the model works without it
         parts.pop(CONTROL, None)
+    return parts
+
+
+def _empty_folder(spec: ModelSpec, models_dir: Path, hub: HubClient | None) -> dict[str, torch.nn.Module]:
+    folder = model_folder(spec, models_dir, hub=hub)
+    parts: dict[str, torch.nn.Module] = {}
+    with translate_load_errors(spec.folder, folder), torch.device("meta"):
+        for part in (part for part in parts_of(folder) if part.has_weights):
+            part_class = _class_of(part)
+            if part.library == "diffusers":
+                parts[part.name] = part_class.from_config(part_class.load_config(folder / part.name))
+            else:
+                parts[part.name] = part_class(part_class.config_class.from_pretrained(folder / part.name))
     return parts
 
 

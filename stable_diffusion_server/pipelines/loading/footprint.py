@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from stable_diffusion_server.errors import ModelLoadError
+from stable_diffusion_server.pipelines.loading.packed_weights import is_packed
 from stable_diffusion_server.pipelines.loading.placement import Footprint
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
@@ -61,18 +62,20 @@ _WORKING_BYTES = 2048
 
 
 def footprint_of(spec: ModelSpec, parts: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> Footprint:
-    """The bytes these components need in `dtype`; a ControlNet may be one of them."""
+    """The bytes these components need in `dtype`; a ControlNet may be one of them. Packed weights keep their size."""
+
+    def size_in(parameter: torch.Tensor) -> int:
+        size = dtype.itemsize if parameter.is_floating_point() else parameter.itemsize
+        return int(parameter.numel() * size)
+
     layers = [
-        sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        for part in parts.values()
-        for module in part.modules()
+        sum(map(size_in, module.parameters(recurse=False))) for part in parts.values() for module in part.modules()
     ]
-    size = dtype.itemsize
     return Footprint(
-        parts={name: parameters_of(part) * size for name, part in parts.items()},
-        quantized=tuple(name for name in spec.quantizable_parts if name in parts),
-        layer=max(layers, default=0) * size,
-        weight_bytes=size,
+        parts={name: sum(map(size_in, part.parameters())) for name, part in parts.items()},
+        quantized=tuple(name for name in spec.quantizable_parts if name in parts and not is_packed(parts[name])),
+        layer=max(layers, default=0),
+        weight_bytes=dtype.itemsize,
         working=_WORKING_BYTES * spec.native_pixels,
     )
 

@@ -24,6 +24,7 @@ from stable_diffusion_server.pipelines.loading.footprint import dtype_of, footpr
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.model_files import control_files, lcm_file, lora_file, model_files
 from stable_diffusion_server.pipelines.loading.offload import apply_residency, copy_out_of_files
+from stable_diffusion_server.pipelines.loading.packed_weights import is_packed
 from stable_diffusion_server.pipelines.loading.placement import (
     CONTROL,
     Offload,
@@ -34,6 +35,7 @@ from stable_diffusion_server.pipelines.loading.placement import (
     place,
 )
 from stable_diffusion_server.pipelines.loading.quantization import load_dfloat11, quantize_parts
+from stable_diffusion_server.pipelines.loading.single_file import checkpoint_files
 from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
@@ -110,8 +112,9 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
         quantize=options.quantize,
     )
     always = [(lcm_file(spec, folder, models_dir, hub=hub), weight) for folder, weight in spec.builtin_loras]
+    own = model_files(spec, models_dir, hub=hub) if spec.checkpoint is None else checkpoint_files(spec, models_dir)
     files = {
-        **model_files(spec, models_dir, hub=hub),
+        **own,
         **{f"always/{number}": file for number, (file, _) in enumerate(always)},
     }
     weights = options.digests.of(files)
@@ -134,7 +137,8 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
     if controlnet is None:
         known = replace(known, control_folder=None)
     parts = {**pipeline.components, CONTROL: controlnet}
-    quantize_parts([parts[name] for name in spec.quantizable_parts if parts[name] is not None], placement.quantization)
+    plain = [parts[name] for name in spec.quantizable_parts if parts[name] is not None and not is_packed(parts[name])]
+    quantize_parts(plain, placement.quantization)
     if spec.takes_dfloat11 and options.dfloat11:
         load_dfloat11(pipeline.transformer, options.dfloat11, device)
     if not options.mapped and (device.type == "cpu" or placement.residency is not Residency.RESIDENT):
@@ -174,7 +178,9 @@ def _optimize(
 ) -> list[CudaGraphRunner]:
     """Apply the optimizations of the settings; the CUDA graph runners that were created."""
     graphs: list[CudaGraphRunner] = []
-    if placement.residency == Residency.RESIDENT and placement.quantization in COMPUTED_FAST:
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    fast = placement.quantization in COMPUTED_FAST and not is_packed(denoiser)
+    if placement.residency == Residency.RESIDENT and fast:
         graphs = apply_optimizations(
             pipeline, controlnet, device, options.performance, steady=options.lora_folder.folder is None
         )

@@ -23,16 +23,19 @@ from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 _log = structlog.get_logger(__name__)
 
-# An installed wheel holds the embedded models here; in the source tree they are in models/ (see pyproject.toml).
+# An installed wheel holds the embedded models here (see pyproject.toml); in the source tree they are in models/.
 PACKAGED = Path(__file__).resolve().parents[2] / "embedded"
+_IN_TREE = PACKAGED.parents[1] / "models"
+_EMBEDDED = "embedded-"
 # The preferred variant of a ControlNet's weight files.
 CONTROL_VARIANT = "fp16"
 
 
 def folder_in(models_dir: Path, name: str) -> Path:
-    """The folder of that name in `models_dir`, or the one in the installed package if `models_dir` has none."""
-    own, packaged = models_dir / name, PACKAGED / name
-    return packaged if packaged.is_dir() and not own.is_dir() else own
+    """The folder of that name in `models_dir`; an embedded model that is not there comes from the package."""
+    own = models_dir / name
+    places = [PACKAGED / name, *([_IN_TREE / name] if name.startswith(_EMBEDDED) else [])]
+    return own if own.is_dir() else next((place for place in places if place.is_dir()), own)
 
 
 def model_folder(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None = None) -> Path:

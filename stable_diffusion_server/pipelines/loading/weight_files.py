@@ -102,10 +102,10 @@ def check_part(folder: Path, stem: str, variant: str | None) -> WeightFiles:
     if isinstance(quantized := config.get("quantization_config"), dict):
         method = quantized.get("quant_method", "another program")
         raise WeightFileError(
-            f"{_shown(folder)} is quantized by {method}, which is not read here; take the plain weights, and QUANTIZE"
+            f"{shown(folder)} is quantized by {method}, which is not read here; take the plain weights, and QUANTIZE"
         )
     if "transformers_weights" in config:
-        raise WeightFileError(f"{_shown(folder / 'config.json')} names a weight file of its own, which is not followed")
+        raise WeightFileError(f"{shown(folder / 'config.json')} names a weight file of its own, which is not followed")
     found = weight_files(folder, stem, variant)
     for file in found.files:
         if file.suffix == SAFETENSORS:
@@ -122,7 +122,7 @@ def check_weights(file: Path) -> None:
     if factors or 2 * whole > sum(sizes.values()) > 0:
         kind = f"{factors[0]} among them" if factors else "whole numbers"
         raise WeightFileError(
-            f"{_shown(file)} holds quantized weights ({kind}), which are not read; take the plain ones"
+            f"{shown(file)} holds quantized weights ({kind}), which are not read; take the plain ones"
         )
 
 
@@ -134,7 +134,7 @@ def read_header(file: Path) -> Mapping[str, Any]:
             start = source.read(len(_POINTER))
             for lead, reason in _LEADS:
                 if start.startswith(lead):
-                    raise WeightFileError(f"{_shown(file)} {reason}")
+                    raise WeightFileError(f"{shown(file)} {reason}")
             length = int.from_bytes(start[:8], "little")
             source.seek(8)
             # A length out of bounds reads no bytes, which is invalid JSON.
@@ -142,11 +142,11 @@ def read_header(file: Path) -> Mapping[str, Any]:
         tensors = {name: facts for name, facts in header.items() if name != "__metadata__"}
         end = max((int(facts["data_offsets"][1]) for facts in tensors.values()), default=0)
     except OSError as error:
-        raise WeightFileError(f"{_shown(file)} cannot be read ({error.strerror})") from error
+        raise WeightFileError(f"{shown(file)} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise WeightFileError(f"{_shown(file)} is not a safetensors file, or not all of it ({size:,} bytes)") from error
+        raise WeightFileError(f"{shown(file)} is not a safetensors file, or not all of it ({size:,} bytes)") from error
     if size < 8 + length + end:
-        raise WeightFileError(f"{_shown(file)} is truncated: {size:,} of {8 + length + end:,} bytes are there")
+        raise WeightFileError(f"{shown(file)} is truncated: {size:,} of {8 + length + end:,} bytes are there")
     return tensors
 
 
@@ -156,11 +156,11 @@ def check_there(file: Path) -> int:
         size = file.stat().st_size
     except OSError as error:
         leads = "is a link that leads nowhere" if file.is_symlink() else f"cannot be read ({error.strerror})"
-        raise WeightFileError(f"{_shown(file)} {leads}") from error
+        raise WeightFileError(f"{shown(file)} {leads}") from error
     if not file.is_file():
-        raise WeightFileError(f"{_shown(file)} is not a file")
+        raise WeightFileError(f"{shown(file)} is not a file")
     if not size:
-        raise WeightFileError(f"{_shown(file)} is empty")
+        raise WeightFileError(f"{shown(file)} is empty")
     return size
 
 
@@ -170,7 +170,7 @@ def check_texts(folder: Path) -> None:
         check_there(file)
         with file.open("rb") as source:
             if source.read(len(_POINTER)) == _POINTER:
-                raise WeightFileError(f"{_shown(file)} {_LEADS[0][1]}")
+                raise WeightFileError(f"{shown(file)} {_LEADS[0][1]}")
         if file.suffix == ".json":
             read_json(file)
 
@@ -187,11 +187,11 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         read = json.loads(file.read_bytes())
     except OSError as error:
-        raise WeightFileError(f"{_shown(file)} cannot be read ({error.strerror})") from error
+        raise WeightFileError(f"{shown(file)} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise WeightFileError(f"{_shown(file)} is not JSON ({error})"[:200]) from error
+        raise WeightFileError(f"{shown(file)} is not JSON ({error})"[:200]) from error
     if not isinstance(read, dict):
-        raise WeightFileError(f"{_shown(file)} is not a JSON object")
+        raise WeightFileError(f"{shown(file)} is not a JSON object")
     return read
 
 
@@ -231,14 +231,14 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     """The shards that an index lists. Raises `WeightFileError` if one is missing."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise WeightFileError(f"{_shown(index)} lists no files")
+        raise WeightFileError(f"{shown(index)} lists no files")
     names = sorted({str(name) for name in listed.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(SAFETENSORS):
-            raise WeightFileError(f"{_shown(index)} lists {name[:100]!r}, which is no safetensors file beside it")
+            raise WeightFileError(f"{shown(index)} lists {name[:100]!r}, which is no safetensors file beside it")
         if not (folder / name).exists():
             leads = "is a link that leads nowhere" if (folder / name).is_symlink() else "is missing"
-            raise WeightFileError(f"{_shown(folder / name)} {leads}; {index.name} lists {len(names)} files")
+            raise WeightFileError(f"{shown(folder / name)} {leads}; {index.name} lists {len(names)} files")
     return [folder / name for name in names]
 
 
@@ -246,15 +246,15 @@ def _what_is_there(folder: Path, stem: str) -> str:
     """Why a folder has none of the expected weight files, according to file names."""
     wanted = f"{stem}{SAFETENSORS}"
     if not folder.is_dir():
-        return f"{_shown(folder)} {'is a link that leads nowhere' if folder.is_symlink() else 'is missing'}"
+        return f"{shown(folder)} {'is a link that leads nowhere' if folder.is_symlink() else 'is missing'}"
     names = sorted(file.name for file in folder.iterdir())
     if other := [name for name in names if name.endswith(SAFETENSORS)]:
-        return f"{_shown(folder)} holds {other[0]}, and {wanted} is looked for"
+        return f"{shown(folder)} holds {other[0]}, and {wanted} is looked for"
     if other := [name for name in names if name.endswith(OTHER_WEIGHTS)]:
-        return f"{_shown(folder)} holds {other[0]}, and only safetensors files are read ({wanted})"
-    return f"{_shown(folder)} holds no weights ({wanted} is looked for)"
+        return f"{shown(folder)} holds {other[0]}, and only safetensors files are read ({wanted})"
+    return f"{shown(folder)} holds no weights ({wanted} is looked for)"
 
 
-def _shown(file: Path) -> str:
+def shown(file: Path) -> str:
     """The last two parts of a path: identifies the file without revealing the machine's folders."""
     return f"{file.parent.name}/{file.name}"

@@ -1,0 +1,138 @@
+"""Configurations of a checkpoint's parts: widths, depths and channels from shapes, the rest from the package's JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+CONFIGS = Path(__file__).parent / "configs"
+# Channels of one attention head in SDXL's UNet, in CLIP and in T5.
+_HEAD = 64
+
+
+@functools.cache
+def base_configs(family: str) -> Mapping[str, Mapping[str, Any]]:
+    """What the package says of a family (`sdxl` or `flux`), by component."""
+    read: dict[str, dict[str, Any]] = json.loads((CONFIGS / f"{family}.json").read_text())
+    return read
+
+
+def unet_config(shapes: Shapes) -> dict[str, Any]:
+    """The configuration of an SDXL UNet with original names. Raises `WeightFileError` for another architecture."""
+    inputs = count(shapes, r"input_blocks\.(\d+)\.")
+    downs = [i for i in range(inputs) if f"input_blocks.{i}.0.op.weight" in shapes]
+    layers = (downs[0] if downs else inputs) - 1
+    if layers < 1 or inputs % (layers + 1) or "middle_block.1.norm.weight" not in shapes:
+        raise WeightFileError("the UNet is not laid out as SDXL's (pruned, or of another family)")
+    blocks = range(inputs // (layers + 1))
+    first = [1 + block * (layers + 1) for block in blocks]
+    channels = [_side(shapes, f"input_blocks.{i}.0.out_layers.3.weight", 0) for i in first]
+    depths = [count(shapes, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") for i in first]
+    attends = [depth > 0 for depth in depths]
+    if not attends[-1]:
+        raise WeightFileError("the UNet is not laid out as SDXL's (no attention in its last block)")
+    return {
+        **base_configs("sdxl")["denoiser"],
+        "in_channels": _side(shapes, "input_blocks.0.0.weight", 1),
+        "out_channels": _side(shapes, "out.2.weight", 0),
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "down_block_types": ["CrossAttnDownBlock2D" if attended else "DownBlock2D" for attended in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if attended else "UpBlock2D" for attended in reversed(attends)],
+        "transformer_layers_per_block": [max(depth, 1) for depth in depths],
+        "attention_head_dim": [width // _HEAD for width in channels],
+        "cross_attention_dim": _side(shapes, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
+        "use_linear_projection": len(shapes["middle_block.1.proj_in.weight"]) == 2,
+        "projection_class_embeddings_input_dim": _side(shapes, "label_emb.0.0.weight", 1),
+    }
+
+
+def transformer_config(shapes: Shapes) -> dict[str, Any]:
+    """The configuration of a Flux transformer with original names."""
+    base = base_configs("flux")["denoiser"]
+    return {
+        **base,
+        "in_channels": _side(shapes, "img_in.weight", 1),
+        "num_attention_heads": _side(shapes, "img_in.weight", 0) // int(base["attention_head_dim"]),
+        "num_layers": count(shapes, r"double_blocks\.(\d+)\."),
+        "num_single_layers": count(shapes, r"single_blocks\.(\d+)\."),
+        "joint_attention_dim": _side(shapes, "txt_in.weight", 1),
+        "pooled_projection_dim": _side(shapes, "vector_in.in_layer.weight", 1),
+        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+    }
+
+
+def vae_config(shapes: Shapes, family: str) -> dict[str, Any]:
+    """The configuration of a VAE with original names.
+
+    The file does not tell the scale of its latents: that of the family is taken.
+    """
+    blocks = range(count(shapes, r"encoder\.down\.(\d+)\."))
+    return {
+        **base_configs(family)["vae"],
+        "block_out_channels": [_side(shapes, f"encoder.down.{i}.block.0.conv2.weight", 0) for i in blocks],
+        "down_block_types": ["DownEncoderBlock2D" for _ in blocks],
+        "up_block_types": ["UpDecoderBlock2D" for _ in blocks],
+        "layers_per_block": count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        "latent_channels": _side(shapes, "decoder.conv_in.weight", 1),
+        "mid_block_add_attention": "decoder.mid.attn_1.q.weight" in shapes,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+    }
+
+
+def clip_config(shapes: Shapes, family: str, component: str) -> dict[str, Any]:
+    """The configuration of a CLIP text encoder with the names of transformers."""
+    words, width = _shape(shapes, "text_model.embeddings.token_embedding.weight")
+    projection = shapes.get("text_projection.weight", (width, width))
+    return {
+        **base_configs(family)[component],
+        "vocab_size": words,
+        "hidden_size": width,
+        "num_attention_heads": max(width // _HEAD, 1),
+        "num_hidden_layers": count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+        "intermediate_size": _side(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", 0),
+        "projection_dim": projection[0],
+    }
+
+
+def t5_config(shapes: Shapes) -> dict[str, Any]:
+    """The configuration of a T5 encoder with the names of transformers."""
+    words, width = _shape(shapes, "shared.weight")
+    inner = _side(shapes, "encoder.block.0.layer.0.SelfAttention.q.weight", 0)
+    return {
+        **base_configs("flux")["text_encoder_2"],
+        "vocab_size": words,
+        "d_model": width,
+        "d_kv": _HEAD,
+        "d_ff": _side(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0),
+        "num_heads": inner // _HEAD,
+        "num_layers": count(shapes, r"encoder\.block\.(\d+)\."),
+    }
+
+
+def count(shapes: Mapping[str, object], pattern: str) -> int:
+    """One more than the largest number that `pattern` finds at the start of a name; 0 if it finds none."""
+    found = (re.match(pattern, name) for name in shapes)
+    return max((int(match[1]) + 1 for match in found if match is not None), default=0)
+
+
+def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
+    if name not in shapes or not shapes[name]:
+        raise WeightFileError(f"{name} is missing")
+    return shapes[name]
+
+
+def _side(shapes: Shapes, name: str, axis: int) -> int:
+    shape = _shape(shapes, name)
+    if len(shape) <= axis:
+        raise WeightFileError(f"{name} has the shape {shape}")
+    return shape[axis]

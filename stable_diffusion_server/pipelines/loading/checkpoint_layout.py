@@ -1,0 +1,55 @@
+"""Splits the tensors of a checkpoint into its parts, by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+DENOISER, VAE, CLIP_L, CLIP_G, T5 = "denoiser", "vae", "clip_l", "clip_g", "t5"
+
+# Part → the prefixes of its names in a checkpoint.
+_PREFIXES = {
+    DENOISER: ("model.diffusion_model.",),
+    VAE: ("first_stage_model.", "vae."),
+    CLIP_L: ("conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer."),
+    CLIP_G: ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
+    T5: ("text_encoders.t5xxl.transformer.",),
+}
+# Part → a name that a file of this part alone has. A bare CLIP is told by its depth (see `bare_part`).
+_BARE = (
+    (DENOISER, "input_blocks.0.0.weight"),
+    (DENOISER, "img_in.weight"),
+    (VAE, "decoder.conv_in.weight"),
+    (T5, "encoder.block.0.layer.0.SelfAttention.q.weight"),
+    (T5, "enc.blk.0.attn_q.weight"),
+)
+_CLIP = "text_model.encoder.layers."
+# CLIP-L has 12 layers, CLIP-G 32.
+_LAYERS_OF_CLIP_L = 12
+
+
+def split_parts(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """The tensors by part, without the prefix of the part; names of no part are left out."""
+    if (bare := bare_part(tensors)) is not None:
+        return {bare: dict(tensors)}
+    parts: dict[str, dict[str, T]] = {}
+    for name, tensor in tensors.items():
+        for part, prefixes in _PREFIXES.items():
+            prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+            if prefix is not None:
+                parts.setdefault(part, {})[name[len(prefix) :]] = tensor
+                break
+    return parts
+
+
+def bare_part(names: Collection[str]) -> str | None:
+    """The part that a file holds alone, under names without a prefix; `None` for a checkpoint of several parts."""
+    for part, name in _BARE:
+        if name in names:
+            return part
+    layers = {name[len(_CLIP) :].partition(".")[0] for name in names if name.startswith(_CLIP)}
+    if not layers:
+        return None
+    return CLIP_L if len(layers) <= _LAYERS_OF_CLIP_L else CLIP_G

@@ -1,0 +1,104 @@
+"""Reads the tensors of a safetensors or GGUF file, with packed weights left packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from stable_diffusion_server.pipelines.library.gguf_header import GGUF, GgufHeader, GgufTensor, read_gguf_header
+from stable_diffusion_server.pipelines.library.identity import UnreadableModel
+from stable_diffusion_server.pipelines.loading.gguf_blocks import UNPACKERS
+from stable_diffusion_server.pipelines.loading.packed_weights import FLOAT8, PackedWeight
+from stable_diffusion_server.pipelines.loading.scaled_fp8 import pack_float8
+from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError, read_header, shown
+
+_DTYPES = {
+    **FLOAT8,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_PLAIN = {"F32": torch.float32, "F16": torch.float16}
+
+Tensors = dict[str, torch.Tensor | PackedWeight]
+
+
+def read_tensors(file: Path, *, meta: bool = False) -> Tensors:
+    """The tensors of a file by name, memory-mapped; with `meta`, only shapes and dtypes (on torch's meta device).
+
+    Matrices in float8 and in GGUF's block formats are `PackedWeight`. Raises `WeightFileError`.
+    """
+    if file.suffix == GGUF:
+        tensors = read_gguf_file(file).tensors
+        if meta:
+            return {name: _packed(tensor, _empty(tensor)) for name, tensor in tensors.items()}
+        try:
+            whole = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
+            raise WeightFileError(f"{shown(file)} cannot be read") from error
+        return {
+            name: _packed(tensor, whole[tensor.start : tensor.start + tensor.size]) for name, tensor in tensors.items()
+        }
+    header = read_header(file)
+    if meta:
+        unknown = sorted({str(facts.get("dtype")) for facts in header.values()} - _DTYPES.keys())
+        if unknown:
+            raise WeightFileError(f"{shown(file)} holds weights of the type {unknown[0][:20]}, which is not read")
+        return pack_float8(
+            {
+                name: torch.empty(facts["shape"], dtype=_DTYPES[facts["dtype"]], device="meta")
+                for name, facts in header.items()
+            }
+        )
+    try:
+        return pack_float8(load_file(file))
+    except (SafetensorError, OSError) as error:
+        raise WeightFileError(f"{shown(file)} cannot be read ({error})") from error
+
+
+def read_gguf_file(file: Path) -> GgufHeader:
+    """The header of a GGUF file, with the lists of its metadata.
+
+    Raises `WeightFileError`, also for types of weights that cannot be unpacked.
+    """
+    try:
+        header = read_gguf_header(file, lists=True)
+    except UnreadableModel as error:
+        raise WeightFileError(f"{shown(file)} {error}") from error
+    for name, tensor in header.tensors.items():
+        if tensor.format not in (*_PLAIN, *UNPACKERS):
+            raise WeightFileError(
+                f"{shown(file)} holds {name} as {tensor.format}, which is not read; there are "
+                f"{', '.join((*_PLAIN, *UNPACKERS))}"
+            )
+    return header
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor | PackedWeight]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors by name, unpacked."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _empty(tensor: GgufTensor) -> torch.Tensor:
+    return torch.empty(tensor.size, dtype=torch.uint8, device="meta")
+
+
+def _packed(tensor: GgufTensor, raw: torch.Tensor) -> torch.Tensor | PackedWeight:
+    """The tensor as its type says; block formats other than matrices are unpacked."""
+    if tensor.format in _PLAIN:
+        # A copy, since the bytes may lie at an address that is no multiple of the dtype's size.
+        return raw.clone().view(_PLAIN[tensor.format]).reshape(tensor.shape)
+    rows = tensor.shape[0] if len(tensor.shape) == 2 else 1
+    packed = PackedWeight(raw.reshape(rows, -1), tensor.format)
+    return packed if len(tensor.shape) == 2 else packed.unpack(torch.float32).reshape(tensor.shape)
