@@ -25,7 +25,11 @@ Making = Callable[..., RunningApp]
     ("models", "present", "folders"),
     [
         ("auto", [], {"sdxl": "embedded-sdxl", "flux": "embedded-flux"}),
-        ("auto", ["ProteusV0.2"], {"sdxl": "ProteusV0.2", "flux": "embedded-flux"}),
+        (
+            "auto",
+            ["ProteusV0.2"],
+            {"sdxl": "ProteusV0.2", **{name: name for name in ("embedded-sdxl", "embedded-flux")}},
+        ),
         ("embedded", ["ProteusV0.2"], {"sdxl": "embedded-sdxl", "flux": "embedded-flux"}),
         ("local", ["stable-diffusion-xl-base-1.0"], {"sdxl": "stable-diffusion-xl-base-1.0"}),
         ("hub", [], {"sdxl": "ProteusV0.2"}),
@@ -50,7 +54,7 @@ def test_the_lcm_lora_and_finer_weights_are_other_models(tmp_path: Path) -> None
     facts = ModelState.of(settings).facts
     assert facts["sdxl"].revision == "proteus-0.2+lcm+int8-unread"  # until the digest of its files replaces it
     assert facts["sdxl"].default_scheduler == "lcm"
-    assert facts["flux"].revision.endswith("+int8")
+    assert facts["embedded-flux"].revision.endswith("+int8")
 
 
 def test_without_any_weights_the_server_says_so_and_answers_what_is_stored(tmp_path: Path) -> None:
@@ -99,7 +103,7 @@ def test_other_weights_under_the_same_name_are_other_pictures(tmp_path: Path) ->
 
 @pytest.mark.fault(165)
 def test_a_default_model_that_cannot_be_used_is_not_replaced(tmp_path: Path) -> None:
-    """`/readyz` names file and reason with 503, and requests for it get 503; the other family works by name."""
+    """`/readyz` names file and reason with 503, and requests for it get 503; the embedded models work by name."""
     folder = Path(shutil.copytree(ROOT / "models" / "embedded-sdxl", tmp_path / "weights" / BASE))
     shutil.copytree(ROOT / "models" / "embedded-flux", tmp_path / "weights" / "embedded-flux")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
@@ -109,7 +113,7 @@ def test_a_default_model_that_cannot_be_used_is_not_replaced(tmp_path: Path) -> 
     assert ready["status"] == "not ready"
     assert refused["status"] == 503
     assert "sdxl" in refused["detail"]
-    assert drawn(settings, model="flux")[0]["model"] == "flux"
+    assert drawn(settings, model="embedded-flux")[0]["model"] == "embedded-flux"
 
 
 @pytest.mark.fault(165)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import structlog
 
 from stable_diffusion_server.app.lifecycle import ProcessHooks
+from stable_diffusion_server.app.model_choice import check_model_names, choose_from_folder, folder_with_models
 from stable_diffusion_server.app.warmup import warm_up
 from stable_diffusion_server.engine import Denoiser, Engine
 from stable_diffusion_server.errors import ModelLoadError, NotReady
@@ -19,11 +19,10 @@ from stable_diffusion_server.generation import DecodedPixels, GenerationOptions,
 from stable_diffusion_server.observability import ConsoleProgress, DeviceRecord, Metrics, ProgressHeartbeat, broadcast
 from stable_diffusion_server.pipelines import (
     MODELS,
-    REAL_MODELS,
     LoraFolder,
     ModelSpec,
+    ModelTable,
     WeightDigests,
-    choose_models,
     with_lcm,
     with_quantization,
     without_identity,
@@ -68,22 +67,18 @@ class ModelState:
 
     @classmethod
     def of(cls, settings: Settings) -> ModelState:
-        """Choose the models by the settings and by the folders in MODELS_DIR. Raises `SettingsError`."""
-        check_model_names(settings)
-        folders = {facts.folder for candidates in REAL_MODELS.values() for facts in candidates}
-        models_dir = folder_with_models(settings)
-        places = {folder: models_dir / folder for folder in folders}
-        # A broken link counts as present, so that loading reports it instead of silently using another model.
-        present = [folder for folder, place in places.items() if place.is_dir() or place.is_symlink()]
-        wanted = settings.hub_models or (settings.text_to_image_model,)
+        """Choose the models by the settings and by the files in MODELS_DIR. Raises `SettingsError`."""
+        loras, default = _loras_of(settings), settings.text_to_image_model
         try:
-            chosen = choose_models(settings.models, present, wanted)
+            chosen, refused = choose_from_folder(settings)
         except ModelLoadError as error:
-            return cls(dict(MODELS), error, settings.text_to_image_model, loras=_loras_of(settings))
+            check_model_names(settings, MODELS)
+            return cls(dict(MODELS), error, default, loras=loras)
+        check_model_names(settings, {*chosen, *chosen.aliases, *refused})
         lcm = with_lcm if settings.load_lcm_lora else lambda facts: facts
         asked = {name: with_quantization(lcm(facts), settings.quantize) for name, facts in chosen.items()}
-        unread = {name: without_identity(facts) for name, facts in asked.items()}
-        return cls(unread, default_model=settings.text_to_image_model, asked=asked, loras=_loras_of(settings))
+        unread = ModelTable({name: without_identity(facts) for name, facts in asked.items()}, chosen.aliases)
+        return cls(unread, default_model=default, asked=asked, unusable=dict(refused), loras=loras)
 
     def count_tokens(self, model: str, prompt: str) -> int:
         """Return the number of tokens of a prompt for a model. Raises `NotReady` until the models are loaded."""
@@ -124,7 +119,8 @@ class ModelState:
     def remarks(self) -> list[str]:
         """Return limitations of the loaded models, and why other models could not be loaded, as sentences."""
         remarks = [remark for model in getattr(self.models, "loaded", ()) for remark in model.remarks]
-        return [*remarks, *(why for name, why in self.unusable.items() if name != self.default_model)]
+        others = (why for name, why in self.unusable.items() if name != self.default_model)
+        return [*dict.fromkeys([*remarks, *others])]
 
     def memory(self) -> Mapping[str, Mapping[str, int]]:
         """Return the bytes of memory by device and kind; empty before the models are loaded."""
@@ -135,24 +131,6 @@ class ModelState:
         """Return the bytes of cached prompt embeddings by model."""
         read: Callable[[], Mapping[str, int]] = getattr(self.models, "prompt_caches", dict)
         return read()
-
-
-def folder_with_models(settings: Settings) -> Path:
-    """Return the folder of MODELS_DIR that models are loaded from: the first that holds one of the catalogue's."""
-    names = [facts.folder for candidates in REAL_MODELS.values() for facts in candidates]
-    folders = settings.models_dir
-    return next((folder for folder in folders if any((folder / name).exists() for name in names)), folders[0])
-
-
-def check_model_names(settings: Settings) -> None:
-    """Raise `SettingsError` if TEXT_TO_IMAGE_MODEL or MODEL_ALIASES names a model that is not in the catalogue."""
-    names = sorted({*MODELS, *REAL_MODELS})
-    known = ", ".join(names)
-    if settings.text_to_image_model not in names:
-        raise SettingsError(f"TEXT_TO_IMAGE_MODEL {settings.text_to_image_model!r} is not one of {known}.")
-    for alias in settings.model_aliases:
-        if "=" in alias and alias.partition("=")[2] not in names:
-            raise SettingsError(f"MODEL_ALIASES {alias!r} names a model other than {known}.")
 
 
 def _loras_of(settings: Settings) -> LoraFolder:
@@ -197,8 +175,15 @@ def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
         vae_tiling=settings.vae_tiling,
         prompt_cache_bytes=settings.prompt_cache_bytes,
     )
+    for name, why in loaded.unusable.items():
+        _log.error("a file in MODELS_DIR cannot be used", model=name, why=why)
     models = registry.load(folder_with_models(settings), settings.device, settings.cpu_threads, options)
     loaded.unusable.update(models.unusable)
+    loaded.unusable.update(
+        (alias, models.unusable[name])
+        for alias, name in getattr(loaded.facts, "aliases", {}).items()
+        if name in models.unusable
+    )
     for name in models.unusable:
         del loaded.facts[name]
     loaded.facts.update(models.models)

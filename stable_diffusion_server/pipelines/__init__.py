@@ -32,7 +32,8 @@ from stable_diffusion_server.pipelines.library import (
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
 from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError, check_pipeline_folder
-from stable_diffusion_server.pipelines.model_spec import ModelSpec
+from stable_diffusion_server.pipelines.model_spec import ModelSpec, ModelTable
+from stable_diffusion_server.pipelines.owned_models import OwnedModels, find_owned_models
 
 __all__ = [
     "MODELS",
@@ -44,12 +45,15 @@ __all__ = [
     "LoraFolder",
     "ModelLibrary",
     "ModelSpec",
+    "ModelTable",
+    "OwnedModels",
     "OwnerSpec",
     "WeightDigests",
     "WeightFileError",
     "check_pipeline_folder",
     "check_strength",
     "choose_models",
+    "find_owned_models",
     "identify",
     "identity_as_dict",
     "read_spec",

@@ -24,9 +24,10 @@ class ModelSettings(SettingsGroup):
     models: Literal["embedded", "local", "hub", "auto"] = Field(
         "auto",
         description=(
-            "Which weights are used: `embedded`, the small ones that come with the server; `local`, real ones in "
-            "MODELS_DIR; `hub`, those and HUB_MODELS from the Hugging Face hub; `auto`, real ones that are in "
-            "MODELS_DIR and that the device can hold, otherwise the embedded ones."
+            "Which weights are used: `embedded`, the small ones that come with the server; `local`, the files and "
+            "folders in MODELS_DIR; `hub`, those and HUB_MODELS from the Hugging Face hub; `auto`, those in "
+            "MODELS_DIR beside the embedded ones (then `embedded-sdxl`, `embedded-flux`), or these alone if "
+            "MODELS_DIR holds none."
         ),
     )
     hub_models: Names = Field(
@@ -47,12 +48,18 @@ class ModelSettings(SettingsGroup):
     models_dir: Folders = Field(
         (ROOT / "models" if _IN_TREE else Path("models"),),
         description=(
-            "Folder of the model weights, or several, separated by commas or as in PATH. Models are loaded from the "
-            "first one that holds a model; `models list` shows what is in all. The embedded ones are part of the "
-            "installed package."
+            "Folder of the model weights, or several, separated by commas or as in PATH. Files are loaded from all, "
+            "diffusers folders from the first one that holds a model of the catalogue, else the first. The embedded "
+            "models are part of the installed package."
         ),
     )
-    text_to_image_model: str = Field("sdxl", description="Model of a request that names none.")
+    text_to_image_model: str = Field(
+        "sdxl",
+        description=(
+            "Model of a request that names none: `sdxl`, `flux`, or any model in MODELS_DIR, which then is also meant "
+            "by the name of its family."
+        ),
+    )
     lora_dir: Annotated[Path | None, BeforeValidator(none_if_empty)] = Field(
         None,
         description=(

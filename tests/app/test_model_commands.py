@@ -46,10 +46,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 def test_list_prints_every_model_file_with_what_is_wrong(
     models: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ) -> None:
-    """The models that are used, then a table; without an action it is the same."""
-    status, out, _ = run(capsys, *arguments)
-    assert status == 0
-    assert "embedded-sdxl" in out
+    """A table, and 1 since none of them can be used; without an action it is the same."""
+    status, out, err = run(capsys, *arguments)
+    assert status == 1
+    assert "my flux.safetensors lacks a VAE" in err
+    assert "embedded-sdxl" not in out
     assert "Model files in MODELS_DIR: 4" in out
     (row,) = [line.split() for line in out.splitlines() if line.strip().startswith("my flux")]
     assert row == ["my", "flux", "denoiser", "flux", "dev", "fp16", f"{row[-2]}", "MB"]
@@ -62,10 +63,10 @@ def test_list_prints_json(models: Path, capsys: pytest.CaptureFixture[str]) -> N
     """With the same names, and the faults of each."""
     status, out, _ = run(capsys, "list", "--json")
     listed = {model["name"]: model for model in json.loads(out)["models"]}
-    assert (status, set(listed)) == (0, {"my flux", "half", "old", "sdxl"})
+    assert (status, set(listed)) == (1, {"my flux", "half", "old", "sdxl"})
     assert listed["my flux"]["families"] == ["flux"]
     assert (listed["my flux"]["faults"], len(listed["half"]["faults"])) == ([], 2)
-    assert json.loads(out)["selected"] == ["sdxl", "flux"]
+    assert json.loads(out)["selected"] == []
 
 
 def test_inspect_says_what_a_file_is(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

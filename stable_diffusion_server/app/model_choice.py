@@ -1,0 +1,88 @@
+"""Chooses the models to load by the settings and by the files in MODELS_DIR."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from stable_diffusion_server.errors import ModelLoadError
+from stable_diffusion_server.pipelines import (
+    MODELS,
+    REAL_MODELS,
+    ModelSpec,
+    ModelTable,
+    OwnedModels,
+    choose_models,
+    find_owned_models,
+)
+from stable_diffusion_server.settings import Settings, SettingsError
+
+# Files whose reasons are in the sentence that no model can be used.
+_SHOWN = 12
+
+
+def choose_from_folder(settings: Settings) -> tuple[ModelTable[ModelSpec], Mapping[str, str]]:
+    """Return the models to load, and why other files in MODELS_DIR are not used, by name.
+
+    Raises `ModelLoadError` if there is nothing to load: embedded models never stand in for the operator's files.
+    """
+    folders = {facts.folder for candidates in REAL_MODELS.values() for facts in candidates}
+    models_dir = folder_with_models(settings)
+    places = {folder: models_dir / folder for folder in folders}
+    # A broken link counts as present, so that loading reports it instead of silently using another model.
+    present = [folder for folder, place in places.items() if place.is_dir() or place.is_symlink()]
+    wanted = settings.hub_models or (settings.text_to_image_model,)
+    if settings.models == "embedded":
+        return ModelTable(MODELS, {facts.folder: name for name, facts in MODELS.items()}), {}
+    known = {next((facts.folder for facts in rows if facts.folder in present), "") for rows in REAL_MODELS.values()}
+    owned = find_owned_models(models_dir, settings.models_dir, settings.data_dir / "model-files.json", known)
+    found: dict[str, ModelSpec] = {}
+    if settings.models == "local" and owned and not any(known):
+        pass  # a sentence that names the folders of the catalogue would hide the reasons of the files
+    else:
+        found = dict(choose_models(settings.models, present, wanted))
+    if settings.models == "auto" and (owned or present):
+        found = {name: facts for name, facts in found.items() if facts.folder in present}
+    if owned and not found and not owned.specs:
+        reasons = [*owned.refused.values()]
+        more = f" `models list` shows {len(reasons) - _SHOWN} more." if len(reasons) > _SHOWN else ""
+        raise ModelLoadError(f"No model in MODELS_DIR can be used. {' '.join(reasons[:_SHOWN])}{more}")
+    if settings.models == "auto" and (owned or present):
+        embedded = {facts.folder: replace(facts, name=facts.folder) for facts in MODELS.values()}
+        found = {**found, **owned.specs, **embedded}
+    else:
+        found = {**found, **owned.specs}
+    aliases = {facts.folder: name for name, facts in found.items() if name in REAL_MODELS}
+    return ModelTable(found, {**owned.aliases, **aliases, **_family_aliases(settings, found, owned)}), owned.refused
+
+
+def folder_with_models(settings: Settings) -> Path:
+    """Return the folder of MODELS_DIR that models are loaded from: the first that holds one of the catalogue's."""
+    names = [facts.folder for candidates in REAL_MODELS.values() for facts in candidates]
+    folders = settings.models_dir
+    return next((folder for folder in folders if any((folder / name).exists() for name in names)), folders[0])
+
+
+def _family_aliases(settings: Settings, found: Mapping[str, ModelSpec], owned: OwnedModels) -> dict[str, str]:
+    """Return the default model of each family that has no model of the family's name: TEXT_TO_IMAGE_MODEL, or first."""
+    aliases = {}
+    for family in REAL_MODELS:
+        names = owned.of_family(family)
+        if family not in found and names:
+            aliases[family] = settings.text_to_image_model if settings.text_to_image_model in names else names[0]
+    return aliases
+
+
+def check_model_names(settings: Settings, names: Collection[str]) -> None:
+    """Raise `SettingsError` if TEXT_TO_IMAGE_MODEL or MODEL_ALIASES names a model that is not among `names`.
+
+    The names of the families are allowed, also where no model of the family is there.
+    """
+    known = sorted({*MODELS, *REAL_MODELS, *names})
+    shown = ", ".join(known)
+    if settings.text_to_image_model not in known:
+        raise SettingsError(f"TEXT_TO_IMAGE_MODEL {settings.text_to_image_model!r} is not one of {shown}.")
+    for alias in settings.model_aliases:
+        if "=" in alias and alias.partition("=")[2] not in known:
+            raise SettingsError(f"MODEL_ALIASES {alias!r} names a model other than {shown}.")
