@@ -12,6 +12,7 @@ from stable_diffusion_server.api.automatic1111.image_work import ImageWorker, js
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.openapi.document import coerced_properties, json_body
+from stable_diffusion_server.api.schemas.responses import described
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import NAME_MAX
 from stable_diffusion_server.imaging import Pixels, canny, resize_image
@@ -120,7 +121,7 @@ def add_controlnet_routes(routes: APIRouter, worker: ImageWorker) -> None:
         operation_id="controlnet_detect",
         openapi_extra=json_body(coerced_properties(DetectParams, worker.context.limits), _IMAGES),
         response_model=None,
-        responses={200: {"model": ControlNetDetectBody}},
+        responses={200: {"model": described(ControlNetDetectBody)}},
     )
     async def detect(request: Request) -> Response:
         """Return the edges of images."""
@@ -152,7 +153,7 @@ def _add_constant_route(routes: APIRouter, name: str, body: Any, schema: type) -
         description=schema.__doc__,
         operation_id=f"controlnet_{name}",
         response_model=None,
-        responses={200: {"model": schema}},
+        responses={200: {"model": described(schema)}},
     )
 
 

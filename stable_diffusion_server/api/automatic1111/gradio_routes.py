@@ -17,6 +17,7 @@ from stable_diffusion_server.api.automatic1111.list_bodies import UPSCALERS
 from stable_diffusion_server.api.automatic1111.name_mapping import samplers_of
 from stable_diffusion_server.api.dependencies import DialectContext, caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
+from stable_diffusion_server.api.schemas.responses import described
 from stable_diffusion_server.concurrency import FairRequestQueue
 
 _CONCURRENCY, _MAX_PER_CALLER = 4, 64
@@ -71,7 +72,7 @@ def add_gradio_routes(routes: APIRouter, context: DialectContext) -> None:
         summary="AUTOMATIC1111's page: components",
         operation_id="gradio_config",
         response_model=None,
-        responses={200: {"model": GradioConfigBody}},
+        responses={200: {"model": described(GradioConfigBody)}},
     )
     async def config(request: Request) -> Response:
         """Return the lists of models, samplers, upscalers and LoRAs as components of a page."""
@@ -88,7 +89,7 @@ def add_gradio_routes(routes: APIRouter, context: DialectContext) -> None:
         summary="AUTOMATIC1111's page: id of its start",
         operation_id="gradio_app_id",
         response_model=None,
-        responses={200: {"model": GradioAppIdBody}},
+        responses={200: {"model": described(GradioAppIdBody)}},
     )
     async def get_app_id(request: Request) -> Response:
         """Return a number that is new at each start of the server."""

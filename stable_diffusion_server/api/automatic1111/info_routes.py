@@ -20,6 +20,7 @@ from stable_diffusion_server.api.dependencies import caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.openapi.document import json_body, query_parameter
 from stable_diffusion_server.api.request_parsing import read_json, read_parameters
+from stable_diffusion_server.api.schemas.responses import described
 from stable_diffusion_server.errors import Forbidden, InvalidInput
 from stable_diffusion_server.types import Format
 
@@ -47,7 +48,7 @@ def add_progress_routes(routes: APIRouter, tasks: TaskTracker, previews: Encoded
         operation_id="sdapi_progress",
         openapi_extra={"parameters": [_TASK_ID, _SKIP_IMAGE]},
         response_model=None,
-        responses={200: {"model": Automatic1111ProgressBody}},
+        responses={200: {"model": described(Automatic1111ProgressBody)}},
     )
     async def progress(request: Request) -> Response:
         """Return the progress of the caller's oldest task, or of the one with `id_task`."""
@@ -64,7 +65,7 @@ def add_progress_routes(routes: APIRouter, tasks: TaskTracker, previews: Encoded
         operation_id="sdapi_internal_progress",
         openapi_extra=json_body({"id_task": _OPTIONAL_TEXT}),
         response_model=None,
-        responses={200: {"model": Automatic1111TaskProgressBody}},
+        responses={200: {"model": described(Automatic1111TaskProgressBody)}},
     )
     async def internal_progress(request: Request) -> Response:
         """Return the progress of the caller's task `id_task`, which is the `force_task_id` of its request."""
@@ -120,7 +121,7 @@ def add_png_info_route(routes: APIRouter) -> None:
         operation_id="sdapi_png_info",
         openapi_extra=json_body({"image": {"type": "string", "minLength": 1}}, "image"),
         response_model=None,
-        responses={200: {"model": Automatic1111PngInfoBody}},
+        responses={200: {"model": described(Automatic1111PngInfoBody)}},
     )
     async def png_info(request: Request) -> Response:
         """Return how an image, in base64, says it was made."""

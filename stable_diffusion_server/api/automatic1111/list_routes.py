@@ -25,6 +25,7 @@ from stable_diffusion_server.api.automatic1111.responses import (
 )
 from stable_diffusion_server.api.dependencies import DialectContext, caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
+from stable_diffusion_server.api.schemas.responses import described
 from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput, ServerError
 
@@ -82,7 +83,7 @@ def add_list_routes(routes: APIRouter, context: DialectContext) -> None:
         summary="AUTOMATIC1111: memory",
         operation_id="sdapi_memory",
         response_model=None,
-        responses={200: {"model": Automatic1111MemoryBody}},
+        responses={200: {"model": described(Automatic1111MemoryBody)}},
     )
     async def memory(request: Request) -> Response:
         """Return the memory of the process and of the accelerator, in bytes."""
@@ -125,7 +126,7 @@ def _add_list_route(
         description=body_of.__doc__,
         operation_id=f"sdapi_{name.replace('-', '_')}",
         response_model=None,
-        responses={200: {"model": body}},
+        responses={200: {"model": described(body)}},
     )
 
 

@@ -15,6 +15,7 @@ from stable_diffusion_server.api.dependencies import DialectContext, caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.openapi.document import json_body
 from stable_diffusion_server.api.request_parsing import read_json
+from stable_diffusion_server.api.schemas.responses import described
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.parsing import dumps
 from stable_diffusion_server.types import Caller, Format
@@ -156,7 +157,7 @@ def add_option_routes(routes: APIRouter, context: DialectContext, kept: CallerOp
         summary="AUTOMATIC1111: your options",
         operation_id="sdapi_options",
         response_model=None,
-        responses={200: {"model": Automatic1111OptionsBody}},
+        responses={200: {"model": described(Automatic1111OptionsBody)}},
     )
     async def options(request: Request) -> Response:
         """Return the options, with what this caller set."""

@@ -37,6 +37,7 @@ from stable_diffusion_server.api.http_responses import JSONResponse, client_clos
 from stable_diffusion_server.api.openapi.document import coerced_properties, json_body, set_bounds
 from stable_diffusion_server.api.repeats import InFlightSeeds, claims_of, with_seed
 from stable_diffusion_server.api.request_parsing import read_json
+from stable_diffusion_server.api.schemas.responses import described
 from stable_diffusion_server.api.schemas.validation import raise_invalid
 from stable_diffusion_server.errors import ServerError, TooLarge
 from stable_diffusion_server.generation import DEFAULT_QUALITY, DecodeImage, GenerationService, RequestLimits
@@ -67,7 +68,7 @@ def automatic1111_router(
         operation_id="sdapi_txt2img",
         openapi_extra=_request_openapi(Txt2Img, context.limits),
         response_model=None,
-        responses={200: {"model": Automatic1111ImagesBody}},
+        responses={200: {"model": described(Automatic1111ImagesBody)}},
     )
     async def txt2img(request: Request) -> Response:
         """Generate images from a prompt."""
@@ -79,7 +80,7 @@ def automatic1111_router(
         operation_id="sdapi_img2img",
         openapi_extra=_request_openapi(Img2Img, context.limits, "init_images"),
         response_model=None,
-        responses={200: {"model": Automatic1111ImagesBody}},
+        responses={200: {"model": described(Automatic1111ImagesBody)}},
     )
     async def img2img(request: Request) -> Response:
         """Change an image, or only what a mask covers."""

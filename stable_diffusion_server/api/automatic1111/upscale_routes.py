@@ -13,6 +13,7 @@ from stable_diffusion_server.api.automatic1111.image_work import SIDE_MAX, Image
 from stable_diffusion_server.api.automatic1111.options import CallerOptions, file_format_of
 from stable_diffusion_server.api.dependencies import caller_of
 from stable_diffusion_server.api.openapi.document import coerced_properties, json_body
+from stable_diffusion_server.api.schemas.responses import described
 from stable_diffusion_server.generation import NAME_MAX
 from stable_diffusion_server.imaging import Pixels, Resampling, blend, upscale
 
@@ -127,7 +128,7 @@ def add_upscale_routes(routes: APIRouter, worker: ImageWorker, options: CallerOp
         operation_id="sdapi_extra_single_image",
         openapi_extra=json_body(coerced_properties(SingleExtrasParams, worker.context.limits), "image"),
         response_model=None,
-        responses={200: {"model": Automatic1111ExtraImageBody}},
+        responses={200: {"model": described(Automatic1111ExtraImageBody)}},
     )
     async def extra_single_image(request: Request) -> Response:
         """Enlarge an image by resampling."""
@@ -141,7 +142,7 @@ def add_upscale_routes(routes: APIRouter, worker: ImageWorker, options: CallerOp
         operation_id="sdapi_extra_batch_images",
         openapi_extra=json_body(coerced_properties(BatchExtrasParams, worker.context.limits), "imageList"),
         response_model=None,
-        responses={200: {"model": Automatic1111ExtraImagesBody}},
+        responses={200: {"model": described(Automatic1111ExtraImagesBody)}},
     )
     async def extra_batch_images(request: Request) -> Response:
         """Enlarge several images by resampling."""

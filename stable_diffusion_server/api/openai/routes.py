@@ -32,7 +32,7 @@ from stable_diffusion_server.api.openai.responses import (
 from stable_diffusion_server.api.openai.streaming import EventStream, PartialImages
 from stable_diffusion_server.api.openapi.document import EVENT_STREAM, parameters_openapi
 from stable_diffusion_server.api.repeats import InFlightSeeds, claims_of
-from stable_diffusion_server.api.schemas.responses import JobStatusBody
+from stable_diffusion_server.api.schemas.responses import JobStatusBody, described
 from stable_diffusion_server.errors import ModelNotFound, TooLarge
 from stable_diffusion_server.generation import DecodeImage, GenerationService
 from stable_diffusion_server.imaging import Pixels, encode_image
@@ -51,8 +51,8 @@ _FILE_TYPES = ("multipart/form-data", "application/json")
 # From this level on a pixel counts as transparent, as in a mask.
 _TRANSPARENT = 224
 _IMAGES: dict[int | str, dict[str, Any]] = {
-    200: {"model": OpenAIImagesBody, "content": EVENT_STREAM},
-    202: {"model": JobStatusBody},
+    200: {"model": described(OpenAIImagesBody), "content": EVENT_STREAM},
+    202: {"model": described(JobStatusBody)},
 }
 
 
@@ -135,7 +135,7 @@ def _add_model_routes(routes: APIRouter, context: DialectContext) -> None:
         summary="OpenAI: the models",
         operation_id="list_models",
         response_model=None,
-        responses={200: {"model": OpenAIModelListBody}},
+        responses={200: {"model": described(OpenAIModelListBody)}},
     )
     async def models() -> Response:
         """List the models and their aliases."""
@@ -146,7 +146,7 @@ def _add_model_routes(routes: APIRouter, context: DialectContext) -> None:
         summary="OpenAI: one model",
         operation_id="retrieve_model",
         response_model=None,
-        responses={200: {"model": OpenAIModelBody}},
+        responses={200: {"model": described(OpenAIModelBody)}},
     )
     async def model(model: str) -> Response:
         """Return one model."""

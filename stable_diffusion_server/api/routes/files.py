@@ -16,7 +16,7 @@ from starlette.staticfiles import NotModifiedResponse
 from stable_diffusion_server.api.dependencies import caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.openapi.document import IMAGE_FILE
-from stable_diffusion_server.api.schemas.responses import ImageRecordBody
+from stable_diffusion_server.api.schemas.responses import ImageRecordBody, described
 from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
 from stable_diffusion_server.generation import ImageLibrary
@@ -34,7 +34,7 @@ _RANGE = re.compile(r"bytes=\s*([0-9]+-[0-9]*|-[0-9]+)(\s*,\s*([0-9]+-[0-9]*|-[0
 _ONE_RANGE = re.compile(r"bytes=\s*([0-9]{0,18})-([0-9]{0,18})\s*")
 _LONGEST_RANGE = 200
 _FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"model": ImageRecordBody, "content": IMAGE_FILE},
+    200: {"model": described(ImageRecordBody), "content": IMAGE_FILE},
     206: {"description": "A range of the file", "content": IMAGE_FILE},
     304: {"description": "Not modified"},
     307: {"description": "The file is in the bucket, at this URL"},

@@ -20,7 +20,7 @@ from stable_diffusion_server.api.schemas.params import (
     TextToImageParams,
     generation_from_request,
 )
-from stable_diffusion_server.api.schemas.responses import GenerationResultBody, JobStatusBody, result_body
+from stable_diffusion_server.api.schemas.responses import GenerationResultBody, JobStatusBody, described, result_body
 from stable_diffusion_server.generation import RequestLimits
 from stable_diffusion_server.imaging import media_type_of
 from stable_diffusion_server.pipelines import MODELS
@@ -44,9 +44,9 @@ _EXAMPLE: Mapping[str, object] = {
     "warnings": [],
     "timings": {"total": 0.81},
 }
-_ACCEPTED = {"model": JobStatusBody, "description": "A job, for `Prefer: respond-async`"}
+_ACCEPTED = {"model": described(JobStatusBody), "description": "A job, for `Prefer: respond-async`"}
 _RESULT: dict[int | str, dict[str, Any]] = {
-    200: {"model": GenerationResultBody, "content": {"application/json": {"example": _EXAMPLE}}},
+    200: {"model": described(GenerationResultBody), "content": {"application/json": {"example": _EXAMPLE}}},
     202: _ACCEPTED,
 }
 _FILE: dict[int | str, dict[str, Any]] = {200: {"content": IMAGE_FILE}, 202: _ACCEPTED}

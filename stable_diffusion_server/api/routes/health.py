@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.dependencies import caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
-from stable_diffusion_server.api.schemas.responses import HealthBody, ReadinessBody
+from stable_diffusion_server.api.schemas.responses import HealthBody, ReadinessBody, described
 from stable_diffusion_server.errors import Forbidden
 
 _ASK = "Send an API key to read what is missing; without API_KEYS, clients on this machine can read it."
@@ -40,7 +40,7 @@ def health_router(
         operation_id="healthz",
         summary="Is the process alive?",
         response_model=None,
-        responses={200: {"model": HealthBody}},
+        responses={200: {"model": described(HealthBody)}},
     )
     async def healthz() -> Response:
         return JSONResponse({"status": "ok"})
@@ -50,7 +50,7 @@ def health_router(
         operation_id="readyz",
         summary="Can the server generate images? 503 lists what is missing.",
         response_model=None,
-        responses={200: {"model": ReadinessBody}, 503: {"model": ReadinessBody}},
+        responses={200: {"model": described(ReadinessBody)}, 503: {"model": described(ReadinessBody)}},
     )
     async def readyz(request: Request) -> Response:
         reasons = await run_in_threadpool(missing)

@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from stable_diffusion_server.api.dependencies import UrlOf, caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.openapi.document import query_parameter
-from stable_diffusion_server.api.schemas.responses import HistoryEntryBody, HistoryPageBody
+from stable_diffusion_server.api.schemas.responses import HistoryEntryBody, HistoryPageBody, described
 from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import ImageLibrary
@@ -50,7 +50,7 @@ def history_router(library: ImageLibrary, url_of: UrlOf) -> APIRouter:
         operation_id="history",
         openapi_extra={"parameters": [query_parameter(name, schema) for name, schema in _PARAMETERS.items()]},
         response_model=None,
-        responses={200: {"model": HistoryPageBody}},
+        responses={200: {"model": described(HistoryPageBody)}},
     )
     async def history(request: Request) -> Response:
         query = _query_of(request)

@@ -12,7 +12,7 @@ from stable_diffusion_server.api.base64_images import EncodedPreviews
 from stable_diffusion_server.api.dependencies import UrlOf, caller_of
 from stable_diffusion_server.api.http_responses import EventResponse, FollowerLimiter, JSONResponse, json_event
 from stable_diffusion_server.api.openapi.document import EVENT_STREAM
-from stable_diffusion_server.api.schemas.responses import JobListBody, JobStatusBody, job_body
+from stable_diffusion_server.api.schemas.responses import JobListBody, JobStatusBody, described, job_body
 from stable_diffusion_server.jobs import JobEvent, JobManager
 from stable_diffusion_server.types import Format
 
@@ -32,7 +32,7 @@ def jobs_router(jobs: JobManager, url_of: UrlOf, followers: FollowerLimiter, pre
         summary="Your latest accepted jobs, newest first",
         operation_id="list_jobs",
         response_model=None,
-        responses={200: {"model": JobListBody}},
+        responses={200: {"model": described(JobListBody)}},
     )
     async def list_jobs(request: Request) -> Response:
         bodies = [job_body(job, urls_for(request)) for job in await jobs.list_jobs(caller_of(request))]
@@ -43,7 +43,7 @@ def jobs_router(jobs: JobManager, url_of: UrlOf, followers: FollowerLimiter, pre
         summary="Status of a job",
         operation_id="get_job",
         response_model=None,
-        responses={200: {"model": JobStatusBody}},
+        responses={200: {"model": described(JobStatusBody)}},
     )
     async def get_job(request: Request, job_id: str) -> Response:
         job = await jobs.status(job_id, caller_of(request))
@@ -54,7 +54,7 @@ def jobs_router(jobs: JobManager, url_of: UrlOf, followers: FollowerLimiter, pre
         summary="Cancel a job; one that has ended does not change",
         operation_id="cancel_job",
         response_model=None,
-        responses={200: {"model": JobStatusBody}},
+        responses={200: {"model": described(JobStatusBody)}},
     )
     async def cancel_job(request: Request, job_id: str) -> Response:
         job = await jobs.cancel(job_id, caller_of(request))

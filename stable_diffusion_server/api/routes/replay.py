@@ -14,7 +14,7 @@ from stable_diffusion_server.api.dependencies import UrlOf, caller_of, scope_to_
 from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
 from stable_diffusion_server.api.openapi.document import parameters_openapi
 from stable_diffusion_server.api.schemas.params import File, params_from_request
-from stable_diffusion_server.api.schemas.responses import ReplayComparisonBody, ReplayResultBody, result_body
+from stable_diffusion_server.api.schemas.responses import ReplayComparisonBody, ReplayResultBody, described, result_body
 from stable_diffusion_server.api.schemas.validation import RequestParams
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import (
@@ -74,7 +74,7 @@ def replay_router(replays: ReplayService, limits: RequestLimits, url_of: UrlOf) 
         operation_id="replay",
         openapi_extra=parameters_openapi(ReplayParams, limits, "POST"),
         response_model=None,
-        responses={200: {"model": ReplayResultBody}},
+        responses={200: {"model": described(ReplayResultBody)}},
     )
     async def replay(request: Request, params: ReplayParams = Depends(read_params)) -> Response:
         if params.picture_file is None:
