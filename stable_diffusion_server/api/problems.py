@@ -144,11 +144,16 @@ async def _handle_disconnect(request: Request, error: Exception) -> Response:
     return client_closed_request()
 
 
-async def _handle_unknown_error(request: Request, error: Exception) -> JSONResponse:
-    _log.error("unexpected error", path=request.url.path, request_id=request_id_of(request), exc_info=error)
+def unexpected_response(error: Exception, path: str, request_id: str) -> JSONResponse:
+    """Log an error that nothing expects, and return an opaque response for it."""
+    _log.error("unexpected error", path=path, request_id=request_id, exc_info=error)
     opaque = ServerError("An unexpected error happened; the log has more under this request id.")
-    response = error_response(opaque, request.url.path, request_id_of(request))
-    # This response bypasses the access middleware, so add the security headers here.
+    return error_response(opaque, path, request_id)
+
+
+async def _handle_unknown_error(request: Request, error: Exception) -> JSONResponse:
+    """Answer an error of the middleware itself; the access middleware answers those of the routes."""
+    response = unexpected_response(error, request.url.path, request_id_of(request))
     start: dict[str, Any] = {"type": "http.response.start", "headers": response.raw_headers}
     add_security_headers(start, request.url.path)
     response.raw_headers = start["headers"]

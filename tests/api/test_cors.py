@@ -188,3 +188,21 @@ async def _through(headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
     scope: Scope = {"type": "http", "method": "OPTIONS", "path": "/", "query_string": b"", "headers": headers}
     await CrossOriginMiddleware(PlainTextResponse("nothing", 404), [PAGE])(scope, receive, send)
     return dict(started[0])
+
+
+def test_an_unexpected_error_can_be_read_by_a_page(run_app: Callable[..., RunningApp]) -> None:
+    """Its response has the headers of every other response; the page's client learns the request id from it."""
+    origin = "https://app.example"
+    running_app = run_app(cors_origins=origin)
+
+    async def broken() -> None:
+        raise RuntimeError("a secret of the server")
+
+    running_app.client.app.add_api_route("/v1/broken", broken)  # type: ignore[attr-defined]  # TestClient's app
+    answer = running_app.client.get("/v1/broken", headers={"Origin": origin})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert "secret" not in answer.text
+    assert answer.headers["access-control-allow-origin"] == origin
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert len(answer.headers["x-request-id"]) > 8
+    assert running_app.client.get("/healthz").status_code == 200

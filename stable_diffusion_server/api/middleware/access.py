@@ -18,7 +18,7 @@ from stable_diffusion_server.api.http_responses import add_security_headers
 from stable_diffusion_server.api.middleware.access_policy import PAGE_BYTES, AccessPolicy
 from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
 from stable_diffusion_server.api.middleware.rate_limiter import RateLimiter, RateLimitStatus
-from stable_diffusion_server.api.problems import error_response
+from stable_diffusion_server.api.problems import error_response, unexpected_response
 from stable_diffusion_server.errors import HeadersTooLarge, ServerError
 from stable_diffusion_server.observability import RequestSample, Tracing
 from stable_diffusion_server.types import Caller
@@ -73,13 +73,13 @@ class AccessMiddleware:
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         scope["state"]["request_id"] = request_id
-        status, started = 500, time.perf_counter()
+        status, answering, started = 500, False, time.perf_counter()
         more: dict[str, str] = {"X-Request-ID": request_id}
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answering
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, answering = message["status"], True
                 MutableHeaders(scope=message).update(more)
                 add_security_headers(message, scope["path"])
             await send(message)
@@ -91,6 +91,11 @@ class AccessMiddleware:
         ):
             try:
                 await self._enter(scope, headers, receive, send_with_headers, more)
+            except Exception as error:
+                if answering:
+                    raise
+                # Here, so that the response has all headers: those of this middleware, and those of CORS.
+                await unexpected_response(error, scope["path"], request_id)(scope, receive, send_with_headers)
             finally:
                 sample = _sample_of(scope, status, time.perf_counter() - started)
                 self._record_request(sample)
