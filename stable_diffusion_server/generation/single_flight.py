@@ -74,10 +74,13 @@ class ProgressBroadcaster:
         return any(listener.wants_picture for listener in tuple(self._listeners))
 
     def on_progress(self, progress: GenerationProgress) -> None:
-        """Send a report to all listeners. An unfinished picture is not kept for later ones."""
+        """Send a report to all listeners. An unfinished picture goes only to those that want it now.
+
+        For the others the generation goes on; to them it would look like an answer to an order of their own.
+        """
         self._latest = replace(progress, picture=None)
         for listener in tuple(self._listeners):
-            listener.on_progress(progress)
+            listener.on_progress(progress if listener.wants_picture else self._latest)
 
     def add(self, listener: ProgressListener) -> None:
         """Add a listener."""

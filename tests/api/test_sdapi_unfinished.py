@@ -110,6 +110,41 @@ def test_an_equal_request_of_another_goes_on(live_of: Callable[..., LiveServer])
     assert len(squares.decoded) == 2
 
 
+@pytest.mark.parametrize("order", ["interrupt", "skip"])
+@pytest.mark.parametrize("whose", ["another key's", "the same key's"])
+def test_an_order_leaves_an_equal_task_of_this_dialect_alone(
+    live_of: Callable[..., LiveServer], order: str, whose: str
+) -> None:
+    """Both tasks share one generation, and only the one that was stopped ends unfinished."""
+    squares = Recording(seconds_per_step=0.05)
+    live = live_of(squares, api_keys="anna:secret-of-anna,ben:secret-of-ben")
+    anna = {"X-API-Key": "secret-of-anna"}
+    other = {"X-API-Key": "secret-of-ben"} if whose == "another key's" else anna
+    stopped, kept = "task(stopped-stopped)", "task(kept-kept-kept)"
+
+    def draw(headers: dict[str, str], name: str) -> Any:
+        asked = {"prompt": "a red square", "seed": 7, "steps": 40, "force_task_id": name, **SIZE}
+        answer = httpx.post(f"{live.url}{TXT2IMG}", json=asked, headers=headers, timeout=60)
+        return json.loads(answer.json()["info"])
+
+    def step_of(headers: dict[str, str], name: str) -> int:
+        answer = httpx.get(f"{live.url}/sdapi/v1/progress", params={"id_task": name}, headers=headers)
+        return int(answer.json()["state"]["sampling_step"])
+
+    with ThreadPoolExecutor(2) as pool:
+        drawing, finishing = pool.submit(draw, other, stopped), pool.submit(draw, anna, kept)
+        until(lambda: step_of(other, stopped) > 0 and step_of(anna, kept) > 0)
+        httpx.post(f"{live.url}/sdapi/v1/{order}", params={"id_task": stopped}, headers=other).raise_for_status()
+        unfinished, finished = drawing.result(30), finishing.result(30)
+    assert ("unfinished" in unfinished["warnings"][0], unfinished["keys"]) == (True, [])
+    assert ("unfinished" in str(finished["warnings"]), len(finished["keys"]), finished["interrupted"]) == (
+        False,
+        1,
+        False,
+    )
+    assert [batch for batch in squares.batches if len(batch) > 1] == []
+
+
 def test_a_picture_that_cannot_be_decoded_yet_is_drawn_on(live_of: Callable[..., LiveServer]) -> None:
     """The failure is tried again after each step, and at the end the picture is finished."""
     squares = Recording(seconds_per_step=0.02, spoilt=True)

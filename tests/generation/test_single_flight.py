@@ -1,7 +1,9 @@
 """Single flight: sharing, leaving, waiting."""
 
 import asyncio
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from stable_diffusion_server.generation.single_flight import CallbackListener, ProgressBroadcaster, SingleFlight
@@ -196,3 +198,32 @@ async def test_an_effort_may_follow_another_one() -> None:
     watcher = CallbackListener(lambda news: heard.append(news.step), previews=True)
     assert await outer.join("name", "", store, watcher) == ("drawn and stored", False)
     assert heard == [3]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+async def test_an_unfinished_picture_goes_only_to_who_wants_it(nested: bool) -> None:
+    """Of three waiters one asks for it; who comes later does not get it either."""
+    inner, outer = ProgressBroadcaster(), ProgressBroadcaster()
+    source = outer
+    if nested:
+        inner.add(outer)
+        source = inner
+    heard: dict[str, list[bool]] = {name: [] for name in ("asks", "does not ask", "asked before", "came later")}
+
+    def listen(name: str, picture: Callable[[], bool]) -> None:
+        outer.add(CallbackListener(lambda news: heard[name].append(news.picture is not None), picture=picture))
+
+    wishes = iter([True, True, False])
+    listen("asks", lambda: True)
+    listen("does not ask", lambda: False)
+    listen("asked before", lambda: next(wishes, False))
+    assert source.wants_picture
+    for step in (1, 2, 3):
+        source.on_progress(
+            GenerationProgress(EngineEventKind.STEP, step, 4, picture=lambda: np.zeros((1, 1, 3), np.uint8))
+        )
+    listen("came later", lambda: True)
+    assert heard["asks"] == [True, True, True]
+    assert heard["does not ask"] == [False, False, False]
+    assert heard["asked before"][-1] is False
+    assert heard["came later"] == [False]

@@ -46,11 +46,12 @@ class ImageProgress:
         return 1.0 if self.done else self.step / self.steps if self.steps else 0.0
 
     def watch(self, progress: GenerationProgress) -> None:
-        """Record the progress, and take the unfinished picture if it is there."""
+        """Record the progress, and take the unfinished picture if it is there and wanted."""
         self.step, self.steps = progress.step, progress.steps
         self.started = self.started or progress.kind is not EngineEventKind.QUEUED
-        if progress.picture is not None and self._unfinished is not None and not self._unfinished.done():
-            self._unfinished.set_result(UnfinishedImage(progress.picture, progress.step, progress.steps))
+        if progress.picture is None or not self.wanted or self._unfinished is None or self._unfinished.done():
+            return
+        self._unfinished.set_result(UnfinishedImage(progress.picture, progress.step, progress.steps))
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T | UnfinishedImage:
         """Await the work. Returns the unfinished picture, and cancels the work, if the image is stopped before.
