@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from contextlib import suppress
+from typing import TextIO
 
 import structlog
 
@@ -24,7 +26,10 @@ def configure_logging(level: str, log_format: str) -> None:
     ]
     # Tracebacks omit local variables, which hold prompts and may hold keys.
     if human_readable:
-        processors.append(structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback))
+        processors += [
+            escape_values,
+            structlog.dev.ConsoleRenderer(exception_formatter=_escaped_traceback),
+        ]
     else:
         processors += [structlog.processors.format_exc_info, shorten_values, structlog.processors.JSONRenderer()]
     structlog.configure(
@@ -79,3 +84,28 @@ def shorten_values(logger: object, method: str, event: structlog.typing.EventDic
         elif name != "exception" and len(text) > MAX_VALUE:
             event[name] = f"{text[:MAX_VALUE]}… ({len(text)} characters)"
     return event
+
+
+def escape_values(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Escape the characters of each text that a terminal would obey or show as none, as paths of callers may have.
+
+    JSON has escapes of its own.
+    """
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = _escaped(value)
+    return event
+
+
+def _escaped_traceback(target: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
+    """Write a traceback, whose messages may quote callers."""
+    written = io.StringIO()
+    structlog.dev.plain_traceback(written, exc_info)
+    target.write("\n".join(map(_escaped, written.getvalue().split("\n"))))
+
+
+def _escaped(text: str) -> str:
+    """Return a text with backslash escapes for what is not printable: controls, directions of writing, line ends."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

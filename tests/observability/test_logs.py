@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import structlog
 from conftest import RunningApp
 
-from stable_diffusion_server.observability.logs import MAX_TRACEBACK, MAX_VALUE, shorten_values
+from stable_diffusion_server.observability.logs import MAX_TRACEBACK, MAX_VALUE, configure_logging, shorten_values
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +75,28 @@ def test_no_request_makes_a_long_line(
     logged = "".join(capfd.readouterr()).splitlines()
     assert [json.loads(line)["event"] for line in logged if line.startswith("{")][-1] == "request"
     assert max(map(len, logged)) < 12 * MAX_VALUE + 1000
+
+
+@pytest.mark.parametrize(
+    "odd", ["\x1b[2J", "\x1b]0;title\x07", "\u009b31m", "\u202e", "\u2028", "\r\n", "\x00", "\ufffe"]
+)
+@pytest.mark.parametrize("place", ["path", "exception"])
+def test_a_terminal_gets_no_order_from_a_caller(capfd: pytest.CaptureFixture[str], odd: str, place: str) -> None:
+    """LOG_FORMAT=console: what is not printable is escaped, in texts and in the messages of errors."""
+    before = structlog.get_config()
+    try:
+        configure_logging("info", "console")
+        log = structlog.get_logger()
+        if place == "path":
+            log.info("request", path=f"/v1/models/a{odd}b")
+        else:
+            log.error("failed", exc_info=ValueError(f"a{odd}b"))
+    finally:
+        structlog.configure(**before)
+    colours = re.compile(r"\x1b\[[0-9]*m")
+    logged = colours.sub("", "".join(capfd.readouterr()))
+    assert odd[0].encode("unicode_escape").decode() in logged
+    assert all(line.isprintable() for line in logged.split("\n"))
 
 
 @pytest.mark.fault(171)
