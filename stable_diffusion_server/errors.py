@@ -284,9 +284,11 @@ class ModelTooLarge(ModelLoadError):
 
 def number_text(value: float) -> str:
     """A number as people write it in a sentence: `4294967295` and not `4.29497e+09`, `20` and not `20.0`."""
-    if float(value).is_integer() and abs(value) < _EXACT:
+    if isinstance(value, int):
+        return str(value)
+    if value.is_integer() and abs(value) < _EXACT:
         return str(int(value))
-    return f"{Decimal(repr(float(value))):f}"
+    return f"{Decimal(repr(value)):f}"
 
 
 def error_of_kind(kind: str) -> type[ServerError]:

@@ -312,6 +312,41 @@ def test_hires_fix_draws_a_second_pass_at_the_asked_size(
     assert again["keys"] == info["keys"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hr_resize_y": "9" * 4300, "width": 2048},
+        {"hr_resize_x": "9" * 4300, "height": 2048},
+        {"hr_scale": "9" * 300},
+        {"hr_resize_x": "9" * 4300, "hr_resize_y": "9" * 4300},
+        {"infotext": f"a\nSteps: 4, Seed: 7, Hires resize-2: {'9' * 4300}", "width": 2048},
+    ],
+)
+def test_a_second_pass_of_any_size_is_refused_by_name(running: RunningApp, change: dict[str, Any]) -> None:
+    """A number may have 4300 digits; its product with a side may have more, which Python does not write as text."""
+    asking = {"prompt": "a", "width": 64, "height": 64, "steps": 4, "enable_hr": True, **change}
+    answer = running.client.post(TXT2IMG, json=asking)
+    assert answer.status_code == 422
+    assert {error["field"] for error in answer.json()["errors"]} <= {"hr_resize_x", "hr_resize_y", "hr_scale"}
+    assert len(answer.text) < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("seed", 2**64, "between -9223372036854775808 and 18446744073709551615"),
+        ("subseed", "9" * 4300, "between -9223372036854775808 and 18446744073709551615"),
+        ("seed", -(2**63) - 1, "between -9223372036854775808 and 18446744073709551615"),
+        ("cfg_scale", 31, "between 0 and 30"),
+        ("steps", 0, "between 1 and 150"),
+    ],
+)
+def test_the_ends_of_a_range_are_told_exactly(running: RunningApp, name: str, value: object, words: str) -> None:
+    """Also those beyond 2**53, where a float has gaps."""
+    answer = running.client.post(TXT2IMG, json={"prompt": "a", "width": 64, "height": 64, name: value})
+    assert (answer.status_code, answer.json()["detail"]) == (422, f"{name} must be {words}.")
+
+
 def test_without_hires_fix_its_parameters_have_no_effect(running: RunningApp) -> None:
     """Clients send them always."""
     body, info = asked(running, enable_hr=0, hr_scale=4, hr_upscaler="R-ESRGAN 4x+", denoising_strength=0.5)

@@ -42,7 +42,8 @@ def parse_second_pass(params: Txt2Img, width: int, height: int, limits: RequestL
     """
     if not params.enable_hr:
         return None
-    asked = (params.hr_resize_x or 0, params.hr_resize_y or 0)
+    # Bounded before the arithmetic: Python writes no number of more than 4300 digits into the sentence below.
+    asked = (min(params.hr_resize_x or 0, _LARGEST), min(params.hr_resize_y or 0, _LARGEST))
     if asked == (0, 0):
         scale, names = _DEFAULT_SCALE if params.hr_scale is None else params.hr_scale, ["hr_scale"]
         sides = [int(min(max(scale, 0), _LARGEST) * side) for side in (width, height)]
