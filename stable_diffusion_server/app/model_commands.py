@@ -58,7 +58,7 @@ def list_models(settings: Settings, *, as_json: bool = False) -> None:
 def inspect_model(settings: Settings, file: str, *, as_json: bool = False) -> None:
     """Print what a file or folder is; `file` is a path, or a name in MODELS_DIR. Exits with 1 if it cannot be used."""
     path = Path(file)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, false for a name that is too long
         try:
             path = open_library(settings).names.resolve(file).path
         except InvalidInput as error:

@@ -137,6 +137,40 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     assert [remark.split(" cannot")[0] for remark in library.remarks] == ["The folder gone", "The folder file"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "n" * 243 + ".safetensors",  # with .toml it is longer than a name may be
+        "é" * 121 + ".safetensors",
+        "n" * 250 + ".gguf",
+        "models--" + "n" * 247,
+        "n" * 255,
+    ],
+)
+def test_the_longest_name_hides_no_other_model(tmp_path: Path, name: str) -> None:
+    """A name has at most 255 bytes; files and folders with such a name are listed or left out, and others stay."""
+    write_safetensors(tmp_path / "a.safetensors", SMALL)
+    if "." in name:
+        (write_gguf if name.endswith("gguf") else write_safetensors)(tmp_path / name, SMALL)
+    else:
+        pipeline(tmp_path / name)
+    library = library_of(tmp_path)
+    assert "a" in names_of(library)
+    assert len(library.models) == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may search every folder")
+def test_a_folder_that_may_not_be_searched_hides_no_other_model(tmp_path: Path) -> None:
+    """Its names can be listed, and nothing can be read."""
+    write_safetensors(tmp_path / "a.safetensors", SMALL)
+    closed = pipeline(tmp_path / "closed")
+    closed.chmod(0o600)
+    try:
+        assert "a" in names_of(library_of(tmp_path))
+    finally:
+        closed.chmod(0o700)
+
+
 def test_of_several_files_of_one_name_the_first_keeps_it(tmp_path: Path) -> None:
     """Order: usable, the folders' order, nearer to the top, checkpoints, safetensors; the note says whose it is."""
     first, second = tmp_path / "1", tmp_path / "2"

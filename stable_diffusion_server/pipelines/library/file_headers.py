@@ -119,6 +119,22 @@ def _check_regular(facts: os.stat_result) -> None:
         raise UnreadableModel("is empty")
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder; false if that cannot be found out, as with a name that is too long."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file, a folder or a link is at a path; false if that cannot be found out."""
+    try:
+        return path.exists() or path.is_symlink()
+    except OSError:
+        return False
+
+
 def read_safetensors(file: Path) -> TensorHeader:
     """Read and check the header of a safetensors file. Raises `UnreadableModel`."""
     with opened_file(file) as (source, size):

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from stable_diffusion_server.pipelines.library.file_headers import read_json_object, shown
+from stable_diffusion_server.pipelines.library.file_headers import is_folder, is_there, read_json_object, shown
 from stable_diffusion_server.pipelines.library.identity import FileIdentity, Kind, ModelTask, UnreadableModel
 
 INDEX, CONFIG = "model_index.json", "config.json"
@@ -76,7 +76,7 @@ def identify_folder(folder: Path, identify_file: Callable[[Path], FileIdentity])
     """What a folder is; `identify_file` identifies a weight file in it."""
     for name, read in ((INDEX, _pipeline), (CONFIG, _network)):
         file = folder / name
-        if file.exists() or file.is_symlink():
+        if is_there(file):
             try:
                 return read(folder, read_json_object(file), identify_file)
             except UnreadableModel as error:
@@ -86,7 +86,7 @@ def identify_folder(folder: Path, identify_file: Callable[[Path], FileIdentity])
 
 def evidence_of(folder: Path) -> tuple[Path, ...]:
     """The files that decide what a folder is; while none changes, neither does its identity."""
-    part = next((folder / name for name in ("unet", "transformer") if (folder / name).is_dir()), folder)
+    part = next((folder / name for name in ("unet", "transformer") if is_folder(folder / name)), folder)
     weights = _first_weights(part)
     known = (folder / INDEX, folder / CONFIG, folder / "scheduler" / "scheduler_config.json", part / CONFIG)
     return (*known, weights) if weights else known
@@ -116,7 +116,7 @@ def _with_denoiser(
     folder: Path, found: FileIdentity, class_name: str, identify_file: Callable[[Path], FileIdentity]
 ) -> FileIdentity:
     """Add what the denoiser's configuration and weights say."""
-    part = next((name for name in ("unet", "transformer") if (folder / name).is_dir()), "")
+    part = next((name for name in ("unet", "transformer") if is_folder(folder / name)), "")
     task = next((task for mark, task in _TASKS if mark in class_name and "ControlNet" not in class_name), found.task)
     if not part:
         listed = next((name for name in ("unet", "transformer") if name in found.parts), "")
@@ -172,7 +172,7 @@ def _by_config(
 
 def _with_scheduler(folder: Path, found: FileIdentity) -> FileIdentity:
     file = folder / "scheduler" / "scheduler_config.json"
-    if not file.exists():
+    if not is_there(file):
         return found
     try:
         config = read_json_object(file)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from stable_diffusion_server.pipelines.library.denoiser_rules import DenoiserFacts, find_denoiser
 from stable_diffusion_server.pipelines.library.file_headers import (
     TensorHeader,
+    is_folder,
     opened_file,
     read_safetensors,
     shown,
@@ -37,7 +38,7 @@ _PICKLED = "is pickled: loading it would run code from the file. Only safetensor
 
 def identify(path: Path) -> FileIdentity:
     """What a file or folder is. Never raises for its content; `reason` says what is wrong with it."""
-    if path.is_dir():
+    if is_folder(path):
         return identify_folder(path, identify_file)
     return identify_file(path)
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from stable_diffusion_server.pipelines.library.file_headers import is_folder
 from stable_diffusion_server.pipelines.library.folder_rules import CONFIG, INDEX
 from stable_diffusion_server.pipelines.library.identification import SUFFIXES
 
@@ -124,7 +125,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _inner(place: _Place, name: str) -> _Place:
     """A folder to visit; of a repository in the hub's cache its current snapshot."""
     path = place.path / name
-    if name.startswith(_HUB) and (path / "snapshots").is_dir():
+    if name.startswith(_HUB) and is_folder(path / "snapshots"):
         repository = tuple(part for part in name.removeprefix(_HUB).split("--") if part)
         return _Place(_snapshot(path), place.depth + 1, (*place.parts, *repository))
     return _Place(path, place.depth + 1, (*place.parts, name))

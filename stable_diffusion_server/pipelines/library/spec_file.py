@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stable_diffusion_server.pipelines.library.file_headers import opened_file, shown
+from stable_diffusion_server.pipelines.library.file_headers import is_folder, is_there, opened_file, shown
 from stable_diffusion_server.pipelines.library.identity import UnreadableModel
 
 SUFFIX = ".toml"
@@ -141,8 +141,9 @@ KEYS: Mapping[str, _Key] = {
 
 def spec_path(model: Path) -> Path | None:
     """The spec beside a model: `file.safetensors.toml`, or `file.toml`, or `folder.toml`; `None` without one."""
-    names = [model.name + SUFFIX] if model.is_dir() else [model.name + SUFFIX, model.stem + SUFFIX]
-    return next((path for name in names if (path := model.with_name(name)).is_file() or path.is_symlink()), None)
+    names = [model.name + SUFFIX] if is_folder(model) else [model.name + SUFFIX, model.stem + SUFFIX]
+    beside = (model.with_name(name) for name in names)
+    return next((path for path in beside if is_there(path) and not is_folder(path)), None)
 
 
 def read_spec(file: Path) -> OwnerSpec:
