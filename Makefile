@@ -1,4 +1,4 @@
-# The front door: `make run` draws, `make test` checks everything. Both work on a fresh machine with Python 3.11+.
+# `make run` starts the server, `make test` runs all tests. Both need only Python 3.11 or newer.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -71,7 +71,7 @@ train: $(VENV)/.run
 clean:
 	rm -rf $(VENV) .venv-ray dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
-# The stamps make a second start install nothing; a changed requirement file installs anew.
+# The stamps make a second start install nothing; a changed requirement file installs again.
 $(VENV)/.run: requirements.txt server-requirements.txt ui-requirements.txt | $(BIN)/uv
 	@echo "Installing into $(VENV) …"; $(UV) -r requirements.txt
 	@touch $@

@@ -65,7 +65,7 @@ def killed(folder: Path, rows: list[tuple[str, str]]) -> None:
     done = sum(reported["state"] == "done" for reported in ended)
     rows += [
         (f"{JOBS} accepted jobs, kill -9 with {begun} on the device: done / objects stored", f"{done} / {stored}"),
-        ("answered from the bucket when asked again", f"{sum(told['cached'] for told in again)}"),
+        ("answered from the bucket when asked again", f"{sum(answer['cached'] for answer in again)}"),
         ("kill to /healthz answering again", f"{answering:.1f} s"),
         ("kill to able to draw", f"{drawing:.1f} s"),
         ("kill to the last of them done", f"{took:.1f} s"),
@@ -127,7 +127,7 @@ def full(folder: Path, rows: list[tuple[str, str]]) -> None:
         ),
         ("the refusal", reported),
         ("jobs that exist / of the accepted ones done", f"{listed} / {done}"),
-        ("one more when there is room again", f"{later}"),
+        ("one more when the queue has a place again", f"{later}"),
     ]
 
 

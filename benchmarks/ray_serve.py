@@ -158,7 +158,7 @@ def killed(
     there = len(paths & (objects(store, bucket) - before))
     rows += [
         ("30 accepted jobs, kill -9 of one of the 2 replicas: states in the end; objects", f"{shown(states)}; {there}"),
-        ("kill to every job being told of again (models loaded, folder taken up)", f"{back:.1f} s"),
+        ("kill to every job being reported again (models loaded, folder taken up)", f"{back:.1f} s"),
         ("kill to the last of them done", f"{took:.1f} s"),
         ("requests meanwhile, one at a time, not repeated", shown(statuses)),
     ]
@@ -365,9 +365,9 @@ def accept(client: httpx.Client, text: str, **more: Any) -> str:
 
 
 def job(client: httpx.Client, job_id: str) -> dict[str, Any]:
-    """The job as JSON; its state is `not told` while the server cannot give it."""
+    """The job as JSON; its state is `unknown` while the server cannot give it."""
     answer = client.get(f"/jobs/{job_id}")
-    return dict(answer.json()) if answer.status_code == 200 else {"state": "not told"}
+    return dict(answer.json()) if answer.status_code == 200 else {"state": "unknown"}
 
 
 def objects(store: StorageServer, bucket: str) -> set[str]:

@@ -33,7 +33,7 @@ from benchmarks.workloads import (
     throughput,
 )
 
-# A ratio beyond its bound is a regression; bounds leave room for the noise of another machine.
+# A ratio beyond its bound is a regression; bounds allow for the noise of another machine.
 BOUNDS: dict[str, Callable[[float], bool]] = {
     "single_request": lambda value: value <= 0.9,
     "throughput": lambda value: value >= 1.5,

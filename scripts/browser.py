@@ -121,7 +121,7 @@ def paint(page: Any) -> None:
 
     canvas = page.locator("#sds-inpaint-image_file canvas").first
     canvas.wait_for()
-    seen = page.get_by_text("Mask: what is striped is drawn anew")
+    seen = page.get_by_text("Mask: the striped part is replaced")
     for _ in range(_STROKES):
         _stroke(page, canvas)
         try:

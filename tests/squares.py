@@ -61,10 +61,10 @@ def gated() -> Iterator[FakeDenoiser]:
 class OutOfMemoryDenoiser(FakeDenoiser):
     """Memory for so many canvases per step, and so many per finish; counts the requests to free memory.
 
-    Each shrink makes room for one more canvas in decoding, `shrinks` times.
+    Each shrink frees memory for one more canvas in decoding, `shrinks` times.
     """
 
-    room: int = 2
+    fits: int = 2
     decodes_with: int = 0
     shrinks: int = 0
     released: int = 0
@@ -72,16 +72,16 @@ class OutOfMemoryDenoiser(FakeDenoiser):
     third_step_fails: bool = False
 
     def step(self, states: Sequence[Canvas]) -> None:
-        if len(states) > self.room:
-            raise OutOfMemory("no room")
+        if len(states) > self.fits:
+            raise OutOfMemory("no memory")
         if self.third_step_fails and any(state.index == 2 for state in states):
             self.third_step_fails = False
-            raise OutOfMemory("no room in the third step")
+            raise OutOfMemory("no memory in the third step")
         super().step(states)
 
     def finish(self, state: Canvas) -> FakePixels:
         if self.shrunk < self.decodes_with:
-            raise OutOfMemory("no room to decode")
+            raise OutOfMemory("no memory to decode")
         return super().finish(state)
 
     def release_memory(self) -> None:
@@ -92,7 +92,7 @@ class OutOfMemoryDenoiser(FakeDenoiser):
             return False
         self.shrinks -= 1
         self.shrunk += 1
-        self.room = max(1, self.room)
+        self.fits = max(1, self.fits)
         return True
 
 

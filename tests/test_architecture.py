@@ -27,7 +27,7 @@ LONGER_FUNCTIONS: dict[str, str] = {}
 _INTERFACE = "a protocol that two packages share and neither may import from the other"
 _LEAF = "several modules import it, and each of them has another subject"
 _PATH = "the path is fixed: Python's entry point, or one that the first version of this server had"
-_PART = "one part of a class or a page whose main module has no room for it"
+_PART = "one part of a class or a page whose main module has no lines left for it"
 # Path in the package → why it may be shorter than the floor.
 SHORTER_MODULES: dict[str, str] = {
     "__main__.py": _PATH,
@@ -213,11 +213,11 @@ PURE = (
 IO_MODULES = {"os", "pathlib", "socket", "subprocess", "shutil", "tempfile", "sqlite3", "httpx", "requests", "boto3"}
 
 
-@pytest.mark.parametrize("room", PURE)
-def test_the_middle_is_pure(room: str) -> None:
+@pytest.mark.parametrize("package", PURE)
+def test_the_middle_is_pure(package: str) -> None:
     """The packages of pure functions import nothing with side effects."""
     imported: set[str] = set()
-    for node in ast.walk(tree_of(PACKAGE / room)):
+    for node in ast.walk(tree_of(PACKAGE / package)):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -117,7 +117,7 @@ def test_a_default_model_that_cannot_be_used_is_not_replaced(tmp_path: Path) -> 
 
 
 @pytest.mark.fault(165)
-def test_a_link_that_leads_nowhere_is_a_model_that_is_told_of(tmp_path: Path) -> None:
+def test_a_link_that_leads_nowhere_is_a_model_that_is_reported(tmp_path: Path) -> None:
     """MODELS=auto reports it, and does not fall back to the embedded models."""
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / BASE).symlink_to(tmp_path / "unmounted")

@@ -304,7 +304,7 @@ def test_make_run_prints_what_to_do_next(tmp_path: Path) -> None:
         made.stop(signal.SIGINT)
 
 
-def test_a_busy_port_is_told_and_ends_the_start(server: Server, tmp_path: Path) -> None:
+def test_a_busy_port_is_reported_and_ends_the_start(server: Server, tmp_path: Path) -> None:
     """A second server on the same port exits with one sentence, before it loads anything."""
     done = subprocess.run(
         [sys.executable, "-m", "stable_diffusion_server", "serve"],

@@ -123,7 +123,7 @@ def pixels(file: bytes) -> bytes:
 
 
 @pytest.mark.fault(163)
-def test_only_what_can_be_used_is_listed_and_the_rest_is_told_why(adapted: Server) -> None:
+def test_only_what_can_be_used_is_listed_and_the_rest_has_reasons(adapted: Server) -> None:
     """In `/readyz`, in AUTOMATIC1111's list, and in the log, once."""
     model = sdxl_info(adapted)
     listed = {lora["name"] for lora in httpx.get(f"{adapted.url}/sdapi/v1/loras", timeout=60).json()}

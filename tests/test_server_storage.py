@@ -128,7 +128,7 @@ def test_two_servers_share_a_bucket(serving: Callable[..., Server], shared: Shar
         assert receipt["path"] == receipts[2 * number]["path"]
         assert httpx.get(receipt["path"]).content == stored[receipt["key"]]
     drawn = sum(not receipt["cached"] for receipt in receipts)
-    print(f"{len(receipts)} answers, {drawn} of them drawn, {len({r['key'] for r in receipts})} objects, one URL each")  # noqa: T201  # told with -s
+    print(f"{len(receipts)} answers, {drawn} of them drawn, {len({r['key'] for r in receipts})} objects, one URL each")  # noqa: T201  # shown with -s
     assert not list((one.folder / "data" / "spool").iterdir())
 
 

@@ -171,7 +171,7 @@ def test_an_event_loop_that_beats_or_has_ended_is_let_be(tmp_path: Path) -> None
 
 
 @pytest.mark.fault(112)
-def test_a_program_that_does_not_stop_when_told_to_is_killed(tmp_path: Path) -> None:
+def test_a_program_that_does_not_stop_on_its_signal_is_killed(tmp_path: Path) -> None:
     """It gets a grace period, and then SIGKILL."""
     code = (
         "import sys\n"
@@ -242,7 +242,7 @@ def test_no_program_is_left_that_no_one_watches(tmp_path: Path) -> None:
         (["--", "true"], {"WATCHDOG_TIMEOUT": "soon"}, "WATCHDOG_TIMEOUT"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_sentence(
+def test_what_is_wrong_is_reported_in_one_sentence(
     tmp_path: Path, arguments: list[str], environment: dict[str, str], reported: str
 ) -> None:
     """No command, a missing command, a wrong setting."""

@@ -28,7 +28,7 @@ import {{ VERSION }} from "openai/version";
 import {{ ClientReport }} from "./cells.mjs";
 import {{ everyColumn }} from "./with_openai.mjs";
 const options = {{ baseURL: "{SERVER}/v1", apiKey: "{KEY}", maxRetries: 0, dangerouslyAllowBrowser: true }};
-const report = new ClientReport(`openai (Node) ${{VERSION}} in a page of another origin`, window.told);
+const report = new ClientReport(`openai (Node) ${{VERSION}} in a page of another origin`, window.report);
 await everyColumn(new OpenAI(options), report, false);
 window.ended();
 """
@@ -70,7 +70,7 @@ def follow(url: str) -> None:
     ended = threading.Event()
     with chromium() as browser:
         page = browser.new_page()
-        page.expose_function("told", lambda line: (sys.stdout.write(f"{line}\n"), sys.stdout.flush(), None)[-1])
+        page.expose_function("report", lambda line: (sys.stdout.write(f"{line}\n"), sys.stdout.flush(), None)[-1])
         page.expose_function("ended", ended.set)
         page.on("pageerror", lambda error: sys.stderr.write(f"{error}\n"))
         page.goto(url)

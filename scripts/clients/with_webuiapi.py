@@ -47,7 +47,7 @@ def lists(report: ClientReport, api: Any) -> None:
     with report.cell("list"):
         check("sdxl" in " ".join(api.util_get_model_names()), "sdxl is listed")
         api.util_set_model("flux"), api.util_set_model("sdxl")
-        check("sdxl" in api.util_get_current_model(), "the chosen model is told")
+        check("sdxl" in api.util_get_current_model(), "the chosen model is reported")
     for order in ("refresh_checkpoints", "refresh_loras", "unload_checkpoint", "reload_checkpoint"):
         if hasattr(api, order):
             with report.cell("list"):
@@ -59,7 +59,7 @@ def draws(report: ClientReport, api: Any) -> None:
     with report.cell("draw"):
         drawn = api.txt2img(prompt=WORDS, seed=7, cfg_scale=2, batch_size=2, **SMALL)
         check([image.size for image in drawn.images] == [(256, 256)] * 2, "two images of the asked size")
-        check(drawn.info["all_seeds"] == [7, 8] and len(drawn.info["all_subseeds"]) == 2, "seeds are told")
+        check(drawn.info["all_seeds"] == [7, 8] and len(drawn.info["all_subseeds"]) == 2, "seeds are reported")
         check("Seed: 7" in api.png_info(drawn.image).info, "the parameters are read back from the image")
     with report.cell("draw"):
         api.txt2img(

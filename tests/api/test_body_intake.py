@@ -120,12 +120,12 @@ def test_a_body_that_drips_is_refused_and_one_that_comes_slowly_enough_is_not(
 
 
 @pytest.mark.fault(114)
-def test_unfinished_bodies_of_one_caller_are_bounded_and_leave_room_for_others(
+def test_unfinished_bodies_of_one_caller_are_bounded_and_leave_memory_for_others(
     live_of: Callable[..., LiveServer],
 ) -> None:
     """The server reads only half a budget of one key's 24 large bodies; it reads another key's at once."""
-    size, room = 12_000_000, 48_000_000
-    live = live_of(body_timeout=20.0, bodies_bytes=room, max_upload_bytes=size, **KEYS)
+    size, budget = 12_000_000, 48_000_000
+    live = live_of(body_timeout=20.0, bodies_bytes=budget, max_upload_bytes=size, **KEYS)
     sent = 0
     with ExitStack() as stack:
         for _ in range(24):
@@ -150,11 +150,11 @@ def test_unfinished_bodies_of_one_caller_are_bounded_and_leave_room_for_others(
     answer = httpx.post(
         f"{live.url}/sdapi/v1/txt2img", json=asked, headers={"X-API-Key": "secret-of-a-1234567"}, timeout=15
     )
-    assert answer.status_code == 200, "the room of those who left is free again"
+    assert answer.status_code == 200, "the memory of those who left is free again"
 
 
 @pytest.mark.fault(114)
-def test_who_finds_no_room_for_a_body_is_told_to_come_back(live_of: Callable[..., LiveServer]) -> None:
+def test_a_body_that_finds_no_memory_gets_429_and_retry_after(live_of: Callable[..., LiveServer]) -> None:
     """Of two arriving bodies with memory for one, one gets 429 after BODY_TIMEOUT."""
     size = 1_900_000
     live = live_of(body_timeout=3.0, body_min_rate=0.0, bodies_bytes=2_000_000, max_upload_bytes=size)
@@ -230,14 +230,14 @@ def test_anonymous_bodies_that_do_arrive_leave_half_the_memory_to_keys(live_of: 
 
 @pytest.mark.fault(114)
 @pytest.mark.parametrize("path", ["/ui/key", "/ui/gradio_api/queue/join", "/ui/nothing"])
-def test_strangers_at_the_studio_keep_no_room_for_more_than_its_routes_read(
+def test_strangers_at_the_studio_hold_no_more_memory_than_its_routes_read(
     live_of: Callable[..., LiveServer], path: str
 ) -> None:
     """Whatever length and type they claim; otherwise a few addresses could hold the memory of callers with keys."""
-    room = 4_000_000
-    live = live_of(body_timeout=5.0, bodies_bytes=room, max_upload_bytes=room, ui=True, **KEYS)
+    budget = 4_000_000
+    live = live_of(body_timeout=5.0, bodies_bytes=budget, max_upload_bytes=budget, ui=True, **KEYS)
     with ExitStack() as stack:
-        line = opened(live, stack, path, MULTIPART, room)
+        line = opened(live, stack, path, MULTIPART, budget)
         line.settimeout(5)
         assert line.recv(12).endswith((b"413", b"401"))
         for _ in range(4):

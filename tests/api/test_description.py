@@ -39,7 +39,7 @@ def test_the_page_loads_nothing_from_elsewhere(running_app: RunningApp) -> None:
     assert running_app.client.get("/docs/secrets.js").status_code == 404
 
 
-def test_every_operation_is_told_whole(running_app: RunningApp) -> None:
+def test_every_operation_is_described_completely(running_app: RunningApp) -> None:
     """Each has a unique operationId usable as a function name, a description, and every response with its schema."""
     ids = []
     for method, path, operation in operations(running_app):
@@ -77,7 +77,7 @@ def test_words_of_a_kind_are_enumerated_and_numbers_bounded(running_app: Running
 
 
 @pytest.mark.parametrize("keys", ["", "right"])
-def test_keys_are_told_where_they_are_needed(run_app: Callable[..., RunningApp], keys: str) -> None:
+def test_keys_are_documented_where_they_are_needed(run_app: Callable[..., RunningApp], keys: str) -> None:
     """With API_KEYS, every operation that needs a key declares it; without, none does."""
     running_app = run_app(api_keys=keys)
     for _, path, operation in operations(running_app):
@@ -90,7 +90,7 @@ def test_the_page_of_the_api_is_up_to_date() -> None:
     assert (ROOT / "docs" / "api.md").read_text() == describe_api()
 
 
-def test_a_wrong_method_is_told_every_right_one(running_app: RunningApp) -> None:
+def test_a_wrong_method_gets_the_list_of_allowed_ones(running_app: RunningApp) -> None:
     """405 lists all methods of the path in `Allow`, although each method is a separate route."""
     answer = running_app.client.patch("/create_and_upload_image")
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")

@@ -139,7 +139,7 @@ class AddressedBucket(MemoryBucket):
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_the_files_door_hands_private_addresses_to_those_who_hold_one(private: bool, tmp_path: Path) -> None:
+def test_the_files_endpoint_gives_signed_urls_to_those_who_hold_one(private: bool, tmp_path: Path) -> None:
     """For a private bucket only a signed URL redirects, and no key outside BUCKET_PATH is ever served."""
     bucket = AddressedBucket()
     for key in ("static/uploads/a.webp", "backups/db.sql", "static/uploads-not/a.webp"):
@@ -296,7 +296,9 @@ def test_a_broken_history_fails_no_picture(run_app: Callable[..., RunningApp], t
 
 
 @pytest.mark.parametrize(("file_format", "embedded"), [("webp", "full"), ("png", "none"), ("jpeg", "full")])
-def test_the_record_of_a_picture_is_told(run_app: Callable[..., RunningApp], file_format: str, embedded: str) -> None:
+def test_the_record_of_a_picture_is_reported(
+    run_app: Callable[..., RunningApp], file_format: str, embedded: str
+) -> None:
     """Read from the history, otherwise from the object, otherwise from the image file."""
     running_app = run_app(embed_metadata=embedded)
     key = running_app.draw(prompt="a red square", save_path=f"a.{file_format}").json()["key"]
@@ -338,7 +340,7 @@ def test_records_and_deleting_ask_for_a_key(run_app: Callable[..., RunningApp]) 
     assert running_app.client.delete(path, headers=with_key).status_code == 204
 
 
-def test_a_deleted_picture_is_gone_and_drawn_anew(running_app: RunningApp) -> None:
+def test_a_deleted_picture_is_gone_and_drawn_again(running_app: RunningApp) -> None:
     """Removed from bucket and history; a second delete is no error; the name can be used again."""
     running_app.draw(prompt="a red square", save_path="a.webp")
     for _ in range(2):
@@ -355,21 +357,21 @@ def test_a_caller_touches_only_what_is_under_its_prefix(tmp_path: Path) -> None:
     recorder = HistoryWriter(HistoryIndex(tmp_path / "history.db", 10, 0))
     recorder.start()
     bucket, caller = MemoryBucket(), Caller("a", "team-a/")
-    shelf = ImageLibrary(bucket, recorder, "static/uploads/")
+    library = ImageLibrary(bucket, recorder, "static/uploads/")
     for key in ("static/uploads/team-a/x.webp", "static/uploads/team-b/x.webp", "static/uploads/team-a.webp"):
         bucket.create(key, b"data", "image/webp", {"digest": "d"})
         recorder.record(
             HistoryEntry(key, "d", "a red square", "sdxl", "text_to_image", 7, 64, 64, "a", time.time(), {"seed": 7})
         )
-    assert [entry.key for entry in shelf.search(caller, HistoryQuery())] == ["static/uploads/team-a/x.webp"]
-    assert len(shelf.search(Caller(), HistoryQuery())) == 3
+    assert [entry.key for entry in library.search(caller, HistoryQuery())] == ["static/uploads/team-a/x.webp"]
+    assert len(library.search(Caller(), HistoryQuery())) == 3
     for key in ("static/uploads/team-b/x.webp", "static/uploads/team-a.webp", "team-a/x.webp"):
-        for touch in (shelf.read_record, shelf.delete):
+        for touch in (library.read_record, library.delete):
             with pytest.raises(Forbidden):
                 touch(key, caller)
-    assert shelf.read_record("static/uploads/team-a/x.webp", caller) == ("history", {"seed": 7})
-    shelf.delete("static/uploads/team-a/x.webp", caller)
-    assert len(shelf.search(Caller(), HistoryQuery())) == 2
+    assert library.read_record("static/uploads/team-a/x.webp", caller) == ("history", {"seed": 7})
+    library.delete("static/uploads/team-a/x.webp", caller)
+    assert len(library.search(Caller(), HistoryQuery())) == 2
     recorder.close()
 
 
@@ -394,7 +396,7 @@ def test_what_comes_within_a_moment_is_recorded_together(tmp_path: Path, monkeyp
     assert written == [20, 1]
 
 
-def test_a_cached_answer_repeats_what_the_guards_told(run_app: Callable[..., RunningApp]) -> None:
+def test_a_cached_answer_repeats_the_warnings_of_the_quality_checks(run_app: Callable[..., RunningApp]) -> None:
     """The first result was black, so it was generated twice: a later cache hit gets the warning too."""
     running_app = run_app(FakeImageDenoiser(spoil=["black"]))
     codes = [

@@ -123,7 +123,7 @@ def test_repeats_of_an_upload_meet_and_other_uploads_never_clash(running_app: Ru
 
 @pytest.mark.parametrize("way", ["get query", "post query", "post form", "post json", "post multipart"])
 @pytest.mark.parametrize("path", [STYLE, BYTES, INPAINT])
-def test_a_picture_can_be_told_by_its_address_in_every_way(
+def test_a_picture_can_be_sent_by_its_url_in_every_way(
     running_app: RunningApp, pictures: Pictures, path: str, way: str
 ) -> None:
     """GET and POST; query, form, multipart and JSON accept `image_url`, and inpainting `mask_url`."""
@@ -254,7 +254,7 @@ ONE = {"image_file": IMAGE}
 BOTH = {"image_file": IMAGE, "mask_file": MASK}
 REFUSED: list[tuple[str, str, dict[str, bytes], dict[str, Any], int, set[str]]] = [
     ("no picture", STYLE, {}, {}, 422, {"image_url", "image_file"}),
-    ("no picture at the bytes door", BYTES, {}, {}, 422, {"image_url", "image_file"}),
+    ("no picture at the bytes endpoint", BYTES, {}, {}, 422, {"image_url", "image_file"}),
     ("no mask", INPAINT, ONE, {}, 422, {"mask_url", "mask_file"}),
     ("neither", INPAINT, {}, {}, 422, {"image_url", "image_file", "mask_url", "mask_file"}),
     ("two pictures", STYLE, ONE, {"image_url": "http://a.example/"}, 422, {"image_url", "image_file"}),
@@ -327,7 +327,7 @@ def test_true_is_no_number(running_app: RunningApp, name: str) -> None:
     assert (answer.status_code, answer.json()["field"]) == (422, name)
 
 
-def test_a_full_queue_is_told_before_anything_is_fetched_or_decoded(
+def test_a_full_queue_is_reported_before_anything_is_fetched_or_decoded(
     run_app: Callable[..., RunningApp], pictures: Pictures
 ) -> None:
     """429 with Retry-After at once: a refused request costs no download and no decoder process."""
@@ -403,7 +403,7 @@ def test_a_picture_of_any_shape_comes_back_at_its_size(running_app: RunningApp, 
 
 
 @pytest.mark.fault(54)
-def test_guards_are_told_in_the_receipt(run_app: Callable[..., RunningApp]) -> None:
+def test_quality_checks_are_reported_in_the_receipt(run_app: Callable[..., RunningApp]) -> None:
     """Black, then good.
 
     Returned with a warning and the seed used. Black twice: returned with a warning, nothing crashes.

@@ -211,8 +211,8 @@ def test_a_key_repeats_the_first_answer(running_app: RunningApp) -> None:
     assert picture[0] == picture[1]
 
 
-def test_a_key_is_in_flight_until_it_is_answered_and_free_if_it_never_is(run_app: Callable[..., RunningApp]) -> None:
-    """409 while in flight; a transient failure is not replayed, a permanent one is."""
+def test_a_key_is_running_until_it_is_answered_and_free_if_it_never_is(run_app: Callable[..., RunningApp]) -> None:
+    """409 while it runs; a transient failure is not replayed, a permanent one is."""
     running_app = run_app(FakeDenoiser(gate=threading.Event()))
     key = {"Idempotency-Key": "k1", "X-Job-ID": "an-id-of-the-caller"}
     with ThreadPoolExecutor(1) as pool:
@@ -228,7 +228,7 @@ def test_a_key_is_in_flight_until_it_is_answered_and_free_if_it_never_is(run_app
     assert [answer.status_code for answer in wrong] == [422, 422]
 
 
-def test_openais_door_answers_by_a_job_and_once_for_a_key(running_app: RunningApp) -> None:
+def test_openais_endpoint_answers_by_a_job_and_once_for_a_key(running_app: RunningApp) -> None:
     """One image at a time; with `n` > 1 or a stream, a key is refused rather than ignored."""
     path, asked = "/v1/images/generations", {"prompt": "a red square", "size": "64x64"}
     job_id = running_app.client.post(path, json=asked, headers=ASYNC).json()["id"]

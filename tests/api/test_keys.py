@@ -116,7 +116,7 @@ ROUTES = {
 
 
 @pytest.mark.parametrize(("route", "expected"), ROUTES.items(), ids=lambda value: str(value))
-def test_the_table_of_doors_and_keys(
+def test_the_table_of_endpoints_and_keys(
     run_app: Callable[..., RunningApp], route: tuple[str, str], expected: tuple[int | None, ...]
 ) -> None:
     """Only routes that neither generate nor reveal are open: health, docs, and images, which are meant to be shown."""
@@ -130,7 +130,7 @@ def test_the_table_of_doors_and_keys(
         assert status is None or answer.status_code == status, (route, key, answer.text)
 
 
-def test_a_key_over_its_rate_is_told_when_to_come_back(run_app: Callable[..., RunningApp]) -> None:
+def test_a_key_over_its_rate_gets_retry_after(run_app: Callable[..., RunningApp]) -> None:
     """Three a minute: the fourth is 429 with Retry-After; other keys are unaffected, and polling does not count."""
     running_app = run_app(api_keys=KEYS)
     answers = [ask(running_app, "secret-a") for _ in range(4)]

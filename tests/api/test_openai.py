@@ -89,7 +89,7 @@ def test_quality_is_steps(live_of: Callable[..., LiveServer], quality: Any, step
     assert live.squares.finished[0].num_inference_steps == steps
 
 
-def test_auto_is_the_servers_size_and_what_cannot_be_honoured_is_told(client: openai.OpenAI) -> None:
+def test_auto_is_the_servers_size_and_what_cannot_be_honoured_is_reported(client: openai.OpenAI) -> None:
     """1024 × 1024; styles belong in the prompt, and the response warns of that."""
     answer = client.images.generate(prompt="a red square", size="auto", style="vivid", user="me", moderation="low")
     assert answer.size == "1024x1024"
@@ -183,7 +183,7 @@ def test_an_edit_repaints_what_the_mask_leaves_transparent(live_of: Callable[...
     assert live.squares.finished[0].refine
 
 
-def test_an_edit_without_a_mask_draws_anew_at_the_size_asked_for(live_of: Callable[..., LiveServer]) -> None:
+def test_an_edit_without_a_mask_redraws_at_the_size_asked_for(live_of: Callable[..., LiveServer]) -> None:
     """With the default strength of style transfer; of several images it uses the first, and warns."""
     live = live_of(FakeImageDenoiser())
     files = [("a.png", file_of(disc())), ("b.png", file_of(disc(64, 64)))]

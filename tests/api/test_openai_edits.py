@@ -174,7 +174,7 @@ def test_a_form_may_number_its_images(app: RunningApp) -> None:
 
 
 def test_a_hole_in_the_image_is_its_mask_for_dall_e_2(app: RunningApp) -> None:
-    """What surrounds the hole stays; images without one, and other models, are drawn anew as a whole."""
+    """What surrounds the hole stays; images without one, and other models, are redrawn as a whole."""
     outside = np.ones(PIXELS.shape[:2], bool)
     outside[20:60, 30:70] = False
     form = {"prompt": "a green square", "response_format": "b64_json", "size": "auto"}

@@ -149,9 +149,9 @@ def test_a_key_repeats_several_images_and_streams(running_app: RunningApp, more:
     count = more.get("n", 1)
     assert len(running_app.squares.finished) == count
     if "stream" in more:
-        told = [json.loads(line[6:]) for line in again.text.splitlines() if line.startswith("data:")]
-        assert [event["type"] for event in told] == ["image_generation.completed"]
-        assert str(told[0]["seed"]) in first.text
+        events = [json.loads(line[6:]) for line in again.text.splitlines() if line.startswith("data:")]
+        assert [event["type"] for event in events] == ["image_generation.completed"]
+        assert str(events[0]["seed"]) in first.text
     else:
         assert again.json()["data"] == first.json()["data"]
         assert again.headers["idempotency-replayed"] == "true"
@@ -182,9 +182,9 @@ TAKEN: dict[str, Any] = {
 def test_what_openai_has_and_this_server_has_not_is_taken_with_a_warning(running_app: RunningApp, name: str) -> None:
     """The image comes, opaque; the warning names the parameter."""
     body = post(running_app, **{name: TAKEN[name]}).json()
-    told = [warning["message"] for warning in body["warnings"] if warning["code"] == "not-honoured"]
-    assert len(told) == 1
-    assert told[0].startswith(f"{name}: ")
+    sentences = [warning["message"] for warning in body["warnings"] if warning["code"] == "not-honoured"]
+    assert len(sentences) == 1
+    assert sentences[0].startswith(f"{name}: ")
     assert body["background"] == "opaque"
 
 

@@ -42,7 +42,7 @@ def test_the_process_is_alive_before_it_can_draw(tmp_path: Path) -> None:
         assert client.get("/create_and_upload_image", params=order).status_code == 200
 
 
-def test_models_that_cannot_be_loaded_leave_the_server_up_and_told(tmp_path: Path) -> None:
+def test_models_that_cannot_be_loaded_leave_the_server_up_and_are_reported(tmp_path: Path) -> None:
     """/readyz gives the reason, and stored images are still served."""
 
     def load(settings: object) -> FakeDenoiser:
@@ -55,7 +55,7 @@ def test_models_that_cannot_be_loaded_leave_the_server_up_and_told(tmp_path: Pat
         assert client.get("/create_and_upload_image?prompt=a").status_code == 503
 
 
-def test_a_bucket_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
+def test_a_bucket_that_cannot_be_opened_is_reported(tmp_path: Path) -> None:
     """A file where the folder should be: one sentence in /readyz, 503 for requests, no crash."""
     (tmp_path / "bucket").write_text("in the way")
     app = create_app(settings_in(tmp_path), load=lambda settings: FakeDenoiser())
@@ -107,7 +107,7 @@ def test_keys_and_prompts_stay_out_of_the_log(
 
 @pytest.mark.fault(112)
 @pytest.mark.parametrize("part", ["decoder", "jobs"])
-def test_what_makes_no_progress_is_told_and_stops_the_beat(
+def test_what_makes_no_progress_is_reported_and_stops_the_beat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """Work that never ends, even when cancelled: /readyz names it, and the heartbeat stops for the watchdog."""

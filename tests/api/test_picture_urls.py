@@ -109,7 +109,7 @@ def test_a_proxy_without_trust_changes_no_url(run_app: Callable[..., RunningApp]
 
 
 @pytest.mark.fault(130)
-def test_a_webhook_is_told_the_host_that_accepted(run_app: Callable[..., RunningApp]) -> None:
+def test_a_webhook_names_the_host_that_accepted(run_app: Callable[..., RunningApp]) -> None:
     """A webhook message has no Host of its own, so it uses the one that submitted the job."""
     heard: list[dict[str, Any]] = []
 

@@ -83,7 +83,7 @@ def test_a_picture_is_drawn_again_bit_for_bit(
     assert app.squares.finished[-1].alone
 
 
-def test_it_is_drawn_anew_each_time_and_stored_where_one_likes(app: RunningApp) -> None:
+def test_it_is_drawn_again_each_time_and_stored_where_one_likes(app: RunningApp) -> None:
     """Below `replays/` by default, overwriting; a given name behaves like any other name."""
     picture = made(app, CREATE)
     bodies = [replayed(app, picture).json() for _ in range(2)]
@@ -159,7 +159,7 @@ def forged(picture: bytes, **changes: Any) -> bytes:
         ({"digest": None}, "picture_file"),
     ],
 )
-def test_what_a_file_says_is_checked_as_at_any_door(app: RunningApp, changes: dict[str, Any], field: str) -> None:
+def test_what_a_file_says_is_checked_as_at_any_endpoint(app: RunningApp, changes: dict[str, Any], field: str) -> None:
     """A forged record reaches no file, URL or number that a parameter could not."""
     picture, before = made(app, CREATE), len(app.squares.finished)
     if isinstance(changes.get("asked"), list):
@@ -171,7 +171,7 @@ def test_what_a_file_says_is_checked_as_at_any_door(app: RunningApp, changes: di
     assert len(app.squares.finished) == before
 
 
-def test_another_order_is_told(app: RunningApp) -> None:
+def test_another_order_is_reported(app: RunningApp) -> None:
     """A changed record is generated as it says, and not reported as identical."""
     body = replayed(app, forged(made(app, CREATE), asked={"prompt": "a blue square"})).json()
     assert body["replay"]["same_order"] is False
@@ -185,7 +185,7 @@ def test_a_picture_that_says_nothing_is_refused(app: RunningApp, picture: bytes)
     assert refused(app.client.post("/v1/replay", json={})) == "picture_file"
 
 
-def test_every_field_of_an_order_is_told_or_known_not_to_matter(app: RunningApp) -> None:
+def test_every_field_of_a_request_is_recorded_or_known_not_to_matter(app: RunningApp) -> None:
     """Fails if a new request field is neither recorded nor listed as irrelevant."""
     record = read_record(made(app, CREATE)) or {}
     assert set(record["asked"]) == {part.name for part in fields(GenerationRequest)} - NOT_RECORDED  # type: ignore[call-overload]  # a mapping

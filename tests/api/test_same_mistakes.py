@@ -153,7 +153,7 @@ ROUTES: dict[str, Door] = {
 
 @pytest.mark.fault(1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17)
 @pytest.mark.parametrize("route", ROUTES)
-def test_the_same_mistake_is_answered_alike_through_every_door(run_app: Callable[..., RunningApp], route: str) -> None:
+def test_the_same_mistake_is_answered_alike_at_every_endpoint(run_app: Callable[..., RunningApp], route: str) -> None:
     """The status of the table, in the dialect's error format; OpenAI has 400 for 422, and 404 for an unknown model.
 
     Nothing is generated; a valid request still works afterwards.

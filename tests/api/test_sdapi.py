@@ -85,7 +85,7 @@ def test_no_seed_is_another_picture_each_time_and_several_count_on(client: webui
         ("ddim", "ddim", False),
     ],
 )
-def test_samplers_are_mapped_and_what_is_not_quite_it_is_told(
+def test_samplers_are_mapped_and_inexact_ones_are_reported(
     live: LiveServer, client: webuiapi.WebUIApi, sampler: str, ours: str, reported: bool
 ) -> None:
     """The closest scheduler, and a warning where the sampler or its timestep spacing differs."""
@@ -94,7 +94,7 @@ def test_samplers_are_mapped_and_what_is_not_quite_it_is_told(
     assert bool(result.info["not_honoured"]) == reported
 
 
-def test_what_is_known_and_not_honoured_is_told(client: webuiapi.WebUIApi) -> None:
+def test_what_is_known_and_not_honoured_is_reported(client: webuiapi.WebUIApi) -> None:
     """By name; parameters at their defaults are not reported: a plain call with forty defaults reports nothing."""
     plain = client.txt2img(prompt="a red square", **SIZE)
     assert plain.info["not_honoured"] == []
@@ -128,7 +128,7 @@ def test_lists_are_in_its_shapes(client: webuiapi.WebUIApi) -> None:
     assert client.get_options()["samples_format"] == "png"
 
 
-def test_an_image_is_drawn_anew_at_the_size_asked_for(live: LiveServer, client: webuiapi.WebUIApi) -> None:
+def test_an_image_is_redrawn_at_the_size_asked_for(live: LiveServer, client: webuiapi.WebUIApi) -> None:
     """With `denoising_strength`; stretched, cropped or padded as `resize_mode` says."""
     image = Image.fromarray(disc(128, 64))
     for mode in (0, 1, 2):

@@ -101,7 +101,7 @@ def test_an_unknown_route_is_still_not_found(running_app: RunningApp) -> None:
         assert (answer.status_code, answer.json()["detail"]) == (404, "Not Found")
 
 
-def test_memory_is_told_to_key_holders_only(run_app: Callable[..., RunningApp]) -> None:
+def test_memory_is_reported_to_key_holders_only(run_app: Callable[..., RunningApp]) -> None:
     """Bytes of the process and the machine; an anonymous caller learns nothing of the machine."""
     running_app = run_app(api_keys="ann:a", allow_anonymous=True)
     known = running_app.client.get("/sdapi/v1/memory", headers={"X-API-Key": "a"}).json()["ram"]

@@ -103,8 +103,8 @@ def test_an_enlarged_image_still_tells_how_it_was_made(running_app: RunningApp) 
     running_app.client.post("/sdapi/v1/options", json={"samples_format": "webp"})
     answer = enlarged(running_app, image=made)
     assert image_of(answer).format == "WEBP"
-    told = running_app.client.post("/sdapi/v1/png-info", json={"image": answer.json()["image"]}).json()
-    assert "Seed: 7" in told["info"]
+    answered = running_app.client.post("/sdapi/v1/png-info", json={"image": answer.json()["image"]}).json()
+    assert "Seed: 7" in answered["info"]
     plain = running_app.client.post("/sdapi/v1/png-info", json={"image": enlarged(running_app).json()["image"]})
     assert plain.json()["info"] == ""
 

@@ -88,9 +88,9 @@ def test_a_seed_of_64_bits_is_drawn_by_its_lower_half(running: RunningApp, seed:
     lower = int(seed) % 2**32  # type: ignore[call-overload]  # a number or its text
     assert info["all_seeds"] == [lower, (lower + 1) % 2**32]
     assert "lower 32 bits" in said(info)
-    again, told = asked(running, seed=info["seed"], batch_size=2)
+    again, repeated = asked(running, seed=info["seed"], batch_size=2)
     assert again["images"] == body["images"]
-    assert told["not_honoured"] == []
+    assert repeated["not_honoured"] == []
 
 
 def test_info_has_all_members_of_processed(running: RunningApp) -> None:
@@ -151,7 +151,7 @@ def test_an_infotext_with_wrong_values_is_taken_as_far_as_it_goes(running: Runni
     ],
 )
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
-def test_any_sampler_is_drawn_by_the_closest_and_told(running: RunningApp, sampler: str, model: str) -> None:
+def test_any_sampler_is_drawn_by_the_closest_and_reported(running: RunningApp, sampler: str, model: str) -> None:
     """Never 422; the closest has the same words in its name, else it is the model's default."""
     _, info = asked(running, sampler_name=sampler, override_settings={"sd_model_checkpoint": model})
     taken = running.squares.finished[0].scheduler
@@ -283,7 +283,7 @@ def test_the_detected_map_follows_the_pictures(running: RunningApp, change: dict
 
 
 @pytest.mark.parametrize(
-    ("change", "size", "told"),
+    ("change", "size", "sentence"),
     [
         ({}, (128, 128), "Hires upscale: 2"),
         ({"hr_scale": "1.5"}, (96, 96), "Hires upscale: 1.5"),
@@ -292,7 +292,7 @@ def test_the_detected_map_follows_the_pictures(running: RunningApp, change: dict
     ],
 )
 def test_hires_fix_draws_a_second_pass_at_the_asked_size(
-    running: RunningApp, change: dict[str, Any], size: tuple[int, int], told: str
+    running: RunningApp, change: dict[str, Any], size: tuple[int, int], sentence: str
 ) -> None:
     """The first image, enlarged, is the input of the second pass; both are in `info`, and the infotext repeats them."""
     body, info = asked(
@@ -304,7 +304,7 @@ def test_hires_fix_draws_a_second_pass_at_the_asked_size(
     assert (first.num_inference_steps, second.num_inference_steps, second.strength) == (4, 6, 0.5)
     assert second.image is not None
     assert (info["width"], info["height"], info["steps"], info["denoising_strength"]) == (64, 64, 4, 0.5)
-    assert told in info["infotexts"][0]
+    assert sentence in info["infotexts"][0]
     assert "Denoising strength: 0.5" in info["infotexts"][0]
     assert info["extra_generation_params"]["Hires steps"] == "6"
     assert "Latent is replaced by Lanczos" in said(info)

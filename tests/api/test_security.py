@@ -151,8 +151,8 @@ def admitted(policy: AccessPolicy, address: str, path: str = "/jobs", **headers:
     return policy.admit(scope, Headers({"host": "localhost", **headers})).caller
 
 
-def test_who_asks_is_told_by_key_and_address() -> None:
-    """Loopback is the operator, anonymous callers are told apart by address (IPv6: by /64), keys by name."""
+def test_callers_are_distinguished_by_key_and_address() -> None:
+    """Loopback is the operator, anonymous callers are distinguished by address (IPv6: by /64), keys by name."""
     keys = ApiKeyring([HashedApiKey(Caller("ann", "", admin=True), hashed("a"))])
     assert admitted(AccessPolicy(), "127.0.0.1") == Caller(address="127.0.0.1")
     assert admitted(AccessPolicy(), "127.0.0.1").has_full_access

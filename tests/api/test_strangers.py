@@ -281,7 +281,7 @@ def test_every_kind_of_made_name_is_concealed(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(144)
-def test_what_was_there_is_told_to_its_owner_and_admin_alone(keys: list[One]) -> None:
+def test_what_was_there_is_reported_to_its_owner_and_admin_alone(keys: list[One]) -> None:
     """`cached`, the stored seed, and whether the request matched.
 
     Another key gets the same response whatever it guesses.
@@ -316,7 +316,7 @@ def test_a_private_picture_is_not_opened_by_asking_for_its_name(run_app: Callabl
 
 
 @pytest.mark.fault(144)
-def test_keys_that_draw_one_picture_at_a_time_are_not_told_so(run_app: Callable[..., RunningApp]) -> None:
+def test_keys_that_draw_one_picture_at_a_time_are_not_refused_for_it(run_app: Callable[..., RunningApp]) -> None:
     """The work is shared on the device; `coalesced` is visible to admin only."""
     squares = FakeDenoiser(gate=threading.Event())
     ann, bob, root = held(run_app(squares, api_keys=KEYS), "secret-a", "secret-b", "secret-r")
@@ -374,7 +374,7 @@ class _Telling(FakeDenoiser):
 
 
 @pytest.mark.fault(146)
-def test_how_the_server_stands_is_told_to_keys_alone(run_app: Callable[..., RunningApp], tmp_path: Path) -> None:
+def test_how_the_server_stands_is_reported_to_keys_alone(run_app: Callable[..., RunningApp], tmp_path: Path) -> None:
     """Without a key only the state: no model folder and no error detail."""
     running_app = run_app(_Telling(), api_keys=KEYS)
     for headers in ({}, {"x-api-key": "wrong"}, {"authorization": "Basic eHg6eHg="}):

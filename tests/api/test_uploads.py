@@ -293,7 +293,7 @@ def test_a_body_over_the_limit_is_refused_and_one_at_the_limit_is_read(run_app: 
         assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_a_get_with_a_body_over_the_limit_is_told_so(run_app: Callable[..., RunningApp]) -> None:
+def test_a_get_with_a_body_over_the_limit_gets_413(run_app: Callable[..., RunningApp]) -> None:
     """An unexpected body is still counted, and its end is not mistaken for a disconnect."""
     running_app = run_app(FakeDenoiser(seconds_per_step=0.2), max_body_bytes=2000)
     answer = running_app.client.request("GET", CREATE, params=ASKED, content=iter([b"x" * 1500] * 3))

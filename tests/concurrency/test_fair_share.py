@@ -1,4 +1,4 @@
-"""No caller can fill a shared resource (engine queue, job queue, job store): a newcomer finds room."""
+"""No caller can fill a shared resource (engine queue, job queue, job store): a newcomer finds a place."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ ANN, BOB = "key ann", "key bob"
 KEYS = {"api_keys": "ann:a, bob:b, cid:c"}
 
 
-def taken_by(callers: int, room: int) -> list[int]:
+def taken_by(callers: int, places: int) -> list[int]:
     """What each of so many callers gets if all take as much as possible, in turns."""
     held = [0] * callers
-    while any(may_hold_more(mine, room - sum(held)) for mine in held):
+    while any(may_hold_more(mine, places - sum(held)) for mine in held):
         for number in range(callers):
-            if may_hold_more(held[number], room - sum(held)):
+            if may_hold_more(held[number], places - sum(held)):
                 held[number] += 1
     return held
 
 
 @pytest.mark.fault(154, 156)
 @pytest.mark.parametrize(
-    ("callers", "room", "each"), [(1, 32, 29), (1, 1000, 900), (1, 1, 1), (1, 9, 9), (2, 1000, 474), (5, 1000, 196)]
+    ("callers", "places", "each"), [(1, 32, 29), (1, 1000, 900), (1, 1, 1), (1, 9, 9), (2, 1000, 474), (5, 1000, 196)]
 )
-def test_who_wants_all_gets_most_and_leaves_some(callers: int, room: int, each: int) -> None:
+def test_who_wants_all_gets_most_and_leaves_some(callers: int, places: int, each: int) -> None:
     """Alone nine tenths, or all of a small capacity; together equal parts, with a rest for a newcomer."""
-    held = taken_by(callers, room)
+    held = taken_by(callers, places)
     assert max(held) <= each
     assert max(held) - min(held) <= 1
-    assert sum(held) >= min(room, 0.85 * room)
-    assert may_hold_more(0, room - sum(held)) or room < 10
+    assert sum(held) >= min(places, 0.85 * places)
+    assert may_hold_more(0, places - sum(held)) or places < 10
 
 
 @pytest.mark.fault(156)
-def test_a_flood_leaves_room_in_the_queue_for_the_device(engine_of: EngineOf, gated: FakeDenoiser) -> None:
+def test_a_flood_leaves_places_in_the_queue_for_the_device(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """Of 32 places a flood gets 29, and its error names its share; another caller gets a place; jobs are unaffected."""
     engine = engine_of(gated, max_batch=1)
     engine.submit(small("on the device"), owner=ANN)
@@ -70,7 +70,7 @@ def test_a_flood_leaves_room_in_the_queue_for_the_device(engine_of: EngineOf, ga
 
 
 @pytest.mark.fault(156)
-def test_a_flood_of_jobs_leaves_room_for_those_of_others(run_app: Callable[..., RunningApp]) -> None:
+def test_a_flood_of_jobs_leaves_places_for_those_of_others(run_app: Callable[..., RunningApp]) -> None:
     """Of 20 waiting places one key gets 18: 429 names its share; other keys can submit."""
     squares = FakeDenoiser(gate=threading.Event())
     running_app = run_app(squares, **KEYS, jobs_max_queued=20, jobs_concurrency=1)
@@ -140,7 +140,7 @@ def test_ended_jobs_of_the_largest_holder_give_way_the_oldest_first(tmp_path: Pa
 
 @pytest.mark.fault(154)
 def test_answered_keys_of_one_caller_give_way_too(tmp_path: Path) -> None:
-    """Idempotency keys of answered requests fill the store like jobs; those in flight stay."""
+    """Idempotency keys of answered requests fill the store like jobs; those that run stay."""
     journal = full(tmp_path / "journal.db", {"bob": 3})
     journal.claim(replace(CLAIM, key="under way", share="key ann"), 0.0)
     for number in range(700):

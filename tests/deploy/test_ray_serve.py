@@ -69,7 +69,7 @@ def test_equal_orders_at_once_are_one_object_and_distinct_ones_their_own(both: S
     assert all(httpx.get(answer.json()["path"]).status_code == 200 for answer in equal + distinct)
 
 
-def test_a_job_is_told_of_by_whoever_is_asked(both: Server) -> None:
+def test_any_replica_answers_for_a_job(both: Server) -> None:
     """Twenty new connections, two replicas: each knows the job, and its events end."""
     where = accepted(both, seed=2, num_inference_steps=8)
     statuses = [httpx.get(f"{both.url}{where}").status_code for _ in range(20)]
@@ -112,9 +112,9 @@ import pathlib, yaml
 from ray.serve.schema import ServeDeploySchema
 from deploy.ray_serve import Scale, application
 _, service = yaml.safe_load_all(pathlib.Path("deploy/kuberay.yaml").read_text())
-told = yaml.safe_load(service["spec"]["serveConfigV2"])
-ServeDeploySchema.model_validate(told)
-print(application(Scale(**told["applications"][0]["args"])))
+config = yaml.safe_load(service["spec"]["serveConfigV2"])
+ServeDeploySchema.model_validate(config)
+print(application(Scale(**config["applications"][0]["args"])))
 """
     done = subprocess.run([PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)  # noqa: S603  # ours
     assert done.returncode == 0, done.stderr

@@ -107,7 +107,7 @@ def test_a_replica_that_is_killed_leaves_its_folder_to_the_next(tmp_path: Path) 
     assert ReplicaLease(tmp_path).number == 0
 
 
-def test_a_root_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_root_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     """An `OSError`, not a replica without a folder."""
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):

@@ -143,7 +143,7 @@ def test_events_tell_the_life_of_a_job(engine_of: EngineOf) -> None:
     ]
 
 
-def test_models_that_cannot_be_loaded_are_told_and_nothing_is_accepted() -> None:
+def test_models_that_cannot_be_loaded_are_reported_and_nothing_is_accepted() -> None:
     """The engine state has the reason, and a job is refused instead of waiting forever."""
 
     def fail() -> Any:

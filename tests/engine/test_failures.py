@@ -16,7 +16,7 @@ from stable_diffusion_server.errors import DeviceLost, NotFinite, NotReady, OutO
 @pytest.mark.fault(51)
 def test_a_group_too_large_for_the_memory_is_drawn_in_smaller_ones(engine_of: EngineOf) -> None:
     """The shape's cap is halved until the batch fits, memory is freed, and every job succeeds."""
-    painter = OutOfMemoryDenoiser(gate=threading.Event(), room=2)
+    painter = OutOfMemoryDenoiser(gate=threading.Event(), fits=2)
     engine = engine_of(painter, max_batch=8)
     first = engine.submit(job("first", steps=1, width=128))
     until(lambda: len(painter.batches) == 1)
@@ -32,7 +32,7 @@ def test_a_group_too_large_for_the_memory_is_drawn_in_smaller_ones(engine_of: En
 @pytest.mark.fault(51)
 def test_running_out_of_memory_in_the_third_step_loses_nothing(engine_of: EngineOf) -> None:
     """The batch restarts from its requests, and later requests work as usual."""
-    painter = OutOfMemoryDenoiser(room=4, third_step_fails=True)
+    painter = OutOfMemoryDenoiser(fits=4, third_step_fails=True)
     engine = engine_of(painter)
     tickets = [engine.submit(job(f"a red square {n}")) for n in range(4)]
     assert [ticket.result.result(10).product.pixels[0, 0, 0] for ticket in tickets] == [214] * 4
@@ -42,9 +42,9 @@ def test_running_out_of_memory_in_the_third_step_loses_nothing(engine_of: Engine
 @pytest.mark.fault(51)
 def test_a_lone_job_without_memory_tries_with_less_and_then_says_so(engine_of: EngineOf) -> None:
     """Smaller tiles may fit; with the smallest the job fails, and the next one succeeds."""
-    fits = engine_of(OutOfMemoryDenoiser(room=0, shrinks=1)).submit(job("a square"))
+    fits = engine_of(OutOfMemoryDenoiser(fits=0, shrinks=1)).submit(job("a square"))
     assert fits.result.result(10).attempts == 2
-    engine = engine_of(OutOfMemoryDenoiser(room=0))
+    engine = engine_of(OutOfMemoryDenoiser(fits=0))
     with pytest.raises(OutOfMemory):
         engine.submit(job("a square")).result.result(10)
     assert engine.state is EngineState.READY
@@ -52,7 +52,7 @@ def test_a_lone_job_without_memory_tries_with_less_and_then_says_so(engine_of: E
 
 def test_a_drawn_picture_is_decoded_with_less_memory_and_not_drawn_again(engine_of: EngineOf) -> None:
     """Only the decoding is repeated: memory freed, then with smaller tiles as long as there are any."""
-    painter = OutOfMemoryDenoiser(room=4, decodes_with=2, shrinks=2)
+    painter = OutOfMemoryDenoiser(fits=4, decodes_with=2, shrinks=2)
     assert engine_of(painter).submit(job("a square")).result.result(10).attempts == 1
     assert len(painter.batches) == 4
     with pytest.raises(OutOfMemory):
@@ -146,7 +146,7 @@ def test_a_trial_that_fails_otherwise_tells_nothing(engine_of: EngineOf) -> None
         def finish(self, state: Canvas) -> FakePixels:
             if state.job.loras:
                 raise NotFinite("The latents are not finite.")
-            raise OutOfMemory("no room")
+            raise OutOfMemory("no memory")
 
     engine = engine_of(Unlucky())
     for n in range(MAX_NOT_FINITE):

@@ -116,7 +116,7 @@ def test_interactive_work_goes_before_background_work(engine_of: EngineOf, gated
     assert order.index("late 1") == 1 + 2 * BACKGROUND_EVERY + 1
 
 
-def test_background_work_makes_room_for_interactive_work(engine_of: EngineOf, gated: FakeDenoiser) -> None:
+def test_background_work_yields_to_interactive_work(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """A long background job is preempted after a few steps, and resumes later."""
     engine = engine_of(gated, max_batch=1)
     late = engine.submit(job("late", steps=60), background=True)
@@ -141,9 +141,7 @@ def test_one_owners_long_job_lets_another_owner_in(engine_of: EngineOf, gated: F
     assert long.result.result(10).attempts == 1
 
 
-def test_who_watches_is_told_of_the_place_in_the_line_and_the_time_left(
-    engine_of: EngineOf, gated: FakeDenoiser
-) -> None:
+def test_position_and_remaining_time_are_reported_to_who_watches(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """The position falls to zero, steps count up, and the time left is known once the shape was measured."""
     engine = engine_of(gated, max_batch=1)
     open_gate(gated)

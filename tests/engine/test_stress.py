@@ -44,7 +44,7 @@ class Stepwise(FakeDenoiser):
     def step(self, states: Sequence[Canvas]) -> None:
         assert len({state.shape for state in states}) == 1
         if len(states) > (6 if self.chance.random() > 0.02 else 1):
-            raise OutOfMemory("no room")
+            raise OutOfMemory("no memory")
         super().step(states)
         self.groups.add(len(states))
         for state in states:

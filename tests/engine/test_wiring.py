@@ -56,7 +56,7 @@ class RecordedHooks(ProcessHooks):
 
 
 @pytest.mark.fault(53)
-def test_a_poisoned_device_is_told_and_the_process_is_to_be_replaced(tmp_path: Path) -> None:
+def test_a_poisoned_device_is_reported_and_the_process_is_to_be_replaced(tmp_path: Path) -> None:
     """The caller gets a retryable error, /readyz gives the reason, and the hook is called."""
     hooks = RecordedHooks()
     app = create_app(settings_in(tmp_path), load=lambda settings: DeviceLostDenoiser(), hooks=hooks)
@@ -179,8 +179,8 @@ def test_what_is_to_be_warm_is_drawn_before_the_server_is_ready(tmp_path: Path) 
     assert not list((tmp_path / "bucket" / "objects").iterdir())
 
 
-@pytest.mark.parametrize("wrong", [{"room": 1}, {"room": 0}, {"decodes_with": 1}])
-def test_what_cannot_be_warmed_up_is_told_and_harms_nothing(
+@pytest.mark.parametrize("wrong", [{"fits": 1}, {"fits": 0}, {"decodes_with": 1}])
+def test_what_cannot_be_warmed_up_is_reported_and_harms_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, int]
 ) -> None:
     """Memory too small for a batch of two, for an image, or for decoding: the server is ready all the same."""
@@ -194,7 +194,7 @@ def test_what_cannot_be_warmed_up_is_told_and_harms_nothing(
 
 def test_with_one_job_at_a_time_no_pair_is_drawn_to_be_warm(tmp_path: Path) -> None:
     """With a maximum batch size of one, no batch of two is tried."""
-    painter = OutOfMemoryDenoiser(room=1)
+    painter = OutOfMemoryDenoiser(fits=1)
     settings = settings_in(tmp_path, warmup_sizes=("256x256",), models="embedded", max_batch=1)
     with TestClient(create_app(settings, load=lambda settings: painter)):
         until(lambda: len(painter.finished) == 3)

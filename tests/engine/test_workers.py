@@ -25,7 +25,7 @@ from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.types import EngineEvent
 
 
-def test_lanes_draw_side_by_side_and_prepare_in_turns(engine_of: EngineOf) -> None:
+def test_workers_draw_side_by_side_and_prepare_in_turns(engine_of: EngineOf) -> None:
     """Two threads step different jobs at the same time; prepare, which shares a tokenizer, runs one at a time."""
     painter = ConcurrentDenoiser(together=threading.Barrier(2))
     engine = engine_of(painter, workers=2, max_batch=1)
@@ -37,7 +37,7 @@ def test_lanes_draw_side_by_side_and_prepare_in_turns(engine_of: EngineOf) -> No
     assert painter.lanes_told == [2, 2, 2]  # the first thread also before its warm-up
 
 
-def test_the_denoiser_says_how_many_lanes_are_best_where_nobody_else_does(engine_of: EngineOf) -> None:
+def test_the_denoiser_says_how_many_workers_are_best_where_nobody_else_does(engine_of: EngineOf) -> None:
     """Without a setting, the denoiser's preferred number of workers runs, and they refuse LoRAs."""
     painter = ConcurrentDenoiser(together=threading.Barrier(2), best_workers=2)
     engine = engine_of(painter, workers=0, max_batch=1)
@@ -49,7 +49,7 @@ def test_the_denoiser_says_how_many_lanes_are_best_where_nobody_else_does(engine
 
 
 @pytest.mark.parametrize(("cpu_threads", "grows"), [(1, True), (2, False), (0, False)])
-def test_a_lane_on_one_thread_learns_by_what_the_processor_gave_it(
+def test_a_worker_on_one_thread_learns_by_what_the_processor_gave_it(
     engine_of: EngineOf, cpu_threads: int, grows: bool
 ) -> None:
     """Wall time grows with the batch because other programs run; CPU time stays the same."""
@@ -64,7 +64,7 @@ def test_a_lane_on_one_thread_learns_by_what_the_processor_gave_it(
     assert (max(map(len, painter.batches)) == 2 and all(len(batch) == 2 for batch in later[:4])) is grows
 
 
-def test_lanes_refuse_adapters(engine_of: EngineOf) -> None:
+def test_workers_refuse_adapters(engine_of: EngineOf) -> None:
     """A LoRA changes the weights that all workers share, so the job is refused, by parameter name."""
     engine = engine_of(ConcurrentDenoiser(), workers=2)
     with pytest.raises(InvalidInput) as refused:
@@ -73,7 +73,7 @@ def test_lanes_refuse_adapters(engine_of: EngineOf) -> None:
     assert "ENGINE_WORKERS=1" in refused.value.detail
 
 
-def test_lanes_are_refused_where_weights_change_while_drawing() -> None:
+def test_workers_are_refused_where_weights_change_while_drawing() -> None:
     """One sentence with the reason, and nothing is accepted."""
     painter = ConcurrentDenoiser(unshareable="the weights travel between memory and device.")
     engine: Engine[Any] = Engine(lambda: painter, queue_limit=1, max_batch=1, workers=2)

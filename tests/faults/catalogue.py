@@ -123,7 +123,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "124": "records, metadata and outcomes of others that hold what JSON cannot, on their way into an answer",
         "125": "numbers of thousands of digits in headers, ids and addresses",
         "126": "forms in encodings that are slow, broken or no text",
-        "127": "an option that is refused, at a door that keeps options",
+        "127": "an option that is refused, at an endpoint that keeps options",
     },
     "Storage: what it refuses and answers": {
         "130": "a Host of another name or port than the socket's, in every dialect; forwarded with and without trust",

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 CREATE = "/create_and_upload_image"
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
-# Allocates so much of the device's free memory, prints a line, and holds it until told to exit.
+# Allocates so much of the device's free memory, prints a line, and holds it until it is to exit.
 _HOG = """
 import sys, torch
 free, _ = torch.cuda.mem_get_info()
@@ -33,16 +33,16 @@ sys.stdin.read()
 
 
 @pytest.mark.fault(51, 52)
-def test_while_another_takes_the_memory_callers_are_told_to_come_back(run_app: Callable[..., RunningApp]) -> None:
+def test_while_another_takes_the_memory_callers_get_retry_after(run_app: Callable[..., RunningApp]) -> None:
     """503 with Retry-After and nothing stored; when the other program has ended, the same request succeeds."""
-    painter = OutOfMemoryDenoiser(room=0)
+    painter = OutOfMemoryDenoiser(fits=0)
     running_app = run_app(painter)
     refused = running_app.draw(prompt="a red square", save_path="a.webp")
     assert (refused.status_code, refused.json()["type"].rsplit(":", 1)[1]) == (503, "out-of-memory")
     assert int(refused.headers["retry-after"]) > 0
     assert running_app.client.get("/files/static/uploads/a.webp").status_code == 404
     assert running_app.client.get("/readyz").status_code == 200
-    painter.room = 1
+    painter.fits = 1
     drawn = running_app.draw(prompt="a red square", save_path="a.webp")
     assert (drawn.status_code, drawn.json()["cached"]) == (200, False)
 

@@ -174,6 +174,6 @@ def test_a_bucket_on_a_full_disk_loses_no_accepted_job(on_a_small_disk: tuple[st
         ballast.unlink()
         until(lambda: client.get("/readyz").status_code == 200, 90)
         until(lambda: {client.get(job).json()["state"] for job in jobs} == {"done"}, 180)
-        print(f"full: new {new}, jobs {waiting}; with room: {len(jobs)} of {len(jobs)} done")  # noqa: T201  # told with -s
+        print(f"full: new {new}, jobs {waiting}; with space: {len(jobs)} of {len(jobs)} done")  # noqa: T201  # shown with -s
         assert new == [503, 503, 503]
         assert "failed" not in waiting

@@ -34,7 +34,7 @@ async def test_small_pictures_pass_large_ones() -> None:
     encoders.close()
 
 
-async def test_who_leaves_makes_room_only_when_the_work_has_ended() -> None:
+async def test_a_slot_is_free_only_when_the_work_has_ended() -> None:
     """A thread cannot be cancelled: the next large image starts when it has finished."""
     encoders, gate = EncoderPool(), threading.Event()
     first = asyncio.create_task(encoders.encode(LARGE, lambda: b"%d" % gate.wait(30), lossless=True))

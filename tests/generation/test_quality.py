@@ -57,7 +57,7 @@ async def checked(easel: Easel, job: DiffusionRequest = JOB, **changes: Any) -> 
     return result, [warning.code for warning in result.warnings]
 
 
-async def test_a_good_picture_is_drawn_once_and_nothing_is_told() -> None:
+async def test_a_good_picture_is_drawn_once_and_nothing_is_reported() -> None:
     """The common case costs one check."""
     easel = Easel(GOOD)
     result, codes = await checked(easel)
@@ -81,7 +81,7 @@ async def test_a_good_picture_is_drawn_once_and_nothing_is_told() -> None:
         ([NAN, BLACK, BUMPY, BUMPY, BUMPY], 2, ["redrawn-not-finite", "redrawn-black", "redrawn-bumpy", "bumpy"]),
     ],
 )
-async def test_tries_are_few_the_best_is_kept_and_all_is_told(
+async def test_tries_are_few_the_best_is_kept_and_all_is_reported(
     results: Sequence[Any], kept: int, codes: list[str]
 ) -> None:
     """Exactly these attempts: black and not finite once each, too bumpy twice; the result's warnings say which."""
@@ -103,7 +103,7 @@ async def test_not_finite_twice_is_the_callers_answer() -> None:
 
 
 @pytest.mark.fault(161)
-async def test_not_finite_twice_with_adapters_is_told_as_their_doing() -> None:
+async def test_not_finite_twice_with_adapters_is_blamed_on_the_adapters() -> None:
     """One retry with a new seed, then an error of the `loras` parameter with their names and weights."""
     easel = Easel(NAN, NAN)
     with pytest.raises(InvalidInput, match=r"With ink:2, pastel:-0\.5 the picture is not finite") as refused:
@@ -156,7 +156,7 @@ async def test_a_bumpy_style_transfer_stays_a_little_closer_to_its_image() -> No
     assert easel.jobs[1].strength == 0.25
 
 
-async def test_an_inpainting_is_not_judged_by_the_bumps_of_the_rest() -> None:
+async def test_an_inpainting_is_not_scored_by_the_bumps_of_the_rest() -> None:
     """Most of the image is the caller's own; a black result is still detected."""
     inpaint = replace(JOB, task=Task.INPAINT, image=ImageArray(BUMPY), mask=ImageArray(GOOD[..., 0]))
     assert (await checked(Easel(BUMPY), inpaint))[1] == []
@@ -169,7 +169,7 @@ async def test_bumps_can_be_let_be() -> None:
     assert (await checked(Easel(BLACK, GOOD), redraws=0))[1] == ["redrawn-black"]
 
 
-def test_no_model_is_judged_by_bumps_unless_the_operator_asks() -> None:
+def test_no_model_is_scored_by_bumps_unless_the_operator_asks() -> None:
     """A black disc on white, line art and noir are valid results, for embedded and real models."""
     assert {facts.bumpy_redraws for facts in MODELS.values()} == {0}
     assert {facts.bumpy_redraws for family in REAL_MODELS.values() for facts in family} == {0}

@@ -80,7 +80,7 @@ async def app() -> AsyncIterator[ResolverHarness]:
         ("default_scheduler", "ddim", "scheduler"),
     ],
 )
-async def test_a_model_that_became_another_is_drawn_anew(
+async def test_a_model_that_became_another_draws_again(
     fact: str, value: Any, reported: str, app: ResolverHarness
 ) -> None:
     """Loading may replace a model: the new one's identity and defaults apply."""
@@ -130,7 +130,7 @@ async def test_an_adapter_with_other_content_is_another_picture_at_once(app: Res
 
 
 @pytest.mark.fault(162)
-def test_jobs_with_other_adapter_contents_share_neither_flight_nor_forward_pass() -> None:
+def test_jobs_with_other_adapter_contents_share_neither_generation_nor_forward_pass() -> None:
     """Equal names, unequal contents: different images and different shapes."""
     jobs = [
         DiffusionRequest(
@@ -171,7 +171,7 @@ class _Unread(dict[str, str]):
 
 
 @pytest.mark.fault(162)
-def test_no_adapters_are_told_apart_from_an_unknown_one(tmp_path: Path) -> None:
+def test_no_adapters_differ_from_an_unknown_one(tmp_path: Path) -> None:
     """An empty folder has no LoRAs; finding that out reads no file."""
     offered = LoraFolder(tmp_path).available({"unet"})
     assert (len(offered), "ink" in offered) == (0, False)

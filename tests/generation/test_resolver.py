@@ -73,7 +73,7 @@ NOT_IN_THE_PICTURE = {
 }
 
 
-def test_an_adapter_is_told_by_its_weights_and_not_by_its_name_alone() -> None:
+def test_an_adapter_is_identified_by_its_weights_and_not_by_its_name_alone() -> None:
     """Other weights under the same name give another image; the same weights the same one."""
     order = replace(UPLOADED, loras=(("pastel", 0.5),))
     mine, same, other = (
@@ -99,7 +99,7 @@ def test_a_default_model_that_does_not_draw_here_gives_way() -> None:
         resolve_request(GenerationRequest(Task.TEXT_TO_IMAGE, "a red disc", model="sdxl"), options)
 
 
-def test_every_field_of_an_order_is_told_or_known_not_to_matter() -> None:
+def test_every_field_of_a_request_is_recorded_or_known_not_to_matter() -> None:
     """Fails if a new request field is missing from the digest and from the list of irrelevant ones."""
     assert {field.name for field in fields(GenerationRequest)} == {
         *CHANGED,

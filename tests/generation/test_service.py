@@ -76,7 +76,7 @@ async def test_a_hundred_identical_orders_at_once_are_one_generation(harness_of:
     assert sum(receipt.coalesced or receipt.cached for receipt in receipts) == 99
 
 
-async def test_everyone_who_shares_a_picture_is_told_how_far_it_is(harness_of: HarnessOf) -> None:
+async def test_everyone_who_shares_a_picture_gets_its_progress(harness_of: HarnessOf) -> None:
     """Two names of one image, and a late joiner: all get the steps, the late one the latest step at once."""
     harness = harness_of(FakeDenoiser(gate=threading.Event()))
     heard: dict[str, list[GenerationProgress]] = {"a.webp": [], "b.webp": [], "late": []}
@@ -106,7 +106,7 @@ async def test_the_same_picture_under_two_names_is_drawn_once(harness_of: Harnes
     assert {receipt.key.rsplit("/", 1)[1] for receipt in receipts} == {"a.webp", "b.png"}
 
 
-async def test_another_order_under_a_taken_name_gets_what_is_stored_and_is_told(
+async def test_another_request_under_a_taken_name_gets_what_is_stored_and_a_warning(
     harness_of: HarnessOf,
 ) -> None:
     """The key identifies the object; a warning says that another request made it."""
@@ -118,7 +118,7 @@ async def test_another_order_under_a_taken_name_gets_what_is_stored_and_is_told(
     assert blue.seed == red.seed
 
 
-async def test_another_order_under_a_name_in_flight_waits_for_it(harness_of: HarnessOf) -> None:
+async def test_another_request_under_a_name_that_is_generated_waits_for_it(harness_of: HarnessOf) -> None:
     """Concurrently: one is generated, the other waits and gets a warning, and nothing is overwritten."""
     harness = harness_of(FakeDenoiser(seconds_per_step=0.02))
     asked = (order("a red square", save_path="a.webp"), order("a blue square", save_path="a.webp"))
@@ -213,7 +213,7 @@ async def test_each_order_is_answered_with_its_own_picture(harness_of: HarnessOf
     assert shown == [COLOURS[c] for c in colours]
 
 
-async def test_a_follower_is_told_what_concerns_its_own_order(harness_of: HarnessOf) -> None:
+async def test_a_follower_gets_the_warnings_of_its_own_request(harness_of: HarnessOf) -> None:
     """Sharing a generation does not share warnings about another request's parameters."""
     harness = harness_of(FakeDenoiser(seconds_per_step=0.02))
     with_negative, without = (
@@ -226,7 +226,7 @@ async def test_a_follower_is_told_what_concerns_its_own_order(harness_of: Harnes
     assert "negative-prompt-ignored" not in {warning.code for warning in follower.warnings}
 
 
-async def test_another_kind_of_file_under_a_taken_name_is_told(harness_of: HarnessOf) -> None:
+async def test_another_kind_of_file_under_a_taken_name_is_reported(harness_of: HarnessOf) -> None:
     """The same image as WebP is not the requested PNG."""
     harness = harness_of()
     await harness.service.generate(order(save_path="no-ending"))
@@ -249,16 +249,16 @@ class FullBucket(LocalBucket):
     """A local bucket without free space."""
 
     def check_capacity(self) -> None:
-        raise StorageUnavailable("No room is left.")
+        raise StorageUnavailable("The disk is full.")
 
 
-async def test_a_storage_without_room_is_told_before_drawing(harness_of: HarnessOf, tmp_path: Path) -> None:
+async def test_a_full_storage_is_reported_before_drawing(harness_of: HarnessOf, tmp_path: Path) -> None:
     """503 before the device works; stored images are still returned."""
     harness = harness_of()
     await harness.service.generate(order("a red square", save_path="a.webp"))
     harness.bucket = FullBucket(tmp_path / "bucket")
     service = harness.another_process()
-    with pytest.raises(StorageUnavailable, match="No room"):
+    with pytest.raises(StorageUnavailable, match="disk is full"):
         await service.generate(order("a blue square"))
     assert (await service.generate(order("a red square", save_path="a.webp"))).cached
     assert harness.drawn == 1
@@ -299,7 +299,7 @@ async def test_a_deadline_ends_the_wait_and_the_job(harness_of: HarnessOf) -> No
 
 
 @pytest.mark.fault(44)
-async def test_a_storage_that_fails_is_told_as_such(harness_of: HarnessOf, tmp_path: Path) -> None:
+async def test_a_storage_that_fails_is_reported_as_such(harness_of: HarnessOf, tmp_path: Path) -> None:
     """A folder replaced by a file is a 503 of the storage, not an unknown error."""
     harness = harness_of()
     folder = tmp_path / "bucket" / "tmp"
@@ -312,7 +312,7 @@ async def test_a_storage_that_fails_is_told_as_such(harness_of: HarnessOf, tmp_p
     assert not (await harness.service.generate(order(save_path="a.webp"))).cached
 
 
-async def test_a_prompt_that_is_too_long_is_shortened_and_told(harness_of: HarnessOf) -> None:
+async def test_a_prompt_that_is_too_long_is_shortened_and_reported(harness_of: HarnessOf) -> None:
     """No silent truncation: the result has the prompt that was used."""
     harness = harness_of()
     receipt = await harness.service.generate(order("a red square " + "with the very best of details " * 60))
@@ -401,21 +401,21 @@ def test_the_longest_prompt_is_taken_and_one_character_more_is_not() -> None:
             limits.check(order(**more))
 
 
-def test_several_faults_are_told_at_once() -> None:
+def test_several_faults_are_reported_at_once() -> None:
     """The response lists all invalid fields at once."""
     with pytest.raises(InvalidInput) as refused:
         RequestLimits().check(order(width=1, height=9999, quality=0))
     assert [field for field, _ in refused.value.faults] == ["width", "height", "quality"]
 
 
-def test_a_negative_prompt_no_model_uses_is_told() -> None:
+def test_a_negative_prompt_no_model_uses_is_reported() -> None:
     """Flux ignores a negative prompt; the request succeeds with a warning."""
     plan = resolve_request(order(model="flux", negative_prompt="blur"), OPTIONS)
     assert plan.parameters.negative_prompt is None
     assert "negative-prompt-ignored" in {warning.code for warning in plan.parameters.warnings}
 
 
-async def test_what_is_known_is_told_without_a_look(harness_of: HarnessOf) -> None:
+async def test_what_is_known_is_answered_without_asking_the_bucket(harness_of: HarnessOf) -> None:
     """The same result as with a bucket check.
 
     Nothing for a key that is unknown, to be overwritten, or being overwritten.

@@ -30,23 +30,23 @@ class Effort:
 
 async def test_callers_of_one_key_share_one_effort() -> None:
     """Ten callers, one run, and nine results are marked as shared."""
-    flights: SingleFlight[str] = SingleFlight()
+    shared: SingleFlight[str] = SingleFlight()
     effort = Effort()
-    callers = [asyncio.create_task(flights.join("k", "t", effort.run)) for _ in range(10)]
+    callers = [asyncio.create_task(shared.join("k", "t", effort.run)) for _ in range(10)]
     await asyncio.sleep(0)
     effort.go.set()
     results = await asyncio.gather(*callers)
     assert effort.begun == 1
     assert [result for result, _ in results] == ["result 1"] * 10
     assert sum(shared for _, shared in results) == 9
-    assert len(flights) == 0
+    assert len(shared) == 0
 
 
 async def test_one_caller_leaving_does_not_end_the_effort_of_the_others() -> None:
     """Cancelling one of two callers leaves the other its result."""
-    flights: SingleFlight[str] = SingleFlight()
+    shared: SingleFlight[str] = SingleFlight()
     effort = Effort()
-    leaving, staying = (asyncio.create_task(flights.join("k", "t", effort.run)) for _ in range(2))
+    leaving, staying = (asyncio.create_task(shared.join("k", "t", effort.run)) for _ in range(2))
     await asyncio.sleep(0.01)
     leaving.cancel()
     await asyncio.sleep(0.01)
@@ -57,22 +57,22 @@ async def test_one_caller_leaving_does_not_end_the_effort_of_the_others() -> Non
 
 async def test_the_last_caller_to_leave_ends_the_effort() -> None:
     """Without waiters the task is cancelled; a new caller starts it again."""
-    flights: SingleFlight[str] = SingleFlight()
+    shared: SingleFlight[str] = SingleFlight()
     effort = Effort()
-    callers = [asyncio.create_task(flights.join("k", "t", effort.run)) for _ in range(2)]
+    callers = [asyncio.create_task(shared.join("k", "t", effort.run)) for _ in range(2)]
     await asyncio.sleep(0.01)
     for caller in callers:
         caller.cancel()
     await asyncio.gather(*callers, return_exceptions=True)
     await asyncio.sleep(0.01)
-    assert (effort.begun, effort.cancelled, len(flights)) == (1, 1, 0)
+    assert (effort.begun, effort.cancelled, len(shared)) == (1, 1, 0)
     effort.go.set()
-    assert await flights.join("k", "t", effort.run) == ("result 2", False)
+    assert await shared.join("k", "t", effort.run) == ("result 2", False)
 
 
 async def test_an_effort_that_was_given_up_ends_before_the_next_begins() -> None:
     """A new caller of the key waits until the cancelled task has ended, and does not get its outcome."""
-    flights: SingleFlight[str] = SingleFlight()
+    shared: SingleFlight[str] = SingleFlight()
     order: list[str] = []
 
     async def stubborn(audience: ProgressBroadcaster) -> str:
@@ -88,17 +88,17 @@ async def test_an_effort_that_was_given_up_ends_before_the_next_begins() -> None
         order.append("new began")
         return "new"
 
-    leaver = asyncio.create_task(flights.join("k", "t", stubborn))
+    leaver = asyncio.create_task(shared.join("k", "t", stubborn))
     await asyncio.sleep(0.01)
     leaver.cancel()
     await asyncio.sleep(0)
-    assert await flights.join("k", "t", fresh) == ("new", False)
+    assert await shared.join("k", "t", fresh) == ("new", False)
     assert order == ["old ended", "new began"]
 
 
 async def test_a_failure_reaches_every_caller_and_is_not_kept() -> None:
     """All callers get the error; the next one starts a new attempt."""
-    flights: SingleFlight[str] = SingleFlight()
+    shared: SingleFlight[str] = SingleFlight()
 
     async def fail(audience: ProgressBroadcaster) -> str:
         await asyncio.sleep(0)
@@ -107,14 +107,14 @@ async def test_a_failure_reaches_every_caller_and_is_not_kept() -> None:
     async def succeed(audience: ProgressBroadcaster) -> str:
         return "yes"
 
-    results = await asyncio.gather(*(flights.join("k", "t", fail) for _ in range(3)), return_exceptions=True)
+    results = await asyncio.gather(*(shared.join("k", "t", fail) for _ in range(3)), return_exceptions=True)
     assert all(isinstance(result, ConnectionError) for result in results)
-    assert await flights.join("k", "t", succeed) == ("yes", False)
+    assert await shared.join("k", "t", succeed) == ("yes", False)
 
 
 async def test_another_tag_waits_for_the_effort_under_way() -> None:
     """Tasks of one key never overlap, whatever their tags."""
-    flights: SingleFlight[str] = SingleFlight()
+    shared: SingleFlight[str] = SingleFlight()
     running = 0
 
     async def alone(audience: ProgressBroadcaster) -> str:
@@ -125,13 +125,13 @@ async def test_another_tag_waits_for_the_effort_under_way() -> None:
         running -= 1
         return "done"
 
-    results = await asyncio.gather(*(flights.join("k", f"tag {n % 4}", alone) for n in range(16)))
+    results = await asyncio.gather(*(shared.join("k", f"tag {n % 4}", alone) for n in range(16)))
     assert [result for result, _ in results] == ["done"] * 16
 
 
 async def test_another_tag_gets_its_turn_when_the_effort_before_it_fails() -> None:
     """The new caller does not get its predecessor's error."""
-    flights: SingleFlight[str] = SingleFlight()
+    shared: SingleFlight[str] = SingleFlight()
 
     async def fail(audience: ProgressBroadcaster) -> str:
         await asyncio.sleep(0.005)
@@ -140,16 +140,16 @@ async def test_another_tag_gets_its_turn_when_the_effort_before_it_fails() -> No
     async def succeed(audience: ProgressBroadcaster) -> str:
         return "yes"
 
-    first = asyncio.create_task(flights.join("k", "a", fail))
+    first = asyncio.create_task(shared.join("k", "a", fail))
     await asyncio.sleep(0)
-    assert await flights.join("k", "b", succeed) == ("yes", False)
+    assert await shared.join("k", "b", succeed) == ("yes", False)
     with pytest.raises(ConnectionError):
         await first
 
 
-async def test_all_passengers_are_told_and_a_latecomer_hears_the_latest_at_once() -> None:
+async def test_all_waiters_get_progress_and_a_latecomer_gets_the_latest_at_once() -> None:
     """All waiters get events; a caller that left gets none; previews are requested while at least one wants them."""
-    flights: SingleFlight[str] = SingleFlight()
+    shared: SingleFlight[str] = SingleFlight()
     aboard: list[ProgressBroadcaster] = []
     go = asyncio.Event()
 
@@ -160,7 +160,7 @@ async def test_all_passengers_are_told_and_a_latecomer_hears_the_latest_at_once(
 
     def passenger(heard: list[int], previews: bool = False) -> asyncio.Task[tuple[str, bool]]:
         listener = CallbackListener(lambda news: heard.append(news.step), previews)
-        return asyncio.create_task(flights.join("k", "t", effort, listener))
+        return asyncio.create_task(shared.join("k", "t", effort, listener))
 
     first: list[int] = []
     second: list[int] = []

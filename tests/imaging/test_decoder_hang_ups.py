@@ -225,7 +225,7 @@ async def test_a_pool_that_makes_no_progress_says_so(scripted: str, monkeypatch:
     await decoder.close()
 
 
-async def test_a_machine_without_room_for_a_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_machine_without_memory_for_a_process_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """If no process can start, the caller gets a retryable error, and the slot is free."""
 
     def refuse(*given: object, **named: object) -> None:

@@ -103,7 +103,7 @@ async def test_a_palette_with_transparency_becomes_rgb_over_white(decoder: Decod
 
 
 @pytest.mark.fault(29)
-async def test_a_mask_may_be_told_by_its_transparency(decoder: DecoderPool) -> None:
+async def test_a_mask_may_be_given_by_transparency(decoder: DecoderPool) -> None:
     """White where the image is transparent, black where it is not, whatever its colours; without alpha all black."""
     pixels = np.full((8, 6, 4), 255, np.uint8)
     pixels[2:5, 1:3, 3] = 0

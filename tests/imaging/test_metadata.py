@@ -57,7 +57,7 @@ def test_no_bytes_at_all_raise(data: bytes, head: bytes) -> None:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
-def test_a_whole_picture_is_told_from_one_cut_short(file_format: str) -> None:
+def test_a_whole_picture_is_distinguished_from_a_truncated_one(file_format: str) -> None:
     """By first bytes, last bytes and length alone."""
     file = file_of(disc(), file_format)
     assert is_complete_file(file[:12], file[-12:], len(file))

@@ -27,7 +27,7 @@ def test_the_part_around_a_mask_holds_it_all_and_lies_inside_the_picture(data: s
     assert box.crop(mask).sum() == mask.sum()
 
 
-def test_the_part_around_a_mask_has_the_asked_aspect_ratio_where_there_is_room() -> None:
+def test_the_part_around_a_mask_has_the_asked_aspect_ratio_where_it_fits() -> None:
     """A square for a square, even if the mask is a strip."""
     mask = np.zeros((100, 100), np.uint8)
     mask[40:44, 30:70] = 255

@@ -217,7 +217,7 @@ def test_a_damaged_file_holds_up_nothing(
 
 @pytest.mark.fault(153)
 @pytest.mark.parametrize("name", ["journal.db", "history.db"])
-def test_what_is_put_aside_is_kept_whole(run_app: Callable[..., RunningApp], tmp_path: Path, name: str) -> None:
+def test_what_is_quarantined_is_kept_whole(run_app: Callable[..., RunningApp], tmp_path: Path, name: str) -> None:
     """Under a descriptive name, with its write-ahead log beside it; the new file starts empty."""
     (tmp_path / "data").mkdir()
     noise = os.urandom(5000)
@@ -230,7 +230,7 @@ def test_what_is_put_aside_is_kept_whole(run_app: Callable[..., RunningApp], tmp
 
 @pytest.mark.fault(153)
 @pytest.mark.parametrize("part", [0.2, 0.5, 0.9])
-def test_a_journal_whose_pages_are_damaged_is_put_aside(tmp_path: Path, part: float) -> None:
+def test_a_journal_whose_pages_are_damaged_is_quarantined(tmp_path: Path, part: float) -> None:
     """Not only its header: noise in the middle, which a query of one row would not find."""
     journal = SqliteJobStore(tmp_path / "journal.db", MOST)
     journal.open()

@@ -152,7 +152,7 @@ async def test_a_job_is_seen_and_cancelled_by_its_caller_alone(office_of: MakeOf
     assert (await office.jobs.cancel(job_id, ANN)).state is JobState.CANCELLED
 
 
-async def test_the_events_of_a_job_are_told_in_order_and_from_any_point_on(office_of: MakeOffice) -> None:
+async def test_the_events_of_a_job_are_sent_in_order_and_from_any_point_on(office_of: MakeOffice) -> None:
     """Queued, start, each step, done; a client that resumes with an event id gets only later events."""
     office = await office_of(FakeDenoiser(seconds_per_step=0.02))
     job_id = (await office.accepted(order())).id
@@ -223,7 +223,7 @@ async def test_a_job_on_which_the_process_died_three_times_is_failed_by_name(
     assert not any("deadly" in job.prompt for job in office.painter.prepared)
 
 
-async def test_a_failure_is_told(office_of: MakeOffice) -> None:
+async def test_a_failure_is_reported(office_of: MakeOffice) -> None:
     """An exception during generation becomes the job's outcome, opaque unless it is one of our errors."""
     office = await office_of()
     job_id = (await office.accepted(order("unsteppable"))).id
@@ -308,7 +308,7 @@ async def test_a_random_seed_is_chosen_when_a_job_is_accepted(office_of: MakeOff
     assert done.outcome.seed == seed
 
 
-async def test_a_webhook_is_told_until_it_hears(office_of: MakeOffice) -> None:
+async def test_a_webhook_is_sent_until_it_is_received(office_of: MakeOffice) -> None:
     """Fails twice, succeeds the third time, signed; messages pending at a restart are sent after it."""
     rules = {"webhook_secret": "secret", "webhook_backoff": (0.02,)}
     office = await office_of(ear=Ear(deaf=10**6), **rules)

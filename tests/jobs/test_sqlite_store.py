@@ -153,14 +153,14 @@ def test_a_full_journal_refuses_whole_jobs_and_still_takes_ends(tmp_path: Path) 
     assert [entry.id for entry in journal.unfinished()] == accepted
     for job_id in accepted:
         assert journal.begin_attempt(job_id) == large
-        journal.finish(replace(ENTRY, id=job_id, state=JobState.DONE, ended_at=1.0, outcome=RECEIPT), "told")
-    room = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert room < 200_000, "what ended gives its room on the disk back"
+        journal.finish(replace(ENTRY, id=job_id, state=JobState.DONE, ended_at=1.0, outcome=RECEIPT), "answered")
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert size < 200_000, "what ended gives its disk space back"
     journal.accept(replace(ENTRY, id="later"), large)
     journal.close()
 
 
-def test_a_journal_that_cannot_be_opened_is_told_and_refuses(tmp_path: Path) -> None:
+def test_a_journal_that_cannot_be_opened_is_reported_and_refuses(tmp_path: Path) -> None:
     """Locked by another process, of a future version, in a missing folder: each is refused and unchanged."""
     first = SqliteJobStore(tmp_path / "held.db", 10_000_000)
     first.open()
@@ -181,7 +181,7 @@ def test_a_journal_that_cannot_be_opened_is_told_and_refuses(tmp_path: Path) -> 
 
 
 def test_a_key_is_answered_once_and_then_repeated(journal: SqliteJobStore) -> None:
-    """In flight, then the response; another caller's key is another key; a released one is free."""
+    """Running, then the response; another caller's key is another key; a released one is free."""
     assert journal.claim(CLAIM, 1.0) is None
     waits = journal.claim(replace(CLAIM, fingerprint="other"), 2.0)
     assert waits is not None
@@ -218,7 +218,7 @@ def test_a_key_whose_request_died_with_the_process_is_free_again(tmp_path: Path)
     journal.close()
 
 
-def test_messages_come_when_they_are_due_and_go_when_they_are_told(journal: SqliteJobStore) -> None:
+def test_messages_come_when_they_are_due_and_go_when_they_are_delivered(journal: SqliteJobStore) -> None:
     """Written with the end of the job, due at once; postponed with an attempt count."""
     waits = (10.0, 60.0)
     journal.accept(ENTRY, WORK)

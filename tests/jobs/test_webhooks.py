@@ -66,7 +66,7 @@ class Sending:
         """A job of a caller has ended, and its webhook is due."""
         entry = JobRecord(f"{caller}-{number}", Caller(caller), time.time(), webhook_url=url, share=f"key {caller}")
         await self.store.accept(entry, JobPayload(order()))
-        await self.store.finish(replace(entry, state=JobState.DONE, ended_at=time.time()), "told")
+        await self.store.finish(replace(entry, state=JobState.DONE, ended_at=time.time()), "answered")
         self.hooks.wake()
 
 
@@ -154,7 +154,7 @@ async def test_a_webhook_is_tried_again_in_its_time_although_the_clock_was_set(
 
 
 @pytest.mark.fault(113)
-async def test_what_was_postponed_by_a_clock_that_was_wrong_is_told_after_a_restart(
+async def test_what_was_postponed_by_a_clock_that_was_wrong_is_sent_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A due time further ahead than any retry delay is ignored."""

@@ -173,7 +173,7 @@ def test_no_webhook_leads_inside_either(
 
 
 @pytest.mark.fault(35)
-def test_a_webhook_whose_name_turns_is_not_told(
+def test_a_webhook_whose_name_turns_private_is_not_sent(
     running_app: RunningApp, trap: Trap, connections: OutboundConnections
 ) -> None:
     """Public when the job is accepted, private when it ends: the job is done, and no connection is made."""
@@ -188,7 +188,7 @@ def test_a_webhook_whose_name_turns_is_not_told(
 
 
 @pytest.mark.fault(35)
-async def test_every_hop_is_resolved_and_judged_anew(
+async def test_every_hop_is_resolved_and_checked_again(
     friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
 ) -> None:
     """A name whose network is allowed on the first hop and not on the second is refused."""

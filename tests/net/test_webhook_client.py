@@ -91,7 +91,7 @@ async def test_a_redirect_is_an_answer_and_not_followed(receiver: Receiver) -> N
     poster.close()
 
 
-async def test_a_receiver_that_keeps_silent_or_is_not_there_is_told(receiver: Receiver) -> None:
+async def test_a_receiver_that_keeps_silent_or_is_not_there_is_reported(receiver: Receiver) -> None:
     """Within the timeout."""
     poster = poster_to(receiver, seconds=0.3)
     receiver.silence = 2

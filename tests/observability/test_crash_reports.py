@@ -91,7 +91,7 @@ def test_it_is_known_whose_doing_an_end_was(tmp_path: Path, ending: str, watched
     assert death.cause is cause
     assert death.on_device == (() if cause is CrashCause.NONE else ("job-1", ""))
     assert DeviceRecord(tmp_path).begin().cause is cause
-    assert last_crash(tmp_path).on_device == (), "a death is told once"
+    assert last_crash(tmp_path).on_device == (), "a death is reported once"
 
 
 @pytest.mark.fault(159)

@@ -44,7 +44,7 @@ def test_steps_within_a_moment_are_one_sign_of_life(clock: Clock, tmp_path: Path
         assert clock.written() == wanted
 
 
-def test_the_first_to_come_and_the_last_to_leave_are_told_at_once(clock: Clock, tmp_path: Path) -> None:
+def test_the_first_start_and_the_last_end_are_written_at_once(clock: Clock, tmp_path: Path) -> None:
     """The watchdog's timer starts with the one, and stops with the other."""
     heartbeat = ProgressHeartbeat(tmp_path / "progress.txt")
     for _ in range(3):

@@ -95,7 +95,7 @@ def test_a_request_and_its_parts_are_spans_of_the_callers_trace(
     assert not [word for word in ("confidential", "secret-of-anna") if word in sent]
 
 
-def test_an_error_is_told_by_its_class_alone(run_app: Callable[..., RunningApp], collector: Collector) -> None:
+def test_a_span_names_an_error_by_its_class_alone(run_app: Callable[..., RunningApp], collector: Collector) -> None:
     """Error messages may quote the prompt."""
     running_app = run_app(otel_exporter_otlp_endpoint=collector.url)
     assert running_app.draw(prompt="an unpreparable square").status_code == 500

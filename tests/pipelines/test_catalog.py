@@ -48,7 +48,7 @@ def test_the_source_and_the_folders_say_which_weights_draw(
     assert (chosen["flux"].folder if "flux" in chosen else None) == flux
 
 
-def test_local_models_that_are_not_there_are_told() -> None:
+def test_local_models_that_are_not_there_are_reported() -> None:
     """The sentence lists the folders that were searched."""
     with pytest.raises(ModelLoadError, match=r"none of ProteusV0\.2, stable-diffusion-xl-base-1\.0, FLUX\.1-schnell"):
         choose_models("local", {"embedded-sdxl"})

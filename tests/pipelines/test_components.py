@@ -38,14 +38,14 @@ def models(tmp_path: Path) -> Path:
 
 
 @pytest.mark.fault(57)
-def test_missing_files_are_told(tmp_path: Path) -> None:
+def test_missing_files_are_reported(tmp_path: Path) -> None:
     """An empty folder: the sentence names the model and the missing file."""
     with pytest.raises(ModelLoadError, match=r"The model flux is missing: no model_index\.json in FLUX\.1-schnell\."):
         load_pipeline(REAL_MODELS["flux"][0], tmp_path, CPU)
 
 
 @pytest.mark.fault(57)
-def test_truncated_weights_are_told(models: Path) -> None:
+def test_truncated_weights_are_reported(models: Path) -> None:
     """Half a file is refused."""
     weights = models / "embedded-flux" / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -53,7 +53,7 @@ def test_truncated_weights_are_told(models: Path) -> None:
         load_pipeline(MODELS["flux"], models, CPU)
 
 
-def test_weights_that_are_not_all_there_are_told(models: Path) -> None:
+def test_weights_that_are_not_all_there_are_reported(models: Path) -> None:
     """Otherwise diffusers would fill the gap with random numbers and continue."""
     weights = models / "embedded-flux" / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file(dict(list(load_file(weights).items())[1:]), weights)
@@ -61,7 +61,7 @@ def test_weights_that_are_not_all_there_are_told(models: Path) -> None:
         load_pipeline(MODELS["flux"], models, CPU)
 
 
-def test_weights_of_another_shape_are_told(models: Path) -> None:
+def test_weights_of_another_shape_are_reported(models: Path) -> None:
     """Weights of another model size are refused."""
     weights = models / "embedded-flux" / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
@@ -120,7 +120,7 @@ def test_a_vae_that_overflows_in_fp16_is_kept_in_full_precision(models: Path) ->
         assert draw(Sdxl(pipeline, facts), job_for("sdxl", **changes)).std() > 5
 
 
-def test_a_controlnet_of_another_class_is_told(models: Path) -> None:
+def test_a_controlnet_of_another_class_is_reported(models: Path) -> None:
     """SDXL's in place of Flux's."""
     shutil.copytree(ROOT / "models" / "embedded-controlnet-canny-sdxl", models / "edges")
     facts = replace(MODELS["flux"], control_folder="edges")
@@ -133,7 +133,7 @@ def test_a_controlnet_of_another_class_is_told(models: Path) -> None:
     assert load_controlnet(replace(facts, control_folder=None), models, CPU) is None
 
 
-def test_a_controlnet_made_for_another_vae_is_told(sdxl: Any) -> None:
+def test_a_controlnet_made_for_another_vae_is_reported(sdxl: Any) -> None:
     """Edges that do not fit the latents are detected at load, not during generation."""
     config = dict(sdxl.controlnet.config)
     channels = (8, *config["conditioning_embedding_out_channels"])
@@ -152,7 +152,7 @@ def test_edges_without_a_controlnet_are_refused(models: Path) -> None:
 
 
 @pytest.mark.fault(57)
-def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MODELS=hub without a network: one sentence with the name of the repository."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -166,14 +166,14 @@ def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.fault(57)
-def test_weights_of_another_class_are_told(models: Path) -> None:
+def test_weights_of_another_class_are_reported(models: Path) -> None:
     """The error for an SDXL in place of a Flux names its class."""
     facts = replace(MODELS["sdxl"], folder="embedded-flux")
     with pytest.raises(ModelLoadError, match="holds a FluxPipeline, and sdxl needs a StableDiffusionXLPipeline"):
         load_pipeline(facts, models, CPU)
 
 
-def test_a_broken_index_is_told(models: Path) -> None:
+def test_a_broken_index_is_reported(models: Path) -> None:
     """Invalid JSON is no stack trace."""
     (models / "embedded-flux" / "model_index.json").write_text("{")
     with pytest.raises(ModelLoadError):
@@ -181,7 +181,7 @@ def test_a_broken_index_is_told(models: Path) -> None:
 
 
 @pytest.mark.fault(58)
-def test_a_device_that_is_not_there_is_told_in_one_sentence() -> None:
+def test_a_device_that_is_not_there_is_reported_in_one_sentence() -> None:
     """DEVICE=cuda:99 on this machine."""
     with pytest.raises(ModelLoadError, match="DEVICE=cuda:99"):
         choose_device("cuda:99")

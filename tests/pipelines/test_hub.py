@@ -118,7 +118,7 @@ def test_the_commit_that_was_fetched_first_is_kept(hub: HubServer, tmp_path: Pat
 
 @pytest.mark.fault(168)
 @pytest.mark.parametrize("record", ["{", "[]", '{"owner/sdxl": {}}', '{"owner/sdxl": {"commit": "0", "files": []}}'])
-def test_a_broken_record_of_commits_is_made_anew(record: str, hub: HubServer, tmp_path: Path) -> None:
+def test_a_broken_record_of_commits_is_written_again(record: str, hub: HubServer, tmp_path: Path) -> None:
     """The error is logged, and the hub is contacted."""
     pins = tmp_path / "hub.json"
     pins.write_text(record)
@@ -128,7 +128,7 @@ def test_a_broken_record_of_commits_is_made_anew(record: str, hub: HubServer, tm
 
 
 @pytest.mark.fault(168)
-def test_what_cannot_be_had_is_told_with_what_to_do(hub: HubServer) -> None:
+def test_what_cannot_be_had_is_reported_with_what_to_do(hub: HubServer) -> None:
     """Gated: the licence page and HF_TOKEN. Missing, private; no such revision; no safetensors; no model."""
     hub.gated.add(SDXL)
     sentence = refusal(HubClient())
@@ -153,7 +153,9 @@ def test_a_token_opens_what_is_gated(hub: HubServer, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.fault(168)
-def test_a_disk_that_is_too_small_is_told_before_the_download(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_reported_before_the_download(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error has both sizes, and no weights were requested."""
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1_000_000))
     sentence = refusal(HubClient(), FLUX)

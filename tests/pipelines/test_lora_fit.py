@@ -171,7 +171,7 @@ def test_what_stumbles_while_it_is_loaded_is_taken_off_again(
 
 
 @pytest.mark.fault(161)
-def test_finite_weights_that_overflow_are_told_and_leave_nothing_on(twos: dict[str, Two]) -> None:
+def test_finite_weights_that_overflow_are_reported_and_leave_nothing_on(twos: dict[str, Two]) -> None:
     """Each number is finite and their product is not: that image is not finite, and the next one is normal."""
     two = twos["sdxl"]
     huge = {name: tensor * 1e25 for name, tensor in peft("unet", unet_pairs(two.stock.pipeline)).items()}

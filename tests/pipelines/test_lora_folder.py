@@ -175,7 +175,7 @@ def test_of_two_files_of_one_name_the_one_near_the_top_counts(tmp_path: Path) ->
 
 
 @pytest.mark.fault(163)
-def test_what_cannot_be_used_is_told_in_the_log_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_used_is_reported_in_the_log_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often readiness is requested; unusable names are logged as well."""
     logged: list[str] = []
     monkeypatch.setattr(lora_folder._log, "warning", lambda event, **more: logged.append(more["name"]), raising=False)
@@ -286,7 +286,7 @@ def test_a_limit_of_bytes_is_exact(tmp_path: Path) -> None:
         b'{"a": ' + b"[" * 50_000,
     ],
 )
-def test_descriptions_that_are_none_are_told_as_no_file_of_this_kind(header: bytes, tmp_path: Path) -> None:
+def test_invalid_descriptions_are_reported_as_no_file_of_this_kind(header: bytes, tmp_path: Path) -> None:
     """Invalid offsets, shapes and dtypes give the same sentence as random bytes."""
     file = tmp_path / "broken.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 16)

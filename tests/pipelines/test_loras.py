@@ -277,7 +277,7 @@ def test_the_controlnets_lora_is_found_by_file_or_folder(control_lora: Path, tmp
             lora_file(name, tmp_path)
 
 
-def test_weights_are_told_from_others_by_their_content(tmp_path: Path) -> None:
+def test_weights_are_distinguished_by_their_content(tmp_path: Path) -> None:
     """The digest follows the bytes, also when the file is rewritten under its name."""
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"one")
@@ -288,7 +288,7 @@ def test_weights_are_told_from_others_by_their_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x10\0\0\0\0\0\0\0[1, 2, 3, 4, 5]", b"\x02\0\0\0\0\0\0\0[]"])
-def test_a_file_that_is_no_safetensors_is_told(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_safetensors_is_reported(content: bytes, tmp_path: Path) -> None:
     """Empty, random, and JSON of another kind."""
     file = tmp_path / "broken.safetensors"
     file.write_bytes(content)
@@ -328,7 +328,7 @@ def test_the_lcm_lora_belongs_to_the_model_and_goes_with_others(lcm_models: Path
         scheduler_of(facts, "lcm", 51)
 
 
-def test_a_missing_lcm_lora_is_told_at_load(tmp_path: Path) -> None:
+def test_a_missing_lcm_lora_is_reported_at_load(tmp_path: Path) -> None:
     """The sentence names the folder it should be in."""
     (tmp_path / "embedded-sdxl").symlink_to(MODELS_DIR / "embedded-sdxl")
     facts = with_lcm(replace(MODELS["sdxl"], lcm_folder="lcm-lora-sdxl"))

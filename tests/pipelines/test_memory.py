@@ -144,7 +144,7 @@ def test_a_vae_in_slices_and_tiles_draws_the_same_small_picture(families: dict[s
     assert psnr(draw(registry, job_for("sdxl")), draw(families["sdxl"], job_for("sdxl"))) > 80
 
 
-def test_what_is_loaded_is_told(one_thread: None) -> None:
+def test_what_is_loaded_is_reported(one_thread: None) -> None:
     """Source, revision, device, placement, and bytes."""
     registry = load(MODELS_DIR, "cpu", 1)
     loaded = {model.name: model for model in registry.loaded}
@@ -220,14 +220,14 @@ def test_compressed_weights_need_cuda_and_say_so() -> None:
         )
 
 
-def test_a_missing_torchao_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_torchao_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not a dependency of the server, so the sentence says how to install it."""
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ModelLoadError, match="pip install torchao"):
         load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": MODELS["flux"]}, quantize="torchao-int8"))
 
 
-def test_a_missing_quantizer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_quantizer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sentence says what to install."""
     import sys
 

@@ -164,8 +164,8 @@ def test_markers_of_v_prediction_and_zero_snr_are_read(tmp_path: Path) -> None:
     assert (found.prediction, found.zero_snr) == ("v_prediction", True)
     plain = identify(write_safetensors(tmp_path / "b.safetensors", FILES["sdxl"]))
     assert (plain.prediction, plain.zero_snr) == ("", False)
-    told = write_safetensors(tmp_path / "c.safetensors", FILES["sdxl"], metadata={"modelspec.prediction_type": "v"})
-    assert identify(told).prediction == "v_prediction"
+    declared = write_safetensors(tmp_path / "c.safetensors", FILES["sdxl"], metadata={"modelspec.prediction_type": "v"})
+    assert identify(declared).prediction == "v_prediction"
 
 
 def test_what_a_header_cannot_tell_is_said_and_not_guessed(tmp_path: Path) -> None:
@@ -197,10 +197,10 @@ def test_what_a_header_cannot_tell_is_said_and_not_guessed(tmp_path: Path) -> No
         ("I8", {"double_blocks.0.img_attn.qkv.wscales": (3,)}, ("svdquant (nunchaku)", False, "svdquant")),
     ],
 )  # fmt: skip
-def test_precision_is_told_and_what_cannot_be_read_is_refused(
+def test_precision_is_reported_and_what_cannot_be_read_is_refused(
     tmp_path: Path, dtype: str, more: dict[str, tuple[int, ...]], expected: tuple[str, bool, str]
 ) -> None:
-    """Scaled fp8 in both of ComfyUI's forms is told apart from plain fp8; 4-bit schemes are refused by name."""
+    """Scaled fp8 in both of ComfyUI's forms is distinguished from plain fp8; 4-bit schemes are refused by name."""
     found = identify(write_safetensors(tmp_path / "a.safetensors", SMALL_FLUX | more, dtype))
     name, scaled, reason = expected
     assert (found.kind.value, found.precision, found.scaled) == ("denoiser", name, scaled)
@@ -462,7 +462,7 @@ def test_the_models_that_come_with_the_server_are_identified() -> None:
     assert summary(identify(models / "loras" / "outlines.safetensors"))[0] == "lora"
 
 
-def test_lora_layouts_are_told_apart(tmp_path: Path) -> None:
+def test_lora_layouts_are_distinguished(tmp_path: Path) -> None:
     """Who wrote a LoRA decides how it is converted."""
     layers = {"double_blocks.0.img_attn.qkv": (3072, 9216), "single_blocks.0.linear1": (3072, 21504)}
     for shapes, layout in (

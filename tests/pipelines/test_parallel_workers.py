@@ -13,7 +13,7 @@ from stable_diffusion_server.engine import Engine, EngineState
 pytestmark = pytest.mark.slow
 
 
-def test_two_lanes_draw_what_one_draws(registry: Any) -> None:
+def test_two_workers_draw_what_one_draws(registry: Any) -> None:
     """Families, tasks, steps and prompts mixed over two threads.
 
     Each image matches the one generated alone to 45 dB.

@@ -86,7 +86,7 @@ def test_offloading_from_the_cpu_is_refused_in_a_sentence(offload: Offload) -> N
 
 
 @pytest.mark.fault(52)
-def test_a_machine_that_is_too_small_is_told_by_how_much() -> None:
+def test_a_machine_that_is_too_small_is_reported_by_how_much() -> None:
     """The sentence has both sizes."""
     with pytest.raises(ModelLoadError, match=r"needs 19\.4 GB of memory, and 16\.0 GB are free"):
         place(16 * GB, FLUX, accelerated=False)

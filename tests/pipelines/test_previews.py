@@ -93,7 +93,7 @@ def test_tiles_shrink_until_they_are_small(sdxl: Any) -> None:
 
 
 @pytest.mark.parametrize(("threads", "adaptable", "lanes"), [(1, False, 1), (2, False, 2), (8, False, 2), (8, True, 1)])
-def test_two_lanes_are_best_on_a_cpu_of_several_cores(
+def test_two_workers_are_best_on_a_cpu_of_several_cores(
     threads: int, adaptable: bool, lanes: int, registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless there is only one core, or jobs may change the weights that workers share."""

@@ -172,7 +172,7 @@ def test_no_more_traces_are_made_than_memory_is_there_for(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_answers_that_tell_nothing_are_not_judged_by(number: float) -> None:
+def test_answers_that_are_not_finite_are_not_compared(number: float) -> None:
     """Any trace reproduces constant outputs: one for other sizes would seem correct."""
     module = Branching()
     trace(module)

@@ -133,7 +133,7 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(kind: str, folder: 
 
 
 @pytest.mark.fault(165)
-def test_what_only_the_library_finds_is_told_in_its_own_words(folder: Path) -> None:
+def test_what_only_the_library_finds_is_reported_in_its_own_words(folder: Path) -> None:
     """An unknown tokenizer class: the library's message is part of ours."""
     (folder / "scheduler" / "scheduler_config.json").unlink()
     sentence = load_error(folder)

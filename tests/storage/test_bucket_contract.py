@@ -318,7 +318,9 @@ def test_one_mishap_is_mended_without_being_noticed(troubled: tuple[Bucket, Misb
 
 @pytest.mark.fault(40, 44)
 @pytest.mark.parametrize("word", ["slow-down", "lose-answer", "slow"])
-def test_lasting_trouble_is_told_as_storage_unavailable(troubled: tuple[Bucket, MisbehavingStore], word: str) -> None:
+def test_lasting_trouble_is_reported_as_storage_unavailable(
+    troubled: tuple[Bucket, MisbehavingStore], word: str
+) -> None:
     """Bounded retries and no SDK error: 503 in one sentence, and the next request succeeds."""
     bucket, rascal = troubled
     rascal.mischief.extend([word] * 50)
@@ -339,7 +341,7 @@ def test_a_missing_bucket_is_named(kind: str, options_of: Callable[..., StorageO
 
 
 @pytest.mark.parametrize("kind", REMOTE)
-def test_a_storage_that_is_not_there_is_told(
+def test_a_storage_that_is_not_there_is_reported(
     kind: str, monkeypatch: pytest.MonkeyPatch, options_of: Callable[..., StorageOptions]
 ) -> None:
     """Connection refused: one sentence."""

@@ -93,7 +93,7 @@ ODD: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.fault(138)
 @pytest.mark.parametrize("kind", ODD)
-def test_an_odd_entry_is_set_aside_and_the_rest_is_brought(
+def test_an_odd_entry_is_quarantined_and_the_rest_is_uploaded(
     tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It sorts first; the three after it are uploaded, and the invalid one can be listed and dropped."""
@@ -138,7 +138,7 @@ def test_a_server_over_a_spool_of_oddities_draws(
 
 
 @pytest.mark.fault(138)
-def test_dead_letters_are_bounded_and_the_told_ones_go_first(tmp_path: Path) -> None:
+def test_dead_letters_are_bounded_and_the_reported_ones_go_first(tmp_path: Path) -> None:
     """Five of nine stay: entries whose callers know of the refusal go first, then the oldest."""
     letters = DeadLetters(tmp_path / "dead-letters", 10**9, most=5)
     (tmp_path / "spool").mkdir()

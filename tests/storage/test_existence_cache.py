@@ -115,7 +115,7 @@ def test_what_others_deleted_is_forgotten_when_it_cannot_be_read(running_app: Si
     assert running_app.bucket.stat("k") is None
 
 
-def test_what_is_known_no_longer_takes_no_room() -> None:
+def test_expired_entries_take_no_memory() -> None:
     """Size is that of the entries within the time; with a time of zero it is empty."""
     clock = [0.0]
     knowledge = ExistenceCache(1000, 2.0, now=lambda: clock[0])

@@ -69,7 +69,7 @@ def test_a_private_key_signs_addresses(
 
 
 @pytest.mark.parametrize("tokens", [400], indirect=True)
-def test_a_key_google_does_not_know_is_told(
+def test_a_key_google_does_not_know_is_reported(
     tmp_path: Path, tokens: str, gcs_server: StorageServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No token, no bucket, one sentence."""
@@ -80,7 +80,7 @@ def test_a_key_google_does_not_know_is_told(
 
 
 @pytest.mark.parametrize("content", [None, "no json", '{"type": "service_account"}', '{"type": "other"}'])
-def test_a_key_file_that_is_none_is_told(tmp_path: Path, content: str | None) -> None:
+def test_a_key_file_that_is_none_is_reported(tmp_path: Path, content: str | None) -> None:
     """Absent, broken or of another kind: the error names the setting and does not show the content."""
     path = tmp_path / "key.json"
     if content is not None:

@@ -202,7 +202,7 @@ def test_a_folder_that_has_gone_away_is_not_taken_for_an_empty_one(bucket: Local
         bucket.stat("k")
 
 
-def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported_in_one_sentence(tmp_path: Path) -> None:
     """A file in the place of the bucket's folder is a storage error."""
     (tmp_path / "bucket").write_text("a file")
     with pytest.raises(StorageUnavailable, match="folder of pictures cannot be used"):
@@ -226,7 +226,7 @@ def test_a_name_the_disk_takes_for_another_is_refused(bucket: LocalBucket, tmp_p
 
 
 @pytest.mark.fault(43, 47)
-def test_a_disk_that_takes_no_more_is_told_and_keeps_nothing_half(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_keeps_no_partial_file(tmp_path: Path) -> None:
     """A file size limit stops the write in the middle, like a full disk: 503, no object, no leftovers."""
     code = f"""
 import resource
@@ -247,10 +247,10 @@ except StorageUnavailable as error:
 
 
 @pytest.mark.fault(47)
-def test_a_nearly_full_disk_is_told_before_anything_is_drawn(
+def test_a_nearly_full_disk_is_reported_before_anything_is_drawn(
     bucket: LocalBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With room for now: accepted. More than any disk has: 503."""
+    """With space for now: accepted. More than any disk has: 503."""
     bucket.check_capacity()
     monkeypatch.setattr("stable_diffusion_server.files.disk_space.MIN_FREE_BYTES", 2**70)
     with pytest.raises(StorageUnavailable, match="No space left"):

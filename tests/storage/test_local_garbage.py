@@ -27,7 +27,7 @@ GARBAGE: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.fault(194)
 @pytest.mark.parametrize("recorded", [True, False], ids=["with its record", "without a record"])
 @pytest.mark.parametrize("garbage", GARBAGE)
-def test_garbage_in_the_folder_counts_as_absent_and_is_drawn_anew(
+def test_garbage_in_the_folder_counts_as_absent_and_is_drawn_again(
     run_app: Callable[..., RunningApp], garbage: str, recorded: bool
 ) -> None:
     """With or without its record: 404 for a reader, a new image for a generation request."""

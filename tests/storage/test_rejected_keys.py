@@ -104,7 +104,7 @@ def letters(running_app: RunningApp) -> list[str]:
 
 @pytest.mark.fault(132)
 @pytest.mark.parametrize("kind", FOR_GOOD)
-def test_a_refused_name_is_told_to_its_caller_and_to_nobody_else(
+def test_a_refused_name_is_reported_to_its_caller_and_to_nobody_else(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, kind: str
 ) -> None:
     """422 that names save_path; the next image is stored at once, nothing is spooled, the storage counts as up."""
@@ -153,7 +153,7 @@ def test_a_poisoned_object_holds_up_nothing_that_is_spooled_behind_it(
 
 
 @pytest.mark.fault(133)
-def test_what_no_try_brings_is_set_aside_in_the_end(
+def test_what_no_try_uploads_becomes_a_dead_letter(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the limit of attempts, here two, with the storage's own message."""
@@ -170,7 +170,7 @@ def test_what_no_try_brings_is_set_aside_in_the_end(
 def test_a_refusal_of_every_name_is_of_the_storage(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, code: str, status: int
 ) -> None:
-    """Denied or expired for every name: images are spooled, no caller is told of a bad name, none is quarantined."""
+    """Denied or expired for every name: images are spooled, no caller is refused for its name, none is quarantined."""
     behind[1].rule = lambda method, path, headers: refused(code, status) if method == "PUT" else ""
     for number in range(2):
         answer = running_app.draw(prompt="a red square", save_path=f"{number}.webp")
@@ -194,7 +194,7 @@ def test_a_name_made_here_that_is_refused_is_not_its_callers_fault(
 
 
 @pytest.mark.fault(132)
-def test_who_may_not_list_is_told_403_of_what_is_absent_and_draws(
+def test_who_may_not_list_gets_403_for_what_is_absent_and_draws(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer
 ) -> None:
     """AWS answers so without s3:ListBucket: not a rejection; the image is stored under its name."""

@@ -76,7 +76,7 @@ def test_a_conflict_that_another_writer_won_gives_what_is_stored(
 
 @pytest.mark.fault(46, 49)
 @pytest.mark.parametrize(("word", "sentence"), [("expired", "credentials"), ("skewed", "clock"), ("broken", "error")])
-def test_a_refusal_is_told_in_one_sentence_and_passes(
+def test_a_refusal_is_one_sentence_and_passes(
     bucket: Bucket, behind: tuple[str, MisbehavingStore], word: str, sentence: str
 ) -> None:
     """503 with the cause and without a key; the same client works when the storage recovers."""

@@ -172,7 +172,7 @@ def replaced(server: StorageServer, name: str, key: str, body: bytes, **more: An
 @pytest.mark.parametrize(
     "garbage", ["html", "zeros of the length", "empty", "cut", "half a picture", "of another type"]
 )
-def test_garbage_in_the_bucket_is_drawn_anew(
+def test_garbage_in_the_bucket_is_drawn_again(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, garbage: str
 ) -> None:
     """Replaced by another program, with the object's own metadata or without: the request generates a new image."""

@@ -116,7 +116,7 @@ def test_while_the_storage_is_down_the_picture_is_kept_and_then_brought(
     assert bucket.read("k", 1, 3) == b"at"
     assert bucket.url("k") is None
     assert bucket.create("k", b"other", "image/webp", {}) == (stored, False)
-    assert bucket.health() is None, "an outage with room in the spool keeps no one from drawing"
+    assert bucket.health() is None, "an outage with space in the spool keeps no one from drawing"
     store.state = "on"
     until(lambda: files(tmp_path) == [])
     brought = bucket.stat("k")
@@ -176,7 +176,9 @@ def test_a_storage_that_does_not_answer_is_not_waited_for_twice(
     until(lambda: len(list(store.list())) == 21)
 
 
-def test_a_full_spool_is_told_before_anything_is_drawn(made: Callable[..., tuple[WriteBehindBucket, Switched]]) -> None:
+def test_a_full_spool_is_reported_before_anything_is_drawn(
+    made: Callable[..., tuple[WriteBehindBucket, Switched]],
+) -> None:
     """Storage up: no bound. Down: accepted up to the byte limit, then 503 and a health fault."""
     bucket, store = made(max_bytes=400)
     bucket.check_capacity()
@@ -242,7 +244,7 @@ def test_a_bucket_that_may_only_be_read_still_gives_what_it_has(
     until(lambda: bucket.health() is None)
 
 
-def test_a_picture_the_storage_refuses_for_good_is_set_aside(
+def test_a_picture_the_storage_refuses_for_good_becomes_a_dead_letter(
     made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
     """It does not block other uploads, and its file stays for inspection."""
@@ -281,7 +283,7 @@ def test_deleting_reaches_what_waits(made: Callable[..., tuple[WriteBehindBucket
         store.read("k")
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     """A file in the place of the spool folder: one sentence, and no thread starts."""
     (tmp_path / "spool").write_text("in the way")
     bucket = WriteBehindBucket(Switched(), UploadSpool(tmp_path / "spool", 100), 1.0)

@@ -71,7 +71,7 @@ def test_an_empty_picture_has_no_object() -> None:
     assert not verdict["shape"]
 
 
-def test_landscapes_are_told_apart_fact_by_fact() -> None:
+def test_landscapes_are_distinguished_fact_by_fact() -> None:
     """A correct landscape passes; one at another time of day or without its house does not."""
     view = synthetic_landscapes.Landscape("sunset", "hill", "sun", house="red", tree=True)
     rng = np.random.default_rng(0)

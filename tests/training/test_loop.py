@@ -37,7 +37,7 @@ def test_a_stage_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert weight == pytest.approx(3, abs=0.1)
 
 
-def test_a_stage_that_is_told_to_stop_leaves_a_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_stage_that_is_stopped_leaves_a_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """SIGTERM ends it after the current step, and the next run resumes from there."""
     monkeypatch.setattr(loop, "RUNS", tmp_path)
     line = torch.nn.Linear(1, 1)

@@ -21,7 +21,7 @@ def clip_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
     return make_clip(tmp_path_factory.mktemp("clip"))
 
 
-def test_two_objects_are_told_by_where_they_stand() -> None:
+def test_two_objects_are_described_by_where_they_stand() -> None:
     """One relation has two captions: "A above B" and "B below A" are the same facts."""
     star, heart = Thing("star", "red"), Thing("heart", "blue")
     above = Scene("two", "white", (star, heart), relation="above")

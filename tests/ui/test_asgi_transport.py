@@ -113,14 +113,14 @@ async def test_what_goes_on_may_take_longer_and_no_timeout_is_none() -> None:
 
 
 @pytest.mark.fault(192)
-async def test_a_visitor_is_told_that_the_server_does_not_answer() -> None:
+async def test_a_visitor_sees_that_the_server_does_not_answer() -> None:
     """One sentence, for every request of a page; held slots are released."""
     http = address_of(silent, httpx.Timeout(0.2))
     request = http.request
     # As the UI client requests, but with a shorter timeout.
     http.request = lambda *given, **named: request(*given, **{**named, "timeout": 0.2})  # type: ignore[method-assign]  # to ask more briefly
-    desk = ApiClient(http, BASE)
+    api = ApiClient(http, BASE)
     wanted = UiRequest("/v1/images/edits", {}, {"image": b"png"})
-    for ask in (desk.jobs, desk.history, desk.readiness, *[lambda: desk.start(wanted)] * 10):
+    for ask in (api.jobs, api.history, api.readiness, *[lambda: api.start(wanted)] * 10):
         with pytest.raises(RefusedError, match="cannot be reached"):
             await ask()

@@ -92,7 +92,7 @@ def test_cancel_frees_the_device(tab_of: Callable[..., Tab], studio_server: Serv
     tab.was_quiet()
 
 
-def test_what_is_wrong_is_told_beside_its_field(tab_of: Callable[..., Tab]) -> None:
+def test_what_is_wrong_is_shown_beside_its_field(tab_of: Callable[..., Tab]) -> None:
     """Two errors, one in a collapsed section.
 
     Each message is at its field and reaches screen readers, then disappears.

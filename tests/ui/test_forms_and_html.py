@@ -78,13 +78,13 @@ def test_what_others_wrote_is_shown_as_text() -> None:
     assert not any("<img" in html for html in shown)
 
 
-def test_a_fault_is_told_by_the_fields_label() -> None:
+def test_a_fault_is_shown_by_the_fields_label() -> None:
     """The message does not repeat the parameter name."""
     html = telling.alert("", [("num_inference_steps", "num_inference_steps must be at most 100.")])
     assert "Steps must be at most 100." in html
 
 
-def test_a_fault_is_told_once() -> None:
+def test_a_fault_is_shown_once() -> None:
     """An error at a field is only pointed to; an error without a field is shown in full."""
     faults = [("width", "width must be between 64 and 2048."), ("image_file", "image_file is no picture.")]
     pointed = telling.refusal("x", faults[:1], {"width"})

@@ -54,7 +54,7 @@ def event(text: str = "a", **more: Any) -> bytes:
 
 
 @pytest.mark.fault(104)
-async def test_what_gets_to_the_framework_is_made_anew() -> None:
+async def test_what_gets_to_the_framework_is_built_again() -> None:
     """The body without unknown members, only allowed headers, no query; the session name is tied to the visitor."""
     framework = Framework()
     client = guarded(framework)
@@ -86,9 +86,9 @@ async def test_events_and_streams_of_a_visitor_are_bounded() -> None:
     """At each limit it works, above it 413 or 429 with Retry-After; another visitor is unaffected."""
     framework = Framework()
     client = guarded(framework, "4/minute")
-    room = EVENT_BYTES - len(event(""))
-    assert (await client.post(EVENT, content=event("x" * room))).status_code == 200
-    assert (await client.post(EVENT, content=event("x" * (room + 1)))).status_code == 413
+    space = EVENT_BYTES - len(event(""))
+    assert (await client.post(EVENT, content=event("x" * space))).status_code == 200
+    assert (await client.post(EVENT, content=event("x" * (space + 1)))).status_code == 413
     assert [(await client.post(EVENT, content=event())).status_code for _ in range(3)] == [200, 200, 429]
     other = {"client": ServerAddress("203.0.113.9")}
     assert (await client.post(EVENT, content=event(), extensions=other)).status_code == 200
@@ -120,7 +120,7 @@ async def test_a_step_of_the_clock_shuts_nobody_out_of_the_studio(monkeypatch: p
     assert (await client.post(EVENT, content=event())).status_code == 200
 
 
-def desk_of(running_app: RunningApp, client: ServerAddress) -> ApiClient:
+def api_client_of(running_app: RunningApp, client: ServerAddress) -> ApiClient:
     return ApiClient(httpx.AsyncClient(transport=StreamingASGITransport(running_app.client.app)), BASE, client=client)
 
 
@@ -136,8 +136,8 @@ async def status_of(asked: Any) -> int:
 async def test_a_stranger_is_one_by_way_of_the_ui_too(running_app: RunningApp) -> None:
     """A page acts with its visitor's rights: a remote client, or one behind an untrusted proxy, is not the operator."""
     clients = [ServerAddress(), ServerAddress("203.0.113.5"), ServerAddress("127.0.0.1", forwarded=True)]
-    assert [await status_of(desk_of(running_app, client).jobs()) for client in clients] == [200, 403, 403]
-    assert [await status_of(desk_of(running_app, client).history()) for client in clients] == [200, 403, 403]
+    assert [await status_of(api_client_of(running_app, client).jobs()) for client in clients] == [200, 403, 403]
+    assert [await status_of(api_client_of(running_app, client).history()) for client in clients] == [200, 403, 403]
 
 
 @pytest.mark.fault(107)
@@ -151,15 +151,20 @@ async def test_what_a_page_draws_counts_for_its_visitor(run_app: Callable[..., R
         ServerAddress("203.0.113.7"),
         ServerAddress(),
     ]
-    assert [await status_of(desk_of(running_app, client).start(wanted)) for client in clients] == [422, 429, 422, 422]
+    assert [await status_of(api_client_of(running_app, client).start(wanted)) for client in clients] == [
+        422,
+        429,
+        422,
+        422,
+    ]
 
 
 @pytest.mark.fault(107)
 @pytest.mark.parametrize("job_id", ["../history", "a/../../files/x", "a?b", "", "a" * 129, "a\nb"])
 async def test_a_job_id_from_a_page_leads_nowhere_else(running_app: RunningApp, job_id: str) -> None:
     """A page must return a valid job id, otherwise there is no such job."""
-    desk = ApiClient(httpx.AsyncClient(transport=StreamingASGITransport(running_app.client.app)), BASE)
-    for asked in (desk.job(job_id), desk.cancel(job_id), anext(desk.events(job_id))):
+    api = ApiClient(httpx.AsyncClient(transport=StreamingASGITransport(running_app.client.app)), BASE)
+    for asked in (api.job(job_id), api.cancel(job_id), anext(api.events(job_id))):
         with pytest.raises(RefusedError) as refused:
             await asked
         assert refused.value.status == 404

@@ -67,7 +67,7 @@ async def test_a_visitor_keeps_so_many_bytes_and_no_more() -> None:
         store.add("a", b"x" * 101)
 
 
-async def test_who_keeps_the_most_makes_room_for_others() -> None:
+async def test_who_keeps_the_most_is_evicted_for_others() -> None:
     """All visitors together stay within the byte limit, and the largest holder loses its images first."""
     store = UploadStore(LIMITS)
     greedy = [store.add("greedy", b"x" * 50), store.add("greedy", b"x" * 50)]

@@ -75,7 +75,7 @@ def two_drawn(studio_server: Server) -> Server:
     return studio_server
 
 
-def test_the_history_is_searched_filtered_told_replayed_and_deleted(
+def test_the_history_is_searched_filtered_shown_replayed_and_deleted(
     tab_of: Callable[..., Tab], two_drawn: Server
 ) -> None:
     """The word finds two, the model filter one.

@@ -186,7 +186,7 @@ def picture_field(label: str, *, paints: bool, elem_id: str) -> gr.HTML:
     itself uploads images to `/ui/pictures`; Gradio receives only the tokens.
     """
     kind = "sds-paints" if paints else ""
-    surface = '<canvas role="img" aria-label="Paint here what is to be drawn anew"></canvas>' if paints else ""
+    surface = '<canvas role="img" aria-label="Paint here what is to be replaced"></canvas>' if paints else ""
     template = (
         f'<div class="sds-picture-field {kind}" role="group" aria-label="{escape(label)}">'
         f'<span class="sds-label">{escape(label)}</span>'

@@ -51,7 +51,7 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> ImageToI
                 0.6,
                 step=0.01,
                 label="Strength",
-                info="0 keeps the picture, 1 draws it anew.",
+                info="0 keeps the picture, 1 replaces it.",
                 elem_id=slots.id_of("strength"),
             )
             slots.slot("strength")

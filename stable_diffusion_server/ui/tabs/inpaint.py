@@ -61,7 +61,7 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> InpaintT
             raise forms.FormError("image_file", "Choose a picture first.")
         white = await intake.work(owner, [mask], image_intake.painted) if mask else b""
         if not white:
-            raise forms.FormError("mask_file", "Paint over the part that is to be drawn anew first.")
+            raise forms.FormError("mask_file", "Paint over the part to replace first.")
         files = intake.file(owner, picture), white
         return forms.inpaint(common_fields(*values), *files, strength, feather, refine=refine)
 
@@ -74,7 +74,7 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> InpaintT
             striped = await intake.work(results_panel.owner_of(clients, request), painted, made)
         except ServerError as error:
             return progress.alert(error.detail)
-        return progress.figure("Mask: what is striped is drawn anew", striped) if striped else ""
+        return progress.figure("Mask: the striped part is replaced", striped) if striped else ""
 
     inputs = [editor, strength, feather, refine, *chosen.inputs]
     results_panel.wire(
@@ -92,7 +92,7 @@ def _settings(slots: ControlSlots) -> tuple[gr.Slider, gr.Slider, gr.Checkbox]:
         1,
         step=0.01,
         label="Strength",
-        info="How much is drawn anew inside the mask.",
+        info="How much changes inside the mask.",
         elem_id=slots.id_of("strength"),
     )
     slots.slot("strength")
