@@ -208,21 +208,37 @@ PURE = (
     "imaging/formats.py imaging/metadata.py generation/layout.py generation/resolver.py "
     "generation/prompts.py generation/single_flight.py generation/provenance.py generation/results.py "
     "storage/object_headers.py storage/history/entries.py net/public_ip.py net/url_policy.py "
-    "pipelines/catalog.py types/requests.py types/requests.py types/results.py types/results.py"
+    "pipelines/catalog.py types/requests.py types/results.py"
 ).split()
 IO_MODULES = {"os", "pathlib", "socket", "subprocess", "shutil", "tempfile", "sqlite3", "httpx", "requests", "boto3"}
 
 
-@pytest.mark.parametrize("package", PURE)
-def test_the_middle_is_pure(package: str) -> None:
-    """The packages of pure functions import nothing with side effects."""
+@pytest.mark.parametrize("module", PURE)
+def test_the_middle_is_pure(module: str) -> None:
+    """The modules of pure functions import nothing with side effects."""
     imported: set[str] = set()
-    for node in ast.walk(tree_of(PACKAGE / package)):
+    for node in ast.walk(tree_of(PACKAGE / module)):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").split(".")[0])
     assert not imported & IO_MODULES
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_constants_stand_above_the_first_function_or_class(path: Path) -> None:
+    """Except those that are made from one; so a reader finds all limits of a module in one place."""
+    late, made, begun = [], set(), False
+    for node in tree_of(path).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            made, begun = made | {node.name}, True
+        elif begun and isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+            used = {part.id for part in ast.walk(node.value) if isinstance(part, ast.Name)}
+            late += [] if used & made else sorted(names)
+            made |= names
+    assert late == []
 
 
 SUPPRESSION = re.compile(r"#\s*(noqa|type:\s*ignore|pragma)\b")

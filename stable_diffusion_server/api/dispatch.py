@@ -32,6 +32,11 @@ from stable_diffusion_server.types import Caller, GenerationRequest, GenerationR
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 _KEY = re.compile(r"[!-~]{1,255}")
 _WAIT_MAX_SECONDS = 600
+# Renders a result as a route's response. The last argument is the file, empty unless the route requests it.
+Render = Callable[[Request, GenerationResult, bytes], Response | Awaitable[Response]]
+# Generates an image: its result and its file. The last value of `OnceGenerated`: an earlier request generated it.
+Generate = Callable[[], Awaitable[tuple[GenerationResult, bytes]]]
+OnceGenerated = tuple[GenerationResult, bytes, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +73,6 @@ def preferences_of(request: Request) -> RequestPreferences:
     return RequestPreferences("respond-async" in preferences, wait, job_id, key)
 
 
-# Renders a result as a route's response. The last argument is the file, empty unless the route requests it.
-Render = Callable[[Request, GenerationResult, bytes], Response | Awaitable[Response]]
-# Generates an image: its result and its file. The last value of `OnceGenerated`: an earlier request generated it.
-Generate = Callable[[], Awaitable[tuple[GenerationResult, bytes]]]
-OnceGenerated = tuple[GenerationResult, bytes, bool]
 _NO_PREFERENCES = RequestPreferences()
 
 

@@ -28,6 +28,10 @@ _DEFAULTS = {
     b"x-frame-options": b"DENY",
     b"cache-control": b"no-store",
 }
+_log = structlog.get_logger(__name__)
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx must not buffer events
+# A follower that accepts no data for this long is disconnected. A slow follower only misses superseded previews.
+_SEND_TIMEOUT_SECONDS = 30.0
 
 
 class JSONResponse(responses.JSONResponse):
@@ -52,13 +56,6 @@ def add_security_headers(message: Message, path: str) -> None:
     if not path.startswith("/ui"):
         wanted |= _DEFAULTS
     message["headers"] = headers + [pair for pair in wanted.items() if pair[0] not in present]
-
-
-_log = structlog.get_logger(__name__)
-
-_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx must not buffer events
-# A follower that accepts no data for this long is disconnected. A slow follower only misses superseded previews.
-_SEND_TIMEOUT_SECONDS = 30.0
 
 
 def json_event(body: Mapping[str, object], event: str | None = None, event_id: str | None = None) -> bytes:

@@ -9,6 +9,8 @@ from limits import RateLimitItem
 
 # Number of windows at which expired ones are removed.
 _SWEEP_SIZE = 10_000
+# Weight of the newest sample: the average follows a change within about ten samples.
+_WEIGHT = 0.2
 
 
 class MovingWindows:
@@ -58,10 +60,6 @@ class MovingWindows:
 def _drop_before(hits: deque[float], moment: float) -> None:
     while hits and hits[0] <= moment:
         hits.popleft()
-
-
-# Weight of the newest sample: the average follows a change within about ten samples.
-_WEIGHT = 0.2
 
 
 def moving_average(average: float | None, sample: float) -> float:

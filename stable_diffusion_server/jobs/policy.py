@@ -16,6 +16,7 @@ MAX_CRASHES = 3
 MAX_KILLS = 100
 # Seconds until the second, third, … try to deliver a webhook; the last value repeats.
 WEBHOOK_BACKOFF = (5.0, 30.0, 120.0, 600.0, 3600.0)
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,6 @@ class JobPolicy:
     webhook_backoff: tuple[float, ...] = WEBHOOK_BACKOFF
     reopen_seconds: float = 5.0
     max_seconds: float = 600.0
-
-
-_log = structlog.get_logger(__name__)
 
 
 def attribute_crash(records: Sequence[JobRecord], death: CrashReport) -> list[JobRecord]:

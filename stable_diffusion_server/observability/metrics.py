@@ -11,6 +11,12 @@ from prometheus_client.registry import Collector
 
 from stable_diffusion_server.types import EngineEvent, EngineEventKind
 
+# Label values and value of one sample.
+Sample = tuple[Sequence[str], float]
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_MOMENTS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_GROUPS = (1, 2, 4, 8, 16, 32, 64)
+
 
 class UsageMetrics:
     """Records the outcome of generation requests; this base class records nothing."""
@@ -23,14 +29,6 @@ class UsageMetrics:
 
     def record_stored(self, timings: Mapping[str, float]) -> None:
         """Record a generated and stored image; `timings` are the seconds of each stage."""
-
-
-# Label values and value of one sample.
-Sample = tuple[Sequence[str], float]
-
-_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-_MOMENTS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_GROUPS = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)

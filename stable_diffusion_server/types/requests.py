@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 
 # Ends with a space, which no key name contains.
 _ANONYMOUS = "anonymous "
+SEED_MAX = 2**32 - 1
+LORA_WEIGHT_MAX = 2.0
+# A LoRA name: the stem of its file, without folders, at most 100 characters.
+LORA_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+Seed = int | Literal["random"] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +147,6 @@ def diffusion_request_fields(request: DiffusionRequest) -> dict[str, object]:
     """The fields of a request as JSON values; images are replaced by their digests."""
     values = {part.name: getattr(request, part.name) for part in fields(request)}
     return {name: value.digest if isinstance(value, ImageArray) else value for name, value in values.items()}
-
-
-SEED_MAX = 2**32 - 1
-LORA_WEIGHT_MAX = 2.0
-# A LoRA name: the stem of its file, without folders, at most 100 characters.
-LORA_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
-
-Seed = int | Literal["random"] | None
 
 
 class Task(StrEnum):

@@ -15,6 +15,9 @@ from stable_diffusion_server.errors import MalformedRequest, ServerError, TooLar
 from stable_diffusion_server.ui.client import ServerAddress
 
 SECONDS = 60.0
+_BUFFERED_PARTS = 32
+# Seconds to wait for a cancelled application. One that waits for a thread ends only when the thread ends.
+_END_SECONDS = 1.0
 
 
 async def read_body(receive: Receive, limit: int, seconds: float = SECONDS) -> bytes:
@@ -55,11 +58,6 @@ def problem_response(error: ServerError) -> JSONResponse:
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     return JSONResponse(body, error.status, headers, media_type="application/problem+json")
-
-
-_BUFFERED_PARTS = 32
-# Seconds to wait for a cancelled application. One that waits for a thread ends only when the thread ends.
-_END_SECONDS = 1.0
 
 
 class StreamingASGITransport(httpx.AsyncBaseTransport):

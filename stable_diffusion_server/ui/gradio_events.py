@@ -43,6 +43,18 @@ _TYPES: Mapping[str, str] = {
     "browserstate": "list of texts",
     "state": "nothing",
 }
+EVENT_BYTES = 65_536
+# Maximum number of open streams per visitor: two for each open page.
+STREAMS = 64
+_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
+_PAGE = re.compile(r"/ui/")
+_FILES = re.compile(rf"/ui/(?:theme\.css|assets/{_NAME}|static/(?:{_NAME}/)*{_NAME})")
+_HEARTBEAT = re.compile(r"/ui/gradio_api/heartbeat/(?P<session>[A-Za-z0-9]{1,64})")
+_EVENT_STREAM, _EVENT = "/ui/gradio_api/queue/data", "/ui/gradio_api/queue/join"
+# Forwarded headers. Gradio trusts others, which name users, hosts and folders.
+_HEADERS = frozenset(
+    b"host cookie accept accept-encoding content-type user-agent if-none-match if-modified-since".split()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,21 +186,6 @@ def _chosen(given: Any) -> dict[str, Any]:
         "index": index if _is_index(index) else None,
         "value": value if isinstance(value, str) and len(value) <= _LONGEST_LABEL else None,
     }
-
-
-EVENT_BYTES = 65_536
-# Maximum number of open streams per visitor: two for each open page.
-STREAMS = 64
-
-_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
-_PAGE = re.compile(r"/ui/")
-_FILES = re.compile(rf"/ui/(?:theme\.css|assets/{_NAME}|static/(?:{_NAME}/)*{_NAME})")
-_HEARTBEAT = re.compile(r"/ui/gradio_api/heartbeat/(?P<session>[A-Za-z0-9]{1,64})")
-_EVENT_STREAM, _EVENT = "/ui/gradio_api/queue/data", "/ui/gradio_api/queue/join"
-# Forwarded headers. Gradio trusts others, which name users, hosts and folders.
-_HEADERS = frozenset(
-    b"host cookie accept accept-encoding content-type user-agent if-none-match if-modified-since".split()
-)
 
 
 class GradioGuard:

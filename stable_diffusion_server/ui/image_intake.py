@@ -27,6 +27,12 @@ from stable_diffusion_server.ui.upload_store import UploadStore
 
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
+# Maximum concurrent uploads: each may hold a whole file and its pixels in memory.
+PER_VISITOR, ALTOGETHER = 2, 8
+_JPEG_QUALITY = 95
+_PREVIEW_SIDE = 768
+PATH = "/ui/pictures"
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
 class DecodeUpload(Protocol):
@@ -35,11 +41,6 @@ class DecodeUpload(Protocol):
     async def __call__(self, data: bytes, field: str, *, share: str) -> Pixels:
         """Return the pixels of an image file; `share` names the caller, for fair limits on the decoder processes."""
         ...
-
-
-# Maximum concurrent uploads: each may hold a whole file and its pixels in memory.
-PER_VISITOR, ALTOGETHER = 2, 8
-_JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +120,6 @@ def encoded(pixels: Pixels, kind: str, **options: int) -> bytes:
     return target.getvalue()
 
 
-_PREVIEW_SIDE = 768
-
-
 def edges(pixels: Pixels, low: int, high: int) -> str:
     """Return the Canny edges of an image, reduced to preview size, as a data URL."""
     return _url(canny(_reduced(pixels), low, high), "PNG", compress_level=6)
@@ -175,10 +173,6 @@ def _reduced(pixels: Pixels) -> Pixels:
 
 def _url(pixels: Pixels, kind: str, **options: int) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded(pixels, kind, **options)).decode()}"
-
-
-PATH = "/ui/pictures"
-_TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
 class UploadRoutes:

@@ -41,6 +41,26 @@ _WITHOUT_EFFECT: Mapping[str, tuple[object, ...]] = {
 }
 
 Option = str | bool | int | float | list[str | bool | int | float]
+_DEFAULTS: Automatic1111OptionsBody = {
+    "sd_model_checkpoint": "",
+    "sd_checkpoint_hash": "",
+    "samples_format": "png",
+    "CLIP_stop_at_last_layers": 1,
+    "sd_vae": "Automatic",
+    "sd_hypernetwork": "None",
+    "sd_lora": "None",
+    "eta_noise_seed_delta": 0,
+    "initial_noise_multiplier": 1.0,
+    "inpainting_mask_weight": 1.0,
+    "img2img_color_correction": False,
+    "face_restoration": False,
+    "jpeg_quality": 80,
+    "send_seed": True,
+    "enable_pnginfo": True,
+    "live_previews_enable": True,
+    "return_grid": False,
+    "do_not_show_images": False,
+}
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -65,28 +85,6 @@ class Automatic1111OptionsBody(TypedDict):
     live_previews_enable: bool
     return_grid: bool
     do_not_show_images: bool
-
-
-_DEFAULTS: Automatic1111OptionsBody = {
-    "sd_model_checkpoint": "",
-    "sd_checkpoint_hash": "",
-    "samples_format": "png",
-    "CLIP_stop_at_last_layers": 1,
-    "sd_vae": "Automatic",
-    "sd_hypernetwork": "None",
-    "sd_lora": "None",
-    "eta_noise_seed_delta": 0,
-    "initial_noise_multiplier": 1.0,
-    "inpainting_mask_weight": 1.0,
-    "img2img_color_correction": False,
-    "face_restoration": False,
-    "jpeg_quality": 80,
-    "send_seed": True,
-    "enable_pnginfo": True,
-    "live_previews_enable": True,
-    "return_grid": False,
-    "do_not_show_images": False,
-}
 
 
 class CallerOptions:

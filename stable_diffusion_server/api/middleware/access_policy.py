@@ -23,6 +23,39 @@ _PREFETCH = ("purpose", "sec-purpose", "x-moz")
 # Accepted values of Sec-Fetch-Site: no other origin caused the request.
 _OWN = frozenset(("same-origin", "none"))
 _SAME_SITE = "same-site"
+_HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
+# Public pages: they do not generate and hold no secrets, so other sites may link to them.
+_OPEN_PATHS = ("/health", "/ping", "/favicon.ico", "/readyz", "/docs", "/openapi.json")
+# Pages of other sites may embed these.
+_EMBEDDABLE = ("/health", "/ping", "/favicon.ico", "/files/")
+# Other sites may link to this page; the routes that it calls check the origin.
+_PAGES = ("/ui", "/ui/")
+# The response depends on the caller: some callers may read details.
+_READY = "/readyz"
+# Cheap, and clients poll them: these need a key, but do not count against its rate limit.
+_CHEAP_PATHS = (
+    "/metrics /jobs /history /files /ui /v1/models /internal/progress /sdapi/v1/progress /sdapi/v1/interrupt "
+    "/sdapi/v1/sd-models /sdapi/v1/samplers /sdapi/v1/options /sdapi/v1/loras /sdapi/v1/png-info "
+    "/sdapi/v1/skip /sdapi/v1/cmd-flags /sdapi/v1/upscalers /sdapi/v1/latent-upscale-modes /sdapi/v1/schedulers "
+    "/sdapi/v1/sd-vae /sdapi/v1/sd-modules /sdapi/v1/hypernetworks /sdapi/v1/face-restorers "
+    "/sdapi/v1/realesrgan-models /sdapi/v1/prompt-styles /sdapi/v1/embeddings /sdapi/v1/scripts /sdapi/v1/script-info "
+    "/sdapi/v1/extensions /sdapi/v1/memory /sdapi/v1/artists /sdapi/v1/artist-categories /sdapi/v1/lycos "
+    "/sdapi/v1/refresh-checkpoints /sdapi/v1/refresh-vae /sdapi/v1/refresh-loras /sdapi/v1/refresh-embeddings "
+    "/sdapi/v1/unload-checkpoint /sdapi/v1/reload-checkpoint /internal/ping /config /user /app_id "
+    "/controlnet/version /controlnet/model_list /controlnet/module_list /controlnet/settings /controlnet/control_types"
+).split()
+# Routes whose JSON bodies hold images in base64.
+_IMAGE_PATHS = (
+    *("/v1/images/edits", "/v1/images/variations"),
+    *("/inpaint_", "/style_transfer_", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/png-info"),
+    *("/sdapi/v1/extra-single-image", "/sdapi/v1/extra-batch-images", "/sdapi/v1/interrogate", "/controlnet/detect"),
+)
+# Maximum digits of a `Content-Length`; `int` raises for more than 4300.
+_LONGEST_LENGTH = 18
+# Under a cheap path, but uploads to the UI are decoded, which costs time.
+_UPLOAD_PATH = "/ui/pictures"
+# Maximum bytes of other bodies under /ui, which are events of a page. Small, because they need no key.
+PAGE_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,41 +109,6 @@ class OriginPolicy:
 
 def _is_of(url: str, origins: set[str]) -> bool:
     return any(url == origin or url.startswith(f"{origin}/") for origin in origins)
-
-
-_HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
-# Public pages: they do not generate and hold no secrets, so other sites may link to them.
-_OPEN_PATHS = ("/health", "/ping", "/favicon.ico", "/readyz", "/docs", "/openapi.json")
-# Pages of other sites may embed these.
-_EMBEDDABLE = ("/health", "/ping", "/favicon.ico", "/files/")
-# Other sites may link to this page; the routes that it calls check the origin.
-_PAGES = ("/ui", "/ui/")
-# The response depends on the caller: some callers may read details.
-_READY = "/readyz"
-# Cheap, and clients poll them: these need a key, but do not count against its rate limit.
-_CHEAP_PATHS = (
-    "/metrics /jobs /history /files /ui /v1/models /internal/progress /sdapi/v1/progress /sdapi/v1/interrupt "
-    "/sdapi/v1/sd-models /sdapi/v1/samplers /sdapi/v1/options /sdapi/v1/loras /sdapi/v1/png-info "
-    "/sdapi/v1/skip /sdapi/v1/cmd-flags /sdapi/v1/upscalers /sdapi/v1/latent-upscale-modes /sdapi/v1/schedulers "
-    "/sdapi/v1/sd-vae /sdapi/v1/sd-modules /sdapi/v1/hypernetworks /sdapi/v1/face-restorers "
-    "/sdapi/v1/realesrgan-models /sdapi/v1/prompt-styles /sdapi/v1/embeddings /sdapi/v1/scripts /sdapi/v1/script-info "
-    "/sdapi/v1/extensions /sdapi/v1/memory /sdapi/v1/artists /sdapi/v1/artist-categories /sdapi/v1/lycos "
-    "/sdapi/v1/refresh-checkpoints /sdapi/v1/refresh-vae /sdapi/v1/refresh-loras /sdapi/v1/refresh-embeddings "
-    "/sdapi/v1/unload-checkpoint /sdapi/v1/reload-checkpoint /internal/ping /config /user /app_id "
-    "/controlnet/version /controlnet/model_list /controlnet/module_list /controlnet/settings /controlnet/control_types"
-).split()
-# Routes whose JSON bodies hold images in base64.
-_IMAGE_PATHS = (
-    *("/v1/images/edits", "/v1/images/variations"),
-    *("/inpaint_", "/style_transfer_", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/png-info"),
-    *("/sdapi/v1/extra-single-image", "/sdapi/v1/extra-batch-images", "/sdapi/v1/interrogate", "/controlnet/detect"),
-)
-# Maximum digits of a `Content-Length`; `int` raises for more than 4300.
-_LONGEST_LENGTH = 18
-# Under a cheap path, but uploads to the UI are decoded, which costs time.
-_UPLOAD_PATH = "/ui/pictures"
-# Maximum bytes of other bodies under /ui, which are events of a page. Small, because they need no key.
-PAGE_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)

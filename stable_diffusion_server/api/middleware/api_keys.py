@@ -14,6 +14,10 @@ from starlette.datastructures import Headers
 from stable_diffusion_server.errors import Unauthorized
 from stable_diffusion_server.types import Caller
 
+# `api-key` is Azure's.
+_KEY_HEADERS = ("x-api-key", "api-key")
+_SCHEMES = ("basic", "bearer", "digest", "negotiate", "ntlm")
+
 
 @dataclass(frozen=True, slots=True)
 class HashedApiKey:
@@ -51,11 +55,6 @@ class ApiKeyring:
         if not matching:
             raise Unauthorized("Send a key as 'Authorization: Bearer …', 'X-API-Key: …' or 'api-key: …'.")
         return matching[0]
-
-
-# `api-key` is Azure's.
-_KEY_HEADERS = ("x-api-key", "api-key")
-_SCHEMES = ("basic", "bearer", "digest", "negotiate", "ntlm")
 
 
 def holds_key(headers: Headers) -> bool:

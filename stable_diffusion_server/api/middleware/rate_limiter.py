@@ -13,6 +13,9 @@ from limits import RateLimitItem
 from stable_diffusion_server.concurrency import MovingWindows
 from stable_diffusion_server.errors import RateLimited
 
+_MINUTE, _HOUR = 60.0, 3600.0
+_MAX_ADDRESSES, _MAX_GOOD_KEYS = 10_000, 16
+
 
 @dataclass(frozen=True, slots=True)
 class RateLimitStatus:
@@ -60,10 +63,6 @@ class RateLimiter:
 
 def _describe(rate: RateLimitItem) -> str:
     return f"{rate.amount} requests in {rate.get_expiry()} seconds"
-
-
-_MINUTE, _HOUR = 60.0, 3600.0
-_MAX_ADDRESSES, _MAX_GOOD_KEYS = 10_000, 16
 
 
 @dataclass(slots=True)

@@ -20,6 +20,15 @@ _ADDRESSES = ("http://", "https://")
 # How base64 of a PNG, JPEG, WebP or GIF begins. Other texts are no images, even where they are base64.
 _SIGNATURES = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD")
 _LONGEST_ADDRESS_HEAD = 8
+_TEXT = {"type": "string", "description": "An http(s) address, or a data URL."}
+# A file in multipart; a text or an object in JSON.
+SOURCE_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "format": "binary"},
+        _TEXT,
+        {"type": "object", "properties": {"image_url": _TEXT}, "required": ["image_url"]},
+    ]
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +87,6 @@ def _decoded(text: str) -> bytes:
     except InvalidInput:
         raise PydanticCustomError("image_base64", "the text is not a picture in base64") from None
 
-
-_TEXT = {"type": "string", "description": "An http(s) address, or a data URL."}
-# A file in multipart; a text or an object in JSON.
-SOURCE_SCHEMA = {
-    "anyOf": [
-        {"type": "string", "format": "binary"},
-        _TEXT,
-        {"type": "object", "properties": {"image_url": _TEXT}, "required": ["image_url"]},
-    ]
-}
 
 Source = Annotated[ImageSource, BeforeValidator(read_source), WithJsonSchema(SOURCE_SCHEMA)]
 OptionalSource = Annotated[ImageSource | None, BeforeValidator(read_source), WithJsonSchema(SOURCE_SCHEMA)]

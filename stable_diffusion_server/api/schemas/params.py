@@ -34,6 +34,7 @@ _LORA = re.compile(rf"(?P<name>{LORA_NAME_PATTERN})(:(?P<weight>[+-]?[0-9]{{1,3}
 _CACHED_QUERY_MAX = 1024
 
 File = Annotated[UploadedFile | None, WithJsonSchema(_BINARY)]
+P = TypeVar("P", bound=RequestParams)
 
 
 class GenerationParams(RequestParams):
@@ -185,9 +186,6 @@ class InpaintParams(NativeParams):
         """Return the request these parameters describe. Raises `InvalidInput` without exactly one image and mask."""
         image, mask = _input_images(self, "image", "mask")
         return GenerationRequest(task=Task.INPAINT, image=image, mask=mask, **self.to_request_fields())
-
-
-P = TypeVar("P", bound=RequestParams)
 
 
 def params_from_request(schema: type[P], faults_of: FaultsOf[P] | None = None) -> Callable[[Request], Awaitable[P]]:

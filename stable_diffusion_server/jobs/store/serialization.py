@@ -34,6 +34,16 @@ _PICTURES = ("image", "mask")
 _CHOICES: dict[str, type[StrEnum]] = {"task": Task, "format": Format, "fit": Fit, "fill": Fill}
 # Problem types that earlier versions stored under another name.
 _RENAMED_KINDS = {"ends-the-server": "poison-job"}
+_log = structlog.get_logger(__name__)
+COLUMNS = (
+    "id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base, webhook_url, outcome, share, bytes, "
+    "deaths, kills"
+)
+_DAMAGED = StoredProblem.from_error(ServerError("What was written down of this job is damaged; ask again."))
+# Latest valid time in seconds since the epoch (year 5138).
+_LATEST = 1e11
+_ENDED = tuple(state for state in JobState if state.ended)
+_MOST_COUNTED = 2**31
 
 
 def dump_request(request: GenerationRequest) -> str:
@@ -109,19 +119,6 @@ def load_outcome(text: str | None) -> GenerationResult | StoredProblem | None:
     values["kind"] = _RENAMED_KINDS.get(values["kind"], values["kind"])
     values["faults"] = tuple((name, sentence) for name, sentence in values["faults"])
     return StoredProblem(**values)
-
-
-_log = structlog.get_logger(__name__)
-
-COLUMNS = (
-    "id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base, webhook_url, outcome, share, bytes, "
-    "deaths, kills"
-)
-_DAMAGED = StoredProblem.from_error(ServerError("What was written down of this job is damaged; ask again."))
-# Latest valid time in seconds since the epoch (year 5138).
-_LATEST = 1e11
-_ENDED = tuple(state for state in JobState if state.ended)
-_MOST_COUNTED = 2**31
 
 
 class DamagedRow(ValueError):

@@ -14,6 +14,7 @@ from stable_diffusion_server.pipelines.library.identity import ModelTask
 
 # Prefixes of a denoiser's tensors: in checkpoints, in ComfyUI's files, in NVIDIA's; none in the authors' own.
 PREFIXES = ("model.diffusion_model.", "", "diffusion_model.", "net.", "model.", "transformer.", "unet.")
+_VIDEO = ModelTask.VIDEO
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,6 @@ def _sd3_diffusers(named: _Named) -> DenoiserFacts:
 
 
 _Builder = Callable[[_Named], DenoiserFacts]
-_VIDEO = ModelTask.VIDEO
 # Names that a denoiser has, and what builds its description. The first match counts, so narrower ones come first.
 _ORIGINAL: tuple[tuple[tuple[str, ...], _Builder], ...] = (
     (("early_stream_modulations.image.lin.weight", "ref_time_in.in_layer.weight"), _simple("flux3", "distilled")),

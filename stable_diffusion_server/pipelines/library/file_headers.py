@@ -47,6 +47,10 @@ _BEGINNINGS = (
     (b"\x1f\x8b", "is a compressed archive and not a model"),
     (b"Rar!", "is a compressed archive and not a model"),
 )  # fmt: skip
+_TRAINER = frozenset(
+    "ss_base_model_version ss_sd_model_name ss_network_module ss_network_dim ss_network_alpha ss_v2 ss_clip_skip "
+    "ss_output_name sshash_model_hash format prediction_type".split()
+)
 
 
 @dataclass(frozen=True)
@@ -249,12 +253,6 @@ def shown_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     chosen = sorted(kept.items())[:_MAX_METADATA]
     # Thumbnails are pictures in base64.
     return {shown(name): shown(text, _MAX_METADATA_LENGTH) for name, text in chosen if not name.endswith(".thumbnail")}
-
-
-_TRAINER = frozenset(
-    "ss_base_model_version ss_sd_model_name ss_network_module ss_network_dim ss_network_alpha ss_v2 ss_clip_skip "
-    "ss_output_name sshash_model_hash format prediction_type".split()
-)
 
 
 def shown(text: str, most: int = 100) -> str:

@@ -34,6 +34,18 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 OTHERS = (".onnx", ".msgpack", ".h5", ".tflite", ".engine", ".mlmodel", ".sft")
 SUFFIXES = (SAFETENSORS, GGUF, *PICKLES, *OTHERS)
 _PICKLED = "is pickled: loading it would run code from the file. Only safetensors and GGUF files are read"
+_CLIP, _OPEN_CLIP = "text_model.embeddings.token_embedding.weight", "token_embedding.weight"
+# A tensor of each part that checkpoints may hold beside the denoiser.
+_PARTS = {
+    "first_stage_model.decoder.conv_in.weight": "vae", "vae.decoder.conv_in.weight": "vae",
+    f"conditioner.embedders.0.transformer.{_CLIP}": "clip_l", f"conditioner.embedders.1.model.{_OPEN_CLIP}": "clip_g",
+    f"conditioner.embedders.0.model.{_OPEN_CLIP}": "clip_g", f"cond_stage_model.transformer.{_CLIP}": "clip_l",
+    "cond_stage_model.transformer.embeddings.token_embedding.weight": "clip_l",
+    f"cond_stage_model.model.{_OPEN_CLIP}": "clip_h", f"text_encoders.clip_l.transformer.{_CLIP}": "clip_l",
+    f"text_encoders.clip_g.transformer.{_CLIP}": "clip_g", "text_encoders.t5xxl.transformer.shared.weight": "t5",
+    "text_encoders.qwen3_4b.transformer.model.embed_tokens.weight": "qwen3",
+    "text_encoders.qwen25_7b.transformer.model.embed_tokens.weight": "qwen2.5",
+}  # fmt: skip
 
 
 def identify(path: Path) -> FileIdentity:
@@ -94,20 +106,6 @@ def _find(header: TensorHeader) -> FileIdentity:
         return part
     examples = ", ".join(shown(name, 60) for name in sorted(header.shapes)[:2])
     return FileIdentity(Kind.UNKNOWN, reason=f"is of no known kind; its tensors are named like {examples}")
-
-
-_CLIP, _OPEN_CLIP = "text_model.embeddings.token_embedding.weight", "token_embedding.weight"
-# A tensor of each part that checkpoints may hold beside the denoiser.
-_PARTS = {
-    "first_stage_model.decoder.conv_in.weight": "vae", "vae.decoder.conv_in.weight": "vae",
-    f"conditioner.embedders.0.transformer.{_CLIP}": "clip_l", f"conditioner.embedders.1.model.{_OPEN_CLIP}": "clip_g",
-    f"conditioner.embedders.0.model.{_OPEN_CLIP}": "clip_g", f"cond_stage_model.transformer.{_CLIP}": "clip_l",
-    "cond_stage_model.transformer.embeddings.token_embedding.weight": "clip_l",
-    f"cond_stage_model.model.{_OPEN_CLIP}": "clip_h", f"text_encoders.clip_l.transformer.{_CLIP}": "clip_l",
-    f"text_encoders.clip_g.transformer.{_CLIP}": "clip_g", "text_encoders.t5xxl.transformer.shared.weight": "t5",
-    "text_encoders.qwen3_4b.transformer.model.embed_tokens.weight": "qwen3",
-    "text_encoders.qwen25_7b.transformer.model.embed_tokens.weight": "qwen2.5",
-}  # fmt: skip
 
 
 def _with_parts(header: TensorHeader, denoiser: DenoiserFacts) -> FileIdentity:

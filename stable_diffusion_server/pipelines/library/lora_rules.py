@@ -30,6 +30,27 @@ _BASES = (
     ("wan", "wan"), ("hunyuan_video", "hunyuan-video"), ("hidream", "hidream"), ("krea2", "krea2"),
 )  # fmt: skip
 _INPUT = ("x_embedder.lora_A.weight", "img_in.lora_A.weight")
+# Parts of names that occur in LoRAs for some families only; the first match counts.
+_MARKS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("double_stream_blocks",), ("hidream",)),
+    (("joint_blocks",), ("sd3",)),
+    (("to_qkv_mlp_proj", "double_stream_modulation", "single_stream_modulation"), ("flux2",)),
+    (("distilled_guidance_layer",), ("chroma",)),
+    (("img_mod_lin", "txt_mod_lin", "modulation_lin"), ("flux", "hunyuan-video")),
+    (("single_transformer_blocks", "double_blocks", "single_blocks"), ("flux", "flux2", "chroma")),
+    (("img_mlp_net", "img_mod_1"), ("qwen-image",)),
+    (("txtfusion", "text_fusion"), ("krea2",)),
+    (("feed_forward_w1", "attention_to_q", "attention_qkv"), ("z-image", "lumina2")),
+    (("llm_adapter",), ("anima",)),
+    (("ffn_0", "ffn_2", "cross_attn_k_img"), ("wan",)),
+    (("input_blocks_", "output_blocks_", "middle_block_", "down_blocks_", "up_blocks_", "mid_block_"), ("unet",)),
+    (("transformer_blocks",), ("flux", "sd3", "qwen-image", "chroma")),
+)
+_FIRST_LEVEL = (
+    "down_blocks_0_attentions", "up_blocks_3_attentions", "input_blocks_1_1_", "input_blocks_2_1_",
+    "output_blocks_9_1_", "output_blocks_10_1_", "output_blocks_11_1_",
+)  # fmt: skip
+_DEEPER = tuple(f"transformer_blocks_{depth}_" for depth in range(1, 10))
 
 
 class LoraFacts(NamedTuple):
@@ -118,29 +139,6 @@ def _families_of(header: TensorHeader) -> tuple[str, ...]:
 def _first_names(names: Iterable[str]) -> list[str]:
     """Names with dots as underscores, so that one list of marks serves both ways of writing."""
     return [name.replace(".", "_") for name in names]
-
-
-# Parts of names that occur in LoRAs for some families only; the first match counts.
-_MARKS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (("double_stream_blocks",), ("hidream",)),
-    (("joint_blocks",), ("sd3",)),
-    (("to_qkv_mlp_proj", "double_stream_modulation", "single_stream_modulation"), ("flux2",)),
-    (("distilled_guidance_layer",), ("chroma",)),
-    (("img_mod_lin", "txt_mod_lin", "modulation_lin"), ("flux", "hunyuan-video")),
-    (("single_transformer_blocks", "double_blocks", "single_blocks"), ("flux", "flux2", "chroma")),
-    (("img_mlp_net", "img_mod_1"), ("qwen-image",)),
-    (("txtfusion", "text_fusion"), ("krea2",)),
-    (("feed_forward_w1", "attention_to_q", "attention_qkv"), ("z-image", "lumina2")),
-    (("llm_adapter",), ("anima",)),
-    (("ffn_0", "ffn_2", "cross_attn_k_img"), ("wan",)),
-    (("input_blocks_", "output_blocks_", "middle_block_", "down_blocks_", "up_blocks_", "mid_block_"), ("unet",)),
-    (("transformer_blocks",), ("flux", "sd3", "qwen-image", "chroma")),
-)
-_FIRST_LEVEL = (
-    "down_blocks_0_attentions", "up_blocks_3_attentions", "input_blocks_1_1_", "input_blocks_2_1_",
-    "output_blocks_9_1_", "output_blocks_10_1_", "output_blocks_11_1_",
-)  # fmt: skip
-_DEEPER = tuple(f"transformer_blocks_{depth}_" for depth in range(1, 10))
 
 
 def _by_width(families: tuple[str, ...], header: TensorHeader) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from stable_diffusion_server.pipelines.library.identity import UnreadableModel
 
 SUFFIX = ".toml"
 _MAX_BYTES, _MAX_TEXT, _MAX_LIST = 65_536, 4000, 64
+_LIST = "a list of names"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,6 @@ def _loras(value: Any) -> tuple[tuple[str, float], ...]:
     return tuple(pairs)
 
 
-_LIST = "a list of names"
 KEYS: Mapping[str, _Key] = {
     "title": _Key(_name, "a text of up to 300 characters"),
     "aliases": _Key(_names, _LIST),

@@ -14,6 +14,9 @@ from stable_diffusion_server.pipelines.loading.packed_weights import is_packed
 from stable_diffusion_server.pipelines.loading.placement import Footprint
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
+# Bytes per pixel that a request needs besides the weights: roughly the widest layers of a VAE decoder.
+_WORKING_BYTES = 2048
+
 
 def choose_device(name: str) -> torch.device:
     """The torch device of that name; `auto` chooses CUDA, then MPS, then the CPU.
@@ -55,10 +58,6 @@ def memory_of(device: torch.device) -> dict[str, int]:
         return {"used": used, "reserved": reserved, "free": free_memory(device)}
     except RuntimeError:
         return {}
-
-
-# Bytes per pixel that a request needs besides the weights: roughly the widest layers of a VAE decoder.
-_WORKING_BYTES = 2048
 
 
 def footprint_of(spec: ModelSpec, parts: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> Footprint:

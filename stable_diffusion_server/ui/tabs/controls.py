@@ -16,6 +16,16 @@ from stable_diffusion_server.ui.forms import MOST_AT_ONCE, SEED_END, CommonField
 from stable_diffusion_server.ui.html import progress
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+_SCRIPT = Path(__file__).with_name("picture_field.js")
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
+_BRUSHES = (
+    '<span class="sds-brushes" hidden>'
+    '<button type="button" data-does="brush" aria-label="Brush" aria-pressed="true">Brush</button>'
+    '<button type="button" data-does="erase" aria-label="Eraser" aria-pressed="false">Eraser</button>'
+    '<label>Size <input type="range" class="sds-brush-size" min="2" max="100" value="32"></label>'
+    '<button type="button" data-does="undo">Undo</button>'
+    "</span>"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,19 +174,6 @@ def common_fields(
         seed=(seed or "").strip() if keep else "",
         count=min(max(int(count), 1), MOST_AT_ONCE),
     )
-
-
-_SCRIPT = Path(__file__).with_name("picture_field.js")
-_TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
-
-_BRUSHES = (
-    '<span class="sds-brushes" hidden>'
-    '<button type="button" data-does="brush" aria-label="Brush" aria-pressed="true">Brush</button>'
-    '<button type="button" data-does="erase" aria-label="Eraser" aria-pressed="false">Eraser</button>'
-    '<label>Size <input type="range" class="sds-brush-size" min="2" max="100" value="32"></label>'
-    '<button type="button" data-does="undo">Undo</button>'
-    "</span>"
-)
 
 
 def picture_field(label: str, *, paints: bool, elem_id: str) -> gr.HTML:
