@@ -47,8 +47,8 @@ def main() -> None:
 
 def bundle(folder: Path) -> None:
     """Write the page and its script into `folder`."""
-    modules = Path(os.environ["NODE_FOLDER"]) / "node_modules"
-    (folder / "node_modules").symlink_to(modules.resolve())
+    modules = (Path(os.environ["NODE_FOLDER"]) / "node_modules").resolve()  # esbuild runs in another folder
+    (folder / "node_modules").symlink_to(modules)
     for script in ("cells.mjs", "with_openai.mjs"):
         shutil.copy(HERE / script, folder)
     (folder / "page.mjs").write_text(_PAGE)

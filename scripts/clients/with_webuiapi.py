@@ -13,7 +13,7 @@ from cells import HOST, KEY, PORT, WORDS, ClientReport, cancels, check, circle, 
 from PIL import Image
 
 SMALL: dict[str, Any] = {"width": 256, "height": 256}
-LONG: dict[str, Any] = {"steps": 100, "width": 512, "height": 512, "batch_size": 4}
+LONG: dict[str, Any] = {"steps": 100, "width": 512, "height": 512}
 # webuiapi's getters of lists, and the type of each answer.
 LISTS: dict[str, type] = {
     "get_samplers": list, "get_schedulers": list, "get_sd_models": list, "get_sd_vae": list, "get_loras": list,
@@ -109,15 +109,23 @@ def follows(report: ClientReport, api: Any) -> None:
     """Progress, interrupt and skip."""
     results: list[webuiapi.WebUIApiResult] = []
 
-    def draw() -> None:
-        results.append(api.txt2img(prompt=WORDS, seed=3, **LONG))
+    def draw(images: int = 4) -> None:
+        results.append(api.txt2img(prompt=WORDS, seed=3, batch_size=images, **LONG))
+
+    def progress_at(step: int) -> dict[str, Any]:
+        until = time.monotonic() + 20
+        while (progress := api.get_progress())["state"]["sampling_step"] < step and time.monotonic() < until:
+            time.sleep(0.02)
+        return dict(progress)
+
+    def skip() -> None:
+        progress_at(1)  # an image that is skipped before its first step is left out
+        api.skip()
 
     with report.cell("progress"):
         thread = threading.Thread(target=draw)
         thread.start()
-        until = time.monotonic() + 20
-        while (progress := api.get_progress())["state"]["sampling_step"] < 3 and time.monotonic() < until:
-            time.sleep(0.02)
+        progress = progress_at(3)
         check(0 < progress["progress"] < 1 and progress["eta_relative"] >= 0, f"{json.dumps(progress)[:120]}")
         check(progress["current_image"], "progress has an image")
     with report.cell("cancel"):
@@ -129,7 +137,8 @@ def follows(report: ClientReport, api: Any) -> None:
         cancels(draw, api.interrupt)
     with report.cell("cancel"):
         results.clear()
-        cancels(draw, api.skip)
+        # One image, because those of a batch that were not started follow, in 100 steps each.
+        cancels(lambda: draw(1), skip)
         check(results and results[0].images, "a skipped request answers an image")
 
 
