@@ -26,6 +26,7 @@ HERE = [block for block in blocks() if not block.remark]
 def shell(command: str, server: Server, folder: Path) -> str:
     """Run a command with this test's server in place of the page's, and this interpreter in place of `.venv`."""
     command = command.replace(".venv/bin/python flux_schnell.py", f"{sys.executable} {ROOT / 'flux_schnell.py'}")
+    command = re.sub(r"^python -m ", f"{sys.executable} -m ", command, flags=re.MULTILINE)
     command = re.sub(r"^curl ", "curl --fail-with-body --silent --show-error ", command, flags=re.MULTILINE)
     return ran(["/bin/sh", "-ec", at(server, command)], server, folder)
 
@@ -40,7 +41,7 @@ def at(server: Server, text: str) -> str:
 
 def ran(command: list[str], server: Server, folder: Path) -> str:
     """Output of a program that exited with 0."""
-    environment = {"PATH": os.environ["PATH"], "SERVER": server.url}
+    environment = {"PATH": os.environ["PATH"], "SERVER": server.url, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(  # noqa: S603  # commands from the pages
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
     )

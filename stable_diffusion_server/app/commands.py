@@ -94,6 +94,9 @@ def manage_dead_letters(data_dir: Path, action: str, ids: list[str]) -> None:
                 f"{printable(letter.id)}  {letter.size} bytes  {letter.key!r}  {printable(letter.reason)}\n"
             )
         return
+    if ids == ["all"] and not found:
+        sys.stdout.write("There are no dead letters.\n")
+        return
     by_printed_id = {printable(name): name for name in found}
     chosen = list(found) if ids == ["all"] else [by_printed_id.get(name, name) for name in dict.fromkeys(ids)]
     if not chosen or set(chosen) - set(found):

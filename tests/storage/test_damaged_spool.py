@@ -181,6 +181,16 @@ def test_the_command_lists_retries_and_drops(tmp_path: Path, capsys: pytest.Capt
     spooling.close()
 
 
+@pytest.mark.parametrize("action", ["retry", "drop"])
+def test_all_of_no_dead_letters_is_no_mistake(tmp_path: Path, action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A script may run `spool retry all` each night; an id that is not there stays an error."""
+    commands.manage_dead_letters(tmp_path, action, ["all"])
+    assert capsys.readouterr().out == "There are no dead letters.\n"
+    with pytest.raises(SystemExit) as ended:
+        commands.manage_dead_letters(tmp_path, action, ["none"])
+    assert ended.value.code == 2
+
+
 def deep(path: Path) -> None:
     path.write_text("[" * 50_000)
 
