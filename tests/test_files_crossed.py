@@ -17,7 +17,7 @@ from fakes import FakeDenoiser, disc, file_of, until
 
 PACKAGE = str(ROOT / "stable_diffusion_server") + "/"
 # As measured. The goal is 15 (cached), 40 (miss) and 45 (job), which these exceed: lower a number when it falls.
-MOST_FILES = {"cached": 32, "miss": 71, "job": 77, "edit": 80}
+MOST_FILES = {"cached": 30, "miss": 69, "job": 75, "edit": 79}
 IDLE_SECONDS, SETTLE_SECONDS = 1.5, 0.3
 
 
@@ -82,10 +82,13 @@ def test_a_request_crosses_no_more_files_than_before(run_app: Callable[..., Runn
         "job": lambda turn: run_job(app, f"job-{turn}"),
         "edit": lambda turn: edit_image(app, f"edit {turn}"),
     }
-    crossed = {  # the fewest of three runs: a busy machine may run a periodic task within one of them
-        name: min(({file for file, _ in tracer.calls_of(partial(work, turn)) - idle} for turn in range(3)), key=len)
+    crossed = {  # files of all of three runs: a busy machine may run a periodic task within one of them
+        name: set.intersection(
+            *({file for file, _ in tracer.calls_of(partial(work, turn)) - idle} for turn in range(3))
+        )
         for name, work in requests.items()
     }
     counts = {name: len(files) for name, files in crossed.items()}
     grown = {name: sorted(crossed[name]) for name, count in counts.items() if count > MOST_FILES[name]}
+    print(counts)  # noqa: T201  # shown with -s
     assert grown == {}, f"these requests run through more files than before (now {counts}, at most {MOST_FILES})"

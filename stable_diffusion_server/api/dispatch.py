@@ -68,7 +68,7 @@ def preferences_of(request: Request) -> RequestPreferences:
         raise InvalidInput("X-Job-ID must be 16 to 64 letters, digits, dashes or underscores.", field="X-Job-ID")
     if key is not None and not _KEY.fullmatch(key):
         raise InvalidInput("Idempotency-Key must be 1 to 255 printable characters.", field="Idempotency-Key")
-    seconds = parse_int(preferences.get("wait", ""))
+    seconds = parse_int(preferences["wait"]) if "wait" in preferences else None
     wait = None if seconds is None else float(min(seconds, _WAIT_MAX_SECONDS))
     return RequestPreferences("respond-async" in preferences, wait, job_id, key)
 

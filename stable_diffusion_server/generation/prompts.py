@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from stable_diffusion_server.parsing import nfc
-from stable_diffusion_server.types import GenerationRequest
 
 CountTokens = Callable[[str], int]
 
@@ -24,8 +23,6 @@ _PUNCTUATION = ".,;:!?"
 _ASCII_CONTROLS = dict.fromkeys([*range(32), 127], " ")
 # Characters of a prompt whose tokens are counted at once.
 _SHORT = 2000
-# Characters of the prompts of a request. Longer ones are not cached: 1,024 times 32,000 emoji would be 0.5 GB.
-_LONG = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +75,6 @@ def load_stop_words(source: str) -> StopWords:
         raise LookupError(
             "STOP_WORDS=nltk needs NLTK's stop words on this machine: run `python -m nltk.downloader stopwords`."
         ) from error
-
-
-def is_long(request: GenerationRequest) -> bool:
-    """Return whether the prompts of a request are too long to be read on the event loop, and to be cached."""
-    return len(request.prompt) + len(request.negative_prompt or "") > _LONG
 
 
 def clean_prompt(prompt: str) -> str:

@@ -13,10 +13,18 @@ from stable_diffusion_server.generation.layout import ImageLayout, resampling_wa
 from stable_diffusion_server.generation.provenance import RECORDED_WARNINGS
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
-from stable_diffusion_server.types import DiffusionRequest, GenerationResult, RequestWarning, StoredObject
+from stable_diffusion_server.types import (
+    DiffusionRequest,
+    GenerationRequest,
+    GenerationResult,
+    RequestWarning,
+    StoredObject,
+)
 
 # The largest integer that every JSON reader represents exactly.
 _MAX_EXACT_INTEGER = 2**53
+# Characters of the prompts of a request. Longer ones are not cached: 1,024 times 32,000 emoji would be 0.5 GB.
+_LONG = 4000
 _STORED_LATER = RequestWarning(
     "stored-later", "The storage does not take the image now; it is kept here and uploaded later."
 )
@@ -52,6 +60,11 @@ class ResultCache:
             if entry is None or entry[0] is not resolved or entry[1] is not stored:
                 entry = self._entries[resolved.key] = (resolved, stored, result_of_stored(resolved, stored))
             return entry[2]
+
+
+def is_long(request: GenerationRequest) -> bool:
+    """Return whether the prompts of a request are too long to be read on the event loop, and to be cached."""
+    return len(request.prompt) + len(request.negative_prompt or "") > _LONG
 
 
 def result_of_generated(

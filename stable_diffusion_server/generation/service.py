@@ -18,12 +18,12 @@ from stable_diffusion_server.generation.executor import GenerationExecutor, Subm
 from stable_diffusion_server.generation.interfaces import DecodeImage, EngineQueue, FetchImage, ignore
 from stable_diffusion_server.generation.layout import InputLoader
 from stable_diffusion_server.generation.output import OutputWriter, key_errors_explained
-from stable_diffusion_server.generation.prompts import is_long
 from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest, resolve_request, spec_for
 from stable_diffusion_server.generation.results import (
     GenerationOutcome,
     ResultCache,
     generation_warnings,
+    is_long,
     result_for_other_caller,
     result_of_generated,
     result_of_stored,
