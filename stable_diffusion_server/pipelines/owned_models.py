@@ -202,9 +202,9 @@ def _with_owner_values(spec: ModelSpec, model: LibraryModel) -> ModelSpec:
             raise _Unusable(f"The spec of {model.name} names the scheduler {scheduler!r}; there are {names}.")
         changes["default_scheduler"] = scheduler
     # Everything beside the files that decides the pixels is part of the revision.
-    told = (files.prediction if files else "", "zsnr" if zero_snr else "")
+    suffixes = (files.prediction if files else "", "zsnr" if zero_snr else "")
     rescale = f"rescale{changes['guidance_rescale']:g}" if changes["guidance_rescale"] else ""
-    revision = "+".join(filter(None, (spec.revision, *told, rescale)))
+    revision = "+".join(filter(None, (spec.revision, *suffixes, rescale)))
     return replace(spec, **changes, revision=revision)
 
 

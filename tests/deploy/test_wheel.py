@@ -92,8 +92,8 @@ def test_single_files_find_their_configurations(installed: Callable[..., str]) -
     package = "stable_diffusion_server.pipelines.loading"
     code = f"from {package} import checkpoint_configs as c, tokenizer_files as t; "
     code += "print(sorted(c.base_configs('flux')), sorted(c.base_configs('sdxl')), len(t.clip_tokenizer()))"
-    assert "'scheduler_schnell'" in (told := installed("-c", code, program="python"))
-    assert told.split()[-1] == "49408"
+    assert "'scheduler_schnell'" in (printed := installed("-c", code, program="python"))
+    assert printed.split()[-1] == "49408"
 
 
 def test_the_pages_commands_work_as_printed(installed: Callable[..., str]) -> None:

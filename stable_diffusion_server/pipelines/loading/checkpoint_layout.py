@@ -17,7 +17,7 @@ _PREFIXES = {
     CLIP_G: ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
     T5: ("text_encoders.t5xxl.transformer.",),
 }
-# Part → a name that a file of this part alone has. A bare CLIP is told by its depth (see `bare_part`).
+# Part → a name that a file of this part alone has. A bare CLIP is known by its depth (see `bare_part`).
 _BARE = (
     (DENOISER, "input_blocks.0.0.weight"),
     (DENOISER, "img_in.weight"),

@@ -16,7 +16,7 @@ from stable_diffusion_server.pipelines.loading.checkpoint_configs import count
 from stable_diffusion_server.pipelines.loading.packed_weights import PackedWeight
 from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError
 
-# `torch` is read without its types, so mypy takes the union for a variable unless it is told.
+# `torch` is read without its types, so mypy takes the union for a variable unless it is annotated.
 Tensor: TypeAlias = torch.Tensor | PackedWeight
 Tensors: TypeAlias = dict[str, Tensor]
 

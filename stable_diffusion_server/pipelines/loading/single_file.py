@@ -42,6 +42,7 @@ COMPONENTS: Mapping[str, Mapping[str, str]] = {
     "sdxl": {DENOISER: "unet", VAE: "vae", CLIP_L: "text_encoder", CLIP_G: "text_encoder_2"},
     "flux": {DENOISER: "transformer", VAE: "vae", CLIP_L: "text_encoder", T5: "text_encoder_2"},
 }
+_SHOWN = {DENOISER: "denoiser", VAE: "VAE", CLIP_L: "CLIP-L", CLIP_G: "CLIP-G", T5: "T5"}
 
 
 def load_checkpoint(spec: ModelSpec, models_dir: Path, dtype: torch.dtype) -> Any:
@@ -158,7 +159,6 @@ def _flux(spec: ModelSpec, files: CheckpointFiles, models_dir: Path, parts: Mapp
     )
 
 
-_SHOWN = {DENOISER: "denoiser", VAE: "VAE", CLIP_L: "CLIP-L", CLIP_G: "CLIP-G", T5: "T5"}
 _PIPELINES: Mapping[str, Callable[[ModelSpec, CheckpointFiles, Path, Mapping[str, Any]], Any]] = {
     "sdxl": _sdxl,
     "flux": _flux,
