@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # uv does the installing, since pip knows no overrides (see pyproject.toml), and it does not read pip's find-links.
 UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python
 
+# Where it is set, every process compiles the package and the tests anew: 6.5 instead of 4.2 CPU seconds to collect them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run venv test check fast-test lint docs wheel ray-test bench gpu-check fuzz audit format train clean
 
 run: $(VENV)/.run

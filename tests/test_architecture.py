@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import itertools
 import re
 import statistics
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tokenize
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,8 +48,21 @@ SHORTER_MODULES: dict[str, str] = {
 PARALLEL = {"api/openai", "api/automatic1111", "storage/s3", "storage/gcs", "pipelines/families", "ui/tabs", "ui/html"}
 
 
+@cache
+def text_of(path: Path) -> str:
+    return path.read_text()
+
+
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """All nodes of a file, the module first, parsed once for all tests of a worker."""
+    return list(ast.walk(ast.parse(text_of(path), str(path))))
+
+
 def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(), str(path))
+    module = nodes_of(path)[0]
+    assert isinstance(module, ast.Module)
+    return module
 
 
 def name_of(path: Path) -> str:
@@ -55,13 +70,13 @@ def name_of(path: Path) -> str:
 
 
 def functions_of(path: Path) -> list[tuple[str, int]]:
-    nodes = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    nodes = [node for node in nodes_of(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     return [(f"{name_of(path)}:{node.name}", (node.end_lineno or 0) - node.lineno + 1) for node in nodes]
 
 
 def test_no_module_outgrows_a_readers_sitting() -> None:
     """Cap and median of module length; longer ones are listed with a reason."""
-    lengths = {name_of(path): len(path.read_text().splitlines()) for path in MODULES}
+    lengths = {name_of(path): len(text_of(path).splitlines()) for path in MODULES}
     assert {name for name, lines in lengths.items() if lines > MODULE_CAP} == set(LONGER_MODULES)
     assert statistics.median(lengths.values()) <= MODULE_MEDIAN
 
@@ -69,7 +84,7 @@ def test_no_module_outgrows_a_readers_sitting() -> None:
 def test_no_module_is_a_crumb() -> None:
     """A module under the minimum length is listed with a reason; a listed one that has grown leaves the list."""
     lengths = {
-        path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines())
+        path.relative_to(PACKAGE).as_posix(): len(text_of(path).splitlines())
         for path in MODULES
         if path.name != "__init__.py"
     }
@@ -125,7 +140,7 @@ def test_every_package_has_a_face(face: Path) -> None:
 
 
 def contract(name: str) -> dict[str, list[str]]:
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads(text_of(ROOT / "pyproject.toml"))["tool"]["importlinter"]["contracts"]
     return next(found for found in contracts if found["name"] == name)
 
 
@@ -180,7 +195,7 @@ def test_every_test_states_the_truth_it_proves(path: Path) -> None:
     """Each test function has a docstring."""
     tests = [
         node
-        for node in ast.walk(tree_of(path))
+        for node in nodes_of(path)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
     ]
     assert [node.name for node in tests if not ast.get_docstring(node)] == []
@@ -191,15 +206,15 @@ def test_only_settings_reads_the_environment(path: Path) -> None:
     """No os.environ and no getenv elsewhere: configuration is read once, at the root, and passed down."""
     if path.parent.name == "settings":
         return
-    used = {node.attr for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
+    used = {node.attr for node in nodes_of(path) if isinstance(node, ast.Attribute)}
     assert not used & {"environ", "getenv", "environb"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_nothing_is_imported_by_string(path: Path) -> None:
     """import-linter cannot see such imports, so there are none."""
-    names = {node.id for node in ast.walk(tree_of(path)) if isinstance(node, ast.Name)}
-    names |= {node.attr for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
+    names = {node.id for node in nodes_of(path) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in nodes_of(path) if isinstance(node, ast.Attribute)}
     assert not names & {"__import__", "import_module"}
 
 
@@ -217,7 +232,7 @@ IO_MODULES = {"os", "pathlib", "socket", "subprocess", "shutil", "tempfile", "sq
 def test_the_middle_is_pure(module: str) -> None:
     """The modules of pure functions import nothing with side effects."""
     imported: set[str] = set()
-    for node in ast.walk(tree_of(PACKAGE / module)):
+    for node in nodes_of(PACKAGE / module):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -248,8 +263,8 @@ REASONED = re.compile(r"#\s*(noqa: [A-Z0-9, ]+|type: ignore\[[a-z-]+\]|pragma: n
 @pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_every_suppression_carries_its_reason_and_nothing_is_left_to_do(path: Path) -> None:
     """A suppressed rule has a reason on its line; a TODO belongs in an issue, not in a comment."""
-    with path.open("rb") as file:
-        comments = [token.string for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT]
+    lines = io.StringIO(text_of(path)).readline
+    comments = [token.string for token in tokenize.generate_tokens(lines) if token.type == tokenize.COMMENT]
     assert [comment for comment in comments if SUPPRESSION.search(comment) and not REASONED.search(comment)] == []
     assert [comment for comment in comments if re.search(r"\b(TODO|FIXME|HACK|XXX)\b", comment)] == []
 
