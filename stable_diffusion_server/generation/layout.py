@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.interfaces import DecodeImage, FetchImage
 from stable_diffusion_server.generation.resolver import ResolvedRequest
@@ -36,6 +37,10 @@ from stable_diffusion_server.types import (
     ImageInput,
     RequestWarning,
 )
+
+# Layouts that are made at a time, each on one of asyncio's threads, of which there are four more than cores. Filling
+# a mask of 2048 × 2048 pixels takes 8 s there, and reading the bucket needs these threads too.
+_LAYOUTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +177,7 @@ class InputLoader:
         self._fetch = fetch
         self._decode = decode
         self._downloads: SingleFlight[bytes] = SingleFlight()
+        self._layouts = FairLimiter(_LAYOUTS)
 
     async def fetch_files(
         self, request: GenerationRequest, fetched: Mapping[str, bytes], caller: Caller
@@ -202,4 +208,10 @@ class InputLoader:
             return await self._decode(data, source.parameter, transparency=source.transparency, share=share)
 
         image, mask = await asyncio.gather(pixels_of(resolved.request.image), pixels_of(resolved.request.mask))
-        return await asyncio.to_thread(lay_out_images, resolved, image, mask)
+        async with self._layouts.hold(share):
+            work = asyncio.ensure_future(asyncio.to_thread(lay_out_images, resolved, image, mask))
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                await asyncio.wait([work])  # the thread continues if the caller is cancelled
+                raise

@@ -8,6 +8,8 @@ from PIL import Image
 
 from stable_diffusion_server.imaging.resize import Pixels
 
+# Rows that are blended at a time, which bounds the memory of a large image.
+_BAND = 64
 # Grey level → mask level: 0 up to 32, 255 from 223, linear between.
 _MASK_LEVELS = [round(min(max((level - 32) * 255 / 191, 0), 255)) for level in range(256)]
 
@@ -34,8 +36,12 @@ def feather_mask(mask: Pixels, radius: int) -> Pixels:
     if radius == 0:
         return mask
     # Pixels outside the image are not 0 for the distance transform, so the mask is not feathered at the image border.
-    distance = cv2.distanceTransform(binarize_mask(mask), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return np.rint(mask * np.clip(np.asarray(distance) / (radius + 1), 0, 1)).astype(np.uint8)
+    levels = np.asarray(cv2.distanceTransform(binarize_mask(mask), cv2.DIST_L2, cv2.DIST_MASK_PRECISE), np.float32)
+    # In place: a mask may have 16 million pixels, and ten of them may be feathered at a time.
+    levels /= radius + 1
+    np.clip(levels, 0, 1, out=levels)
+    levels *= mask
+    return np.rint(levels, out=levels).astype(np.uint8)
 
 
 def paste_back(drawn: Pixels, image: Pixels, mask: Pixels) -> Pixels:
@@ -46,8 +52,12 @@ def paste_back(drawn: Pixels, image: Pixels, mask: Pixels) -> Pixels:
         image: The original image, same shape.
         mask: uint8, height × width; 255 takes `drawn`, 0 takes `image`.
     """
-    result = np.where((mask == 255)[..., None], drawn, image)
-    soft = (mask > 0) & (mask < 255)
-    weight = mask[soft][:, None].astype(np.uint16)
-    result[soft] = (drawn[soft] * weight + image[soft] * (255 - weight) + 127) // 255
+    result = image.copy()
+    for top in range(0, len(mask), _BAND):
+        rows = slice(top, top + _BAND)
+        if not mask[rows].any():
+            continue
+        weight = mask[rows][..., None].astype(np.uint16)
+        # At most 255 * 255 + 127; exactly one of both images where the weight is 0 or 255.
+        result[rows] = (drawn[rows] * weight + image[rows] * (255 - weight) + 127) // 255
     return result

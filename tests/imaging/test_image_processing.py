@@ -3,6 +3,8 @@
 import io
 import json
 import time
+import tracemalloc
+from collections.abc import Callable
 
 import numpy as np
 import PIL
@@ -209,6 +211,29 @@ def test_a_feathered_mask_rises_inwards_and_never_leaves_the_mask() -> None:
     assert 0 < soft[30, 10] < 64
     assert soft[30, 30] == 255
     assert (feather_mask(mask, 0) == mask).all()
+
+
+@pytest.mark.parametrize("level", [0, 1, 128, 254, 255])
+@pytest.mark.parametrize("size", [(64, 900), (200, 300), (1030, 64)])
+def test_masks_of_any_level_are_blended_in_little_memory(level: int, size: tuple[int, int]) -> None:
+    """Beside its result, blending takes a band of rows, and feathering one float for each pixel, for grey masks too."""
+    width, height = size
+    mask = np.full((height, width), level, np.uint8)
+    drawn, image = np.random.default_rng(level).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+    band = 64 * width * 3 * 2 * 5
+    assert _peak(lambda: paste_back(drawn, image, mask)) <= image.nbytes + band
+    assert _peak(lambda: feather_mask(mask, 4)) <= 6.5 * mask.nbytes + 10_000
+
+
+def _peak(work: Callable[[], object]) -> int:
+    """Return the bytes that were allocated at a time."""
+    work()
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 @given(st.integers(0, 2**32 - 1))
