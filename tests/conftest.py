@@ -30,8 +30,8 @@ hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
 
 ROOT = Path(__file__).resolve().parent.parent
-# Fixtures that load a model, start a server with models, or start a browser: their tests are slow.
-SLOW_FIXTURES = {"server", "registry", "sdxl", "flux", "families", "chromium"}
+# Fixtures that load a model, start a server that listens on a port, or start a browser: their tests are slow.
+SLOW_FIXTURES = {"server", "live", "live_of", "registry", "sdxl", "flux", "families", "chromium"}
 _SLOW_MODULE = re.compile(r"^pytestmark = .*pytest\.mark\.slow\b", re.MULTILINE)
 
 

@@ -15,6 +15,8 @@ import pytest
 from conftest import ROOT, RunningApp
 from fakes import FakeDenoiser, disc, file_of, until
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = str(ROOT / "stable_diffusion_server") + "/"
 # As measured. The goal is 15 (cached), 40 (miss) and 45 (job), which these exceed: lower a number when it falls.
 MOST_FILES = {"cached": 31, "miss": 70, "job": 76, "edit": 80}

@@ -13,6 +13,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 PAGES = (
     "index http-api jobs openai-and-automatic1111 clients errors troubleshooting glossary architecture api ui models "
     "storage settings security scaling deploying commands AGENTS CONTRIBUTING CHANGELOG models/index"

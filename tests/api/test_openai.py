@@ -19,6 +19,8 @@ from live_servers import LiveServer
 from numpy.typing import NDArray
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 SIZE = "64x64"
 
 

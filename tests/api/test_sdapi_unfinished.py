@@ -18,6 +18,8 @@ from fakes import Canvas, FakeDenoiser, FakePixels, until
 from live_servers import LiveServer
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"width": 64, "height": 64}
 TXT2IMG = "/sdapi/v1/txt2img"
 
