@@ -22,15 +22,18 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def five_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with five models and three useless files."""
+    """A folder with five models and three useless files; the specs make small images quick, and nothing else."""
     folder = tmp_path_factory.mktemp("weights")
     write_five_models(folder)
+    for file in (*folder.glob("*.safetensors"), folder / "checkpoints" / "noob-v.safetensors"):
+        with file.with_suffix(".toml").open("a") as spec:
+            spec.write("native_size = 128\n")
     return folder
 
 
 def test_the_folder_decides_names_aliases_and_reasons(five_models: Path, tmp_path: Path) -> None:
     """Before anything is loaded: each file under its name, the family's name for the first, a reason for each other."""
-    models, refused = choose_from_folder(settings_in(tmp_path, models_dir=five_models))
+    models, refused, _ = choose_from_folder(settings_in(tmp_path, models_dir=five_models))
     assert tuple(models)[:5] == NAMES
     assert (models["sdxl"].name, models["flux"].name) == ("my juggernaut", "dev")
     assert models["embedded-sdxl"].folder == "embedded-sdxl"
@@ -46,8 +49,65 @@ def test_the_folder_decides_names_aliases_and_reasons(five_models: Path, tmp_pat
 
 def test_the_default_of_a_family_is_the_one_of_the_setting(five_models: Path, tmp_path: Path) -> None:
     """TEXT_TO_IMAGE_MODEL takes any name."""
-    models, _ = choose_from_folder(settings_in(tmp_path, models_dir=five_models, text_to_image_model="paint"))
+    models, _, _ = choose_from_folder(settings_in(tmp_path, models_dir=five_models, text_to_image_model="paint"))
     assert models["sdxl"].name == "paint"
+
+
+SPEC = """
+steps = 8
+guidance = 1.5
+guidance_rescale = 0.3
+scheduler = "euler_a"
+schedule = "karras"
+negative_prompt = "blurry"
+clip_skip = 3
+native_size = 768
+dtype = "bfloat16"
+quantization = "int8"
+placement = "group"
+pin = true
+"""
+
+
+def test_the_owners_spec_decides_the_defaults(five_models: Path, tmp_path: Path) -> None:
+    """Each key acts, and one that does not is remarked on; SDXL's usual clip skip is 2."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for name in ("my juggernaut", "schnell"):
+        (folder / f"{name}.safetensors").symlink_to(five_models / f"{name}.safetensors")
+        (folder / f"{name}.toml").write_text(SPEC if name != "schnell" else "guidance = 2\nclip_skip = 1\n")
+    (folder / "t5-tokenizer").symlink_to(WORDS)
+    models, refused, remarks = choose_from_folder(settings_in(tmp_path, models_dir=folder))
+    spec = models["my juggernaut"]
+    assert (spec.default_steps, spec.default_guidance, spec.default_scheduler) == (8, 1.5, "euler_a")
+    assert (spec.guidance_rescale, spec.default_negative_prompt, spec.clip_skip) == (0.3, "blurry", 1)
+    assert (spec.native_pixels, spec.dtype, spec.cpu_dtype) == (768 * 768, "bfloat16", "bfloat16")
+    assert (spec.quantize, spec.offload) == ("int8", "group")
+    assert spec.scheduler_options == (("use_karras_sigmas", True),)
+    assert spec.revision == "sdxl+rescale0.3+skip1+bfloat16+use_karras_sigmas-True"
+    assert not refused
+    assert remarks == (
+        "The spec of my juggernaut.safetensors has keys without an effect on this model: pin.",
+        "The spec of schnell.safetensors has keys without an effect on this model: clip_skip, guidance.",
+    )
+
+
+def test_parts_that_a_spec_names_must_be_there(five_models: Path, tmp_path: Path) -> None:
+    """A VAE, a text encoder, a LoRA and a schedule that there is not: the model is refused, with the name."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "a.safetensors").symlink_to(five_models / "my juggernaut.safetensors")
+    for line, sentence in (
+        ('vae = "sharp"', "names the vae 'sharp', which is not in MODELS_DIR"),
+        ('text_encoders = ["long"]', "names the text-encoder 'long'"),
+        ('loras = ["detail:0.5"]', "names the lora 'detail'"),
+        ('schedule = "beta"', "The schedule 'beta' is not there; there are automatic, normal, karras"),
+        ('scheduler = "warp"', "names the scheduler 'warp'; there are euler"),
+    ):
+        (folder / "a.toml").write_text(line)
+        with pytest.raises(ModelLoadError) as refused:
+            choose_from_folder(settings_in(tmp_path, models_dir=folder))
+        assert sentence in refused.value.detail
 
 
 @pytest.mark.parametrize("source", ["auto", "local"])
@@ -82,8 +142,7 @@ def test_every_model_draws_by_its_name_and_without_a_network(
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    # One thread: on a busy machine, threads that wait for each other take minutes.
-    settings = settings_in(tmp_path, models_dir=five_models, cpu_threads=1, engine_workers=1)
+    settings = settings_in(tmp_path, models_dir=five_models)
     with TestClient(create_app(settings), base_url="http://127.0.0.1:8000", client=("127.0.0.1", 5)) as client:
         until(lambda: client.get("/readyz").json()["models"], seconds=300)
         ready = client.get("/readyz").json()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines import (
@@ -22,8 +23,16 @@ from stable_diffusion_server.settings import Settings, SettingsError
 _SHOWN = 12
 
 
-def choose_from_folder(settings: Settings) -> tuple[ModelTable[ModelSpec], Mapping[str, str]]:
-    """Return the models to load, and why other files in MODELS_DIR are not used, by name.
+class ModelChoice(NamedTuple):
+    """The models to load, why other files in MODELS_DIR are not used, by name, and remarks on those that are."""
+
+    models: ModelTable[ModelSpec]
+    refused: Mapping[str, str]
+    remarks: tuple[str, ...] = ()
+
+
+def choose_from_folder(settings: Settings) -> ModelChoice:
+    """Return the models to load.
 
     Raises `ModelLoadError` if there is nothing to load: embedded models never stand in for the operator's files.
     """
@@ -34,7 +43,7 @@ def choose_from_folder(settings: Settings) -> tuple[ModelTable[ModelSpec], Mappi
     present = [folder for folder, place in places.items() if place.is_dir() or place.is_symlink()]
     wanted = settings.hub_models or (settings.text_to_image_model,)
     if settings.models == "embedded":
-        return ModelTable(MODELS, {facts.folder: name for name, facts in MODELS.items()}), {}
+        return ModelChoice(ModelTable(MODELS, {facts.folder: name for name, facts in MODELS.items()}), {})
     known = {next((facts.folder for facts in rows if facts.folder in present), "") for rows in REAL_MODELS.values()}
     owned = find_owned_models(models_dir, settings.models_dir, settings.data_dir / "model-files.json", known)
     found: dict[str, ModelSpec] = {}
@@ -54,7 +63,8 @@ def choose_from_folder(settings: Settings) -> tuple[ModelTable[ModelSpec], Mappi
     else:
         found = {**found, **owned.specs}
     aliases = {facts.folder: name for name, facts in found.items() if name in REAL_MODELS}
-    return ModelTable(found, {**owned.aliases, **aliases, **_family_aliases(settings, found, owned)}), owned.refused
+    table = ModelTable(found, {**owned.aliases, **aliases, **_family_aliases(settings, found, owned)})
+    return ModelChoice(table, owned.refused, tuple(owned.remarks))
 
 
 def folder_with_models(settings: Settings) -> Path:

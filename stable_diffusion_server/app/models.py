@@ -53,7 +53,7 @@ class ModelState:
     `facts` holds the specs of the configured models (`asked`); loading replaces them by specs with the revision of the
     files. `unusable` maps models that could not be loaded to the reason. `fault` is the reason if no model can be
     loaded, `default_model` is for requests that name no model, `progress` returns the state of a download as a text,
-    `loras` is the folder of LoRAs.
+    `loras` is the folder of LoRAs, `notes` are remarks on the files in MODELS_DIR.
     """
 
     facts: dict[str, ModelSpec]
@@ -64,21 +64,24 @@ class ModelState:
     unusable: dict[str, str] = field(default_factory=dict)
     progress: Callable[[], str] = str
     loras: LoraFolder = field(default_factory=lambda: LoraFolder(None))
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, settings: Settings) -> ModelState:
         """Choose the models by the settings and by the files in MODELS_DIR. Raises `SettingsError`."""
         loras, default = _loras_of(settings), settings.text_to_image_model
         try:
-            chosen, refused = choose_from_folder(settings)
+            chosen, refused, notes = choose_from_folder(settings)
         except ModelLoadError as error:
             check_model_names(settings, MODELS)
             return cls(dict(MODELS), error, default, loras=loras)
         check_model_names(settings, {*chosen, *chosen.aliases, *refused})
         lcm = with_lcm if settings.load_lcm_lora else lambda facts: facts
-        asked = {name: with_quantization(lcm(facts), settings.quantize) for name, facts in chosen.items()}
+        asked = {
+            name: with_quantization(lcm(facts), facts.quantize or settings.quantize) for name, facts in chosen.items()
+        }
         unread = ModelTable({name: without_identity(facts) for name, facts in asked.items()}, chosen.aliases)
-        return cls(unread, default_model=default, asked=asked, unusable=dict(refused), loras=loras)
+        return cls(unread, default_model=default, asked=asked, unusable=dict(refused), loras=loras, notes=notes)
 
     def count_tokens(self, model: str, prompt: str) -> int:
         """Return the number of tokens of a prompt for a model. Raises `NotReady` until the models are loaded."""
@@ -120,7 +123,7 @@ class ModelState:
         """Return limitations of the loaded models, and why other models could not be loaded, as sentences."""
         remarks = [remark for model in getattr(self.models, "loaded", ()) for remark in model.remarks]
         others = (why for name, why in self.unusable.items() if name != self.default_model)
-        return [*dict.fromkeys([*remarks, *others])]
+        return [*dict.fromkeys([*self.notes, *remarks, *others])]
 
     def memory(self) -> Mapping[str, Mapping[str, int]]:
         """Return the bytes of memory by device and kind; empty before the models are loaded."""
@@ -160,7 +163,6 @@ def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
         loaded.progress = lambda: hub.progress
     options = registry.LoadOptions(
         models=loaded.asked,
-        fallbacks=MODELS if settings.models == "auto" else {},
         hub=hub,
         digests=WeightDigests(settings.data_dir / "weights.json"),
         mapped=settings.mmap_weights,
@@ -175,6 +177,8 @@ def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
         vae_tiling=settings.vae_tiling,
         prompt_cache_bytes=settings.prompt_cache_bytes,
     )
+    for note in loaded.notes:
+        _log.warning("a spec has keys without an effect", why=note)
     for name, why in loaded.unusable.items():
         _log.error("a file in MODELS_DIR cannot be used", model=name, why=why)
     models = registry.load(folder_with_models(settings), settings.device, settings.cpu_threads, options)

@@ -55,6 +55,7 @@ class DenoisingSegment:
         Schedulers that draw noise in a step use this segment's generator.
         """
         extra = {"generator": self.generator} if self.scheduler.draws_noise else {}
+        extra |= self.scheduler.step_options
         step = self.scheduler.step(prediction, self.timesteps[position], latents, return_dict=False, **extra)
         if hasattr(self.scheduler, "scale_noise"):  # flow matching: extrapolate the velocity to sigma 0
             return step[0], step[0] - self.scheduler.sigmas[self.scheduler.step_index] * prediction

@@ -30,6 +30,8 @@ SCHEDULERS: Mapping[str, SchedulerSpec] = MappingProxyType(
         ),
         "unipc": SchedulerSpec("UniPCMultistepScheduler"),
         "flow_euler": SchedulerSpec("FlowMatchEulerDiscreteScheduler"),
+        # The one of the model's folder, of any class.
+        "own": SchedulerSpec(""),
     }
 )
 

@@ -49,7 +49,9 @@ class ModelSpec:
     `text_tokens` is the prompt length in tokens, special tokens included. `bumpy_redraws` is how often an image with
     artifacts is generated again. `rounds_steps_up` says how strength × steps is rounded (see `steps_skipped`).
     `builtin_loras` are LoRAs that belong to the model, as (folder, weight). `guidance_rescale` (0..1) lessens the
-    overexposure that guidance causes in models with zero terminal SNR. `checkpoint` lists the files of a model that is
+    overexposure that guidance causes in models with zero terminal SNR. `clip_skip` layers of the text encoders more
+    than usual are left out, `scheduler_options` change the configuration of the model's scheduler, and `quantize` and
+    `offload` come before QUANTIZE and OFFLOAD unless they are empty. `checkpoint` lists the files of a model that is
     no diffusers folder; `folder` then is the name of the first of them.
 
     `revision` identifies the weights in digests and metadata. `weights` and `control_weights` are the SHA-256 digests
@@ -96,6 +98,11 @@ class ModelSpec:
     variant: str | None = None
     denoiser_part: str = "unet"
     guidance_rescale: float = 0.0
+    default_negative_prompt: str = ""
+    clip_skip: int = 0
+    scheduler_options: tuple[tuple[str, object], ...] = ()
+    quantize: str = ""
+    offload: str = ""
     checkpoint: CheckpointFiles | None = None
     quantizable_parts: tuple[str, ...] = ("unet", "control")
 

@@ -27,6 +27,8 @@ from packed_files import gguf_file, quantize_q8_0, scaled_float8
 from PIL import Image
 from single_file_specs import T5_WORDS, flux_spec, sdxl_spec, split_flux, words_in
 
+from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
+from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.loading.packed_weights import PackedLinear
@@ -237,6 +239,37 @@ def test_scaled_float8_is_multiplied_by_its_scales(
     stock.transformer = stock_transformer(file, small, tmp_path, FP32)
     job = job_for("flux", guidance_scale=0.0)
     assert_equal(draw(family, job), stock_pixels(stock, job, max_sequence_length=spec.text_tokens))
+
+
+def test_a_lora_works_on_packed_weights(flux_small: dict[bool, Any], tmp_path: Path, narrow_converter: None) -> None:
+    """It is added beside the packed layers; equal to stock with the same LoRA on the weights multiplied beforehand."""
+    small = flux_small[False]
+    scaled, plain = scaled_float8(transformer_tensors(small.transformer), "weight_scale")
+    write(tmp_path / "scaled.safetensors", scaled, None)
+    file = write(tmp_path / "plain.safetensors", plain, None)
+    generator = torch.Generator().manual_seed(1)
+    width = small.transformer.config.num_attention_heads * small.transformer.config.attention_head_dim
+    lora = {
+        f"transformer.{block}.attn.{part}.lora_{side}.weight": torch.randn(shape, generator=generator) * 0.2
+        for block in ("transformer_blocks.0", "single_transformer_blocks.1")
+        for part in ("to_q", "to_v")
+        for side, shape in (("A", (4, width)), ("B", (width, 4)))
+    }
+    write(tmp_path / "loras" / "ink.safetensors", lora, None)
+    spec = split_flux(small, tmp_path, "scaled.safetensors")
+    folder = LoraFolder(tmp_path / "loras")
+    pipeline = load_checkpoint(spec, tmp_path, FP32)
+    family = Flux(pipeline, spec, loras=LoraManager(pipeline, folder))
+    stock = load_checkpoint(spec, tmp_path, FP32)
+    stock.transformer = stock_transformer(file, small, tmp_path, FP32)
+    job = job_for("flux", guidance_scale=0.0)
+    without = stock_pixels(stock, job, max_sequence_length=spec.text_tokens)
+    stock.load_lora_weights(str(tmp_path / "loras"), weight_name="ink.safetensors")
+    with_lora = stock_pixels(stock, job, max_sequence_length=spec.text_tokens)
+    assert largest_difference(without, with_lora) > 20
+    chosen = job_for("flux", guidance_scale=0.0, loras=(("ink", 1.0),), lora_digests=(folder.digest("ink"),))
+    assert_equal(draw(family, chosen), with_lora)
+    assert_equal(draw(family, job), without)
 
 
 def test_gguf_transformer_and_t5_draw_as_their_numbers(

@@ -95,7 +95,7 @@ class Sdxl(DiffusersFamily):
             original = None
             if request.image is not None and not (self._takes_mask and request.strength == 1):
                 pixels = to_tensor(request.image, self.device)
-                original = pipe.vae.config.scaling_factor * encode(pipe.vae, pixels, generator).to(dtype)
+                original = _scaled(pipe.vae, encode(pipe.vae, pixels, generator)).to(dtype)
             segments = [self._segment(request, skipped, generator, dtype)]
             latents, inpaint = self._start(request, segments[0], original)
             if self._takes_mask:
@@ -142,7 +142,11 @@ class Sdxl(DiffusersFamily):
             await_device(predicted.device)
 
     def _vae_latents(self, state: PipelineState[Conditioning], latents: torch.Tensor) -> torch.Tensor:
-        return latents / self.pipeline.vae.config.scaling_factor
+        config = self.pipeline.vae.config
+        if (statistics := _statistics(self.pipeline.vae, latents)) is None:
+            return latents / config.scaling_factor
+        mean, deviation = statistics
+        return latents * deviation / config.scaling_factor + mean
 
     def _segment(
         self, request: DiffusionRequest, skipped: int, generator: torch.Generator, dtype: torch.dtype
@@ -183,7 +187,7 @@ class Sdxl(DiffusersFamily):
             pixels = to_tensor(request.image, self.device)
         # In 0..1 the stock pipeline's zero in -1..1 is one half.
         visible = (pixels - 0.5) * (hidden < 0.5) + 0.5
-        latents = vae.config.scaling_factor * encode(vae, visible, generator).to(dtype)
+        latents = _scaled(vae, encode(vae, visible, generator)).to(dtype)
         mask = torch.nn.functional.interpolate(hidden, size=(request.height // scale, request.width // scale))
         return torch.cat([mask.to(dtype), latents], dim=1)
 
@@ -216,6 +220,7 @@ class Sdxl(DiffusersFamily):
                 device=self.device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=guided,
+                clip_skip=self.spec.clip_skip or None,
             ),
         )
         # (original size, crop offset, target size): the stock pipeline's defaults, no crop.
@@ -226,6 +231,24 @@ class Sdxl(DiffusersFamily):
         return Conditioning(
             torch.cat([negative, positive]), torch.cat([negative_pooled, pooled]), time_ids.expand(2, -1)
         )
+
+
+def _statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Mean and deviation of the VAE's latents by channel, if it has them (Playground v2.5): 1 × channels × 1 × 1."""
+    mean, deviation = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if mean is None or deviation is None:
+        return None
+    mean, deviation = (torch.tensor(numbers).view(1, -1, 1, 1).to(like) for numbers in (mean, deviation))
+    return mean, deviation
+
+
+def _scaled(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """A VAE's latents in the scale of the UNet."""
+    if (statistics := _statistics(vae, latents)) is None:
+        scaled: torch.Tensor = vae.config.scaling_factor * latents
+        return scaled
+    mean, deviation = statistics
+    return (latents - mean) * vae.config.scaling_factor / deviation
 
 
 def _by_row(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:

@@ -51,6 +51,7 @@ def load_pipeline(
     dtype = dtype_of(spec, device)
     if spec.checkpoint is not None:
         pipeline = load_checkpoint(spec, models_dir, dtype)
+        pipeline.scheduler.register_to_config(**dict(spec.scheduler_options))
         return pipeline.to(device) if move else pipeline
     folder = model_folder(spec, models_dir, hub=hub)
     with translate_load_errors(spec.folder, folder):
@@ -66,6 +67,7 @@ def load_pipeline(
         if pipeline.vae.config.force_upcast and dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # SDXL's VAE overflows in fp16
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler.register_to_config(**dict(spec.scheduler_options))
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)

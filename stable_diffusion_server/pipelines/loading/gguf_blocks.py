@@ -12,6 +12,9 @@ import torch
 
 from stable_diffusion_server.pipelines.library.gguf_header import GGUF_BLOCKS
 
+# The sixteen values of IQ4's weights.
+_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
 
 def unpack_blocks(raw: torch.Tensor, kind: str) -> torch.Tensor:
     """The fp16 (BF16: fp32) matrix of uint8 rows × bytes in the format `kind`, a key of `UNPACKERS`."""
@@ -117,6 +120,22 @@ def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
     return scale.unsqueeze(-1) * values
 
 
+def _looked_up(nibbles: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(_LEVELS, dtype=torch.float16, device=nibbles.device)[nibbles.long()]
+
+
+def _iq4_nl(blocks: torch.Tensor) -> torch.Tensor:
+    return _half(blocks, 0) * _looked_up(_nibbles(blocks[:, 2:]))
+
+
+def _iq4_xs(blocks: torch.Tensor) -> torch.Tensor:
+    low = _shifted(blocks[:, 4:8].unsqueeze(-1), (0, 4)).flatten(1) & 15
+    high = _shifted(blocks[:, 2:4].unsqueeze(-1), (0, 2, 4, 6)).flatten(1) & 3
+    scale = _half(blocks, 0) * ((low | (high << 4)).to(torch.int8) - 32)
+    values = (_shifted(blocks[:, 8:].reshape(-1, 8, 16), (0, 4)) & 15).reshape(-1, 8, 32)
+    return scale.unsqueeze(-1) * _looked_up(values)
+
+
 UNPACKERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "BF16": _bf16,
     "Q4_0": _q4_0,
@@ -129,4 +148,6 @@ UNPACKERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import structlog
 import torch
@@ -103,13 +103,14 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
     Raises `ModelLoadError`. A ControlNet that cannot be used is left out, with a remark.
     """
     hub = options.hub
+    quantize = cast(Quantize, spec.quantize) or options.quantize
     footprint = footprint_of(spec, empty_pipeline(spec, models_dir, hub=hub), dtype_of(spec, device))
     placement = place(
         free_memory(device),
         footprint,
         accelerated=device.type != "cpu",
-        offload=options.offload,
-        quantize=options.quantize,
+        offload=cast(Offload, spec.offload) or options.offload,
+        quantize=quantize,
     )
     always = [(lcm_file(spec, folder, models_dir, hub=hub), weight) for folder, weight in spec.builtin_loras]
     own = model_files(spec, models_dir, hub=hub) if spec.checkpoint is None else checkpoint_files(spec, models_dir)
@@ -132,7 +133,7 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
         )
     except InvalidInput as error:  # a built-in LoRA, not a request's
         raise ModelLoadError(error.detail) from error
-    known = spec if options.quantize != "auto" else with_quantization(spec, placement.quantization)
+    known = spec if quantize != "auto" else with_quantization(spec, placement.quantization)
     known = with_weights(known, weights, control)
     if controlnet is None:
         known = replace(known, control_folder=None)

@@ -89,8 +89,10 @@ def control_files(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None = 
 
 
 def lcm_file(spec: ModelSpec, folder_name: str, models_dir: Path, *, hub: HubClient | None = None) -> Path:
-    """The LoRA file in a folder of MODELS_DIR. Raises `ModelLoadError` when it is missing."""
+    """The LoRA file in a folder of MODELS_DIR, or of that name. Raises `ModelLoadError` when it is missing."""
     folder = folder_in(models_dir, folder_name)
+    if folder.is_file():
+        return folder
     if hub and spec.lcm_repo and not folder.is_dir():
         folder = hub.adapters(spec.lcm_repo)
     files = sorted(folder.glob("*.safetensors"))

@@ -17,11 +17,15 @@ from stable_diffusion_server.pipelines.model_spec import SchedulerSpec
 def make_scheduler(spec: SchedulerSpec, like: Any) -> Any:
     """A new scheduler with the training configuration (betas, prediction type …) of the model's own one.
 
-    Its attribute `draws_noise` says whether `step` takes a generator.
+    Without a class it is of the class of the model's own. Its attribute `draws_noise` says whether `step` takes a
+    generator, `step_options` are further arguments of `step`.
     """
-    scheduler_class = getattr(diffusers, spec.class_name)
+    scheduler_class = getattr(diffusers, spec.class_name) if spec.class_name else type(like)
     scheduler = scheduler_class.from_config(like.config, **spec.options)
-    scheduler.draws_noise = "generator" in inspect.signature(scheduler.step).parameters
+    parameters = inspect.signature(scheduler.step).parameters
+    scheduler.draws_noise = "generator" in parameters
+    # The stock pipelines pass it too; TCD's own default is 0.3.
+    scheduler.step_options = {"eta": 0.0} if "eta" in parameters else {}
     return scheduler
 
 

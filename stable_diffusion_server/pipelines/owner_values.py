@@ -1,0 +1,151 @@
+"""Applies what an owner's spec says (`NAME.toml`) to the spec of his model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stable_diffusion_server.pipelines.library import Kind, LibraryModel
+from stable_diffusion_server.pipelines.library.file_headers import read_json_object
+from stable_diffusion_server.pipelines.library.identity import UnreadableModel
+from stable_diffusion_server.pipelines.model_spec import ModelSpec
+
+# Lin et al. 2023 (arXiv 2305.08891) recommend it for zero terminal SNR.
+_RESCALE = 0.7
+# Spacing of the steps → options of diffusers' schedulers. `beta` needs scipy, which is no dependency.
+_SCHEDULES: Mapping[str, Mapping[str, object]] = {
+    "automatic": {},
+    "normal": {},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "sgm_uniform": {"timestep_spacing": "trailing"},
+    "simple": {"timestep_spacing": "trailing"},
+}
+# A1111's and Civitai's "clip skip 2" is the last layer but one, which SDXL always takes.
+_USUAL_CLIP_SKIP = 2
+# diffusers' scheduler class of a folder → ours of the same arithmetic; another class is drawn as `own`.
+_SAME_SCHEDULERS = {
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "UniPCMultistepScheduler": "unipc",
+    "FlowMatchEulerDiscreteScheduler": "flow_euler",
+}
+# Keys that other parts of the server read, or that inform the reader only.
+_ELSEWHERE = frozenset({"title", "aliases", "variant", "licence"})
+_FOR_BOTH = frozenset(
+    "steps guidance scheduler native_size dtype quantization placement loras controlnets".split()
+)  # fmt: skip
+_FOR_SDXL = frozenset("guidance_rescale schedule negative_prompt clip_skip prediction_type zero_snr".split())
+_FOR_FILES = frozenset({"vae", "text_encoders"})
+
+
+class Unusable(Exception):
+    """Why a model cannot be used, as a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerValues:
+    """The spec of a model after its owner's, and a remark on keys that have no effect; empty if all have."""
+
+    spec: ModelSpec
+    remark: str = ""
+
+
+def with_owner_values(spec: ModelSpec, model: LibraryModel, find: Callable[[str, Kind], str]) -> OwnerValues:
+    """Apply the values of `model.spec` and the scheduler of its folder.
+
+    `find` returns the path of a file of a name and kind, or raises `Unusable`. Raises `Unusable` for a scheduler or
+    schedule that there is not.
+    """
+    values: Mapping[str, Any] = model.spec.values
+    flux = model.identity.family == "flux"
+    if model.identity.kind is Kind.PIPELINE:
+        spec = _with_folders_scheduler(spec, model)
+    changes: dict[str, Any] = {}
+    if "steps" in values:
+        changes["default_steps"] = values["steps"]
+    if "guidance" in values and spec.takes_guidance:
+        changes["default_guidance"] = values["guidance"]
+    if "native_size" in values:
+        width, height = values["native_size"]
+        changes |= {
+            "native_pixels": width * height,
+            "min_side": min(spec.min_side, width // 64 * 64, height // 64 * 64),
+        }
+    if (scheduler := values.get("scheduler")) is not None:
+        if scheduler not in spec.schedulers:
+            names = ", ".join(spec.schedulers)
+            raise Unusable(f"The spec of {model.name} names the scheduler {scheduler!r}; there are {names}.")
+        changes["default_scheduler"] = scheduler
+    if "dtype" in values:
+        changes |= {"dtype": values["dtype"], "cpu_dtype": values["dtype"]}
+    changes |= {"quantize": values.get("quantization", ""), "offload": values.get("placement", "")}
+    changes["builtin_loras"] = tuple((find(name, Kind.LORA), weight) for name, weight in values.get("loras", ()))
+    if controls := values.get("controlnets"):
+        changes |= {"control_folder": find(controls[0], Kind.CONTROLNET), "control_repo": None}
+    spec = replace(spec, **changes)
+    spec = spec if flux else _with_sdxl_values(spec, values)
+    return OwnerValues(_with_revision(spec, values), _remark(model, values, flux=flux, guided=spec.takes_guidance))
+
+
+def _with_sdxl_values(spec: ModelSpec, values: Mapping[str, Any]) -> ModelSpec:
+    """Values that SDXL has a use for."""
+    zero_snr = spec.checkpoint.zero_snr if spec.checkpoint else bool(values.get("zero_snr"))
+    schedule = values.get("schedule", "automatic")
+    if schedule not in _SCHEDULES:
+        raise Unusable(f"The schedule {schedule!r} is not there; there are {', '.join(_SCHEDULES)}.")
+    options = dict(_SCHEDULES[schedule])
+    if spec.checkpoint is None:
+        options |= {"prediction_type": values["prediction_type"]} if "prediction_type" in values else {}
+        options |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
+    return replace(
+        spec,
+        guidance_rescale=values.get("guidance_rescale", _RESCALE if zero_snr else 0.0),
+        default_negative_prompt=values.get("negative_prompt", ""),
+        clip_skip=max(values.get("clip_skip", 0) - _USUAL_CLIP_SKIP, 0),
+        scheduler_options=tuple(sorted(options.items())),
+    )
+
+
+def _with_folders_scheduler(spec: ModelSpec, model: LibraryModel) -> ModelSpec:
+    """The scheduler that the folder's author chose is the default."""
+    try:
+        name = str(read_json_object(model.path / "scheduler" / "scheduler_config.json").get("_class_name"))
+    except UnreadableModel:  # told when it is loaded
+        return spec
+    same = _SAME_SCHEDULERS.get(name)
+    if same in spec.schedulers:
+        return replace(spec, default_scheduler=same)
+    if "flow_euler" in spec.schedulers:
+        raise Unusable(f"{model.name} has the scheduler {name[:60]}, and a FlowMatchEulerDiscreteScheduler is drawn.")
+    # EDM counts noise in other numbers: with a scheduler of ours it would be noise.
+    others = () if name.startswith("EDM") else spec.schedulers
+    return replace(spec, default_scheduler="own", schedulers=("own", *others))
+
+
+def _with_revision(spec: ModelSpec, values: Mapping[str, Any]) -> ModelSpec:
+    """Everything beside the files that decides the pixels is part of the revision."""
+    files = spec.checkpoint
+    told = {
+        "": files.prediction if files else "",
+        "zsnr": bool(files and files.zero_snr),
+        f"rescale{spec.guidance_rescale:g}": spec.guidance_rescale,
+        f"skip{spec.clip_skip}": spec.clip_skip,
+        str(values.get("dtype")): "dtype" in values,
+        **{f"{name}-{value}": True for name, value in spec.scheduler_options},
+        **{f"lora{weight:g}": True for _, weight in spec.builtin_loras},
+    }
+    parts = [told.pop(""), *(part for part, counts in told.items() if counts)]
+    return replace(spec, revision="+".join(str(part) for part in (spec.revision, *parts) if part))
+
+
+def _remark(model: LibraryModel, values: Mapping[str, Any], *, flux: bool, guided: bool) -> str:
+    used = _ELSEWHERE | _FOR_BOTH | (frozenset() if flux else _FOR_SDXL)
+    used |= frozenset() if model.identity.kind is Kind.PIPELINE else _FOR_FILES
+    useless = sorted({*values} - used | ({"guidance"} & {*values} if not guided else set()))
+    if not useless:
+        return ""
+    place = Path(model.file_name).name
+    return f"The spec of {place} has keys without an effect on this model: {', '.join(useless)}."

@@ -1,0 +1,116 @@
+"""Finds the files that a model is made of: parts beside its denoiser, what its owner's spec names, T5's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stable_diffusion_server.pipelines.library import Kind, LibraryModel
+from stable_diffusion_server.pipelines.library.gguf_header import GGUF, holds_t5_tokenizer
+from stable_diffusion_server.pipelines.library.identity import UnreadableModel
+from stable_diffusion_server.pipelines.loading.checkpoint_layout import CLIP_G, CLIP_L, T5, VAE
+from stable_diffusion_server.pipelines.model_spec import CheckpointFiles
+from stable_diffusion_server.pipelines.owner_values import Unusable
+
+# Folder in MODELS_DIR for T5's tokenizer, where no model brings it.
+TOKENIZER = "t5-tokenizer"
+PARTS = {"sdxl": (VAE, CLIP_L, CLIP_G), "flux": (VAE, CLIP_L, T5)}
+_SHOWN = {
+    VAE: "a VAE",
+    CLIP_L: "the text encoder CLIP-L (clip_l.safetensors)",
+    CLIP_G: "the text encoder CLIP-G (clip_g.safetensors)",
+    T5: "the text encoder T5 (t5xxl_fp16.safetensors, its fp8 or its GGUF)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PartFinder:
+    """Finds parts among `models`, which are all files; `models_dir` is the folder that models are loaded from."""
+
+    models: Sequence[LibraryModel]
+    models_dir: Path
+
+    def files(self, model: LibraryModel) -> CheckpointFiles:
+        """The file of each part. Raises `Unusable` naming the parts that are nowhere."""
+        identity, values = model.identity, model.spec.values
+        chosen = self._chosen(model, values)
+        parts = [("denoiser", path_within(model, self.models_dir))]
+        missing = []
+        for part in PARTS[identity.family]:
+            if part in chosen:
+                parts.append((part, chosen[part]))
+            elif part not in identity.parts:
+                other = next((file for file in self.models if self._holds(file, part, identity.family)), None)
+                missing += [] if other else [_SHOWN[part]]
+                parts += [(part, path_within(other, self.models_dir))] if other else []
+        if missing:
+            raise Unusable(f"{model.file_name} lacks {' and '.join(missing)}; put the file into MODELS_DIR.")
+        prediction = str(values.get("prediction_type", identity.prediction))
+        zero_snr = bool(values.get("zero_snr", identity.zero_snr))
+        tokenizer = self._tokenizer(model, dict(parts)) if identity.family == "flux" else ""
+        return CheckpointFiles(identity.family, tuple(parts), tokenizer, prediction, zero_snr)
+
+    def _chosen(self, model: LibraryModel, values: Mapping[str, Any]) -> dict[str, str]:
+        """The files of parts that the owner's spec names."""
+        chosen = {VAE: self.path_of(model, values["vae"], Kind.VAE)} if "vae" in values else {}
+        for name in values.get("text_encoders", ()):
+            file = self._named(model, name, Kind.TEXT_ENCODER)
+            family = model.identity.family
+            part = next((part for part in PARTS[family][1:] if self._holds(file, part, family)), None)
+            if part is None:
+                raise Unusable(f"The spec of {model.name} names {name!r}, which is no text encoder of {family}.")
+            chosen[part] = path_within(file, self.models_dir)
+        return chosen
+
+    def path_of(self, model: LibraryModel, name: str, kind: Kind) -> str:
+        """The path of a file that the owner's spec names. Raises `Unusable` if there is none of this kind."""
+        return path_within(self._named(model, name, kind), self.models_dir)
+
+    def _named(self, model: LibraryModel, name: str, kind: Kind) -> LibraryModel:
+        """The file of a kind that the owner's spec names, by its name with or without ending."""
+        files = (file for file in self.models if file.role == kind.value)
+        found = next((file for file in files if name in (file.name, file.file_name)), None)
+        if found is None:
+            raise Unusable(f"The spec of {model.name} names the {kind.value} {name!r}, which is not in MODELS_DIR.")
+        if found.faults:
+            raise Unusable(f"The spec of {model.name} names {name!r}: {' '.join(found.faults)}")
+        return found
+
+    def _holds(self, file: LibraryModel, part: str, family: str) -> bool:
+        """Whether a file can give a model of `family` this part: the part alone, or a checkpoint of the family."""
+        identity = file.identity
+        if file.faults or not file.found.ending:
+            return False
+        if identity.kind is Kind.CHECKPOINT:
+            return identity.family == family and part in identity.parts
+        if part == VAE:
+            return identity.kind is Kind.VAE and family in identity.families and identity.layout == "original"
+        alone = {CLIP_L: "clip-l", CLIP_G: "clip-g", T5: "t5-xxl"}[part]
+        return identity.kind is Kind.TEXT_ENCODER and identity.variant == alone
+
+    def _tokenizer(self, model: LibraryModel, parts: Mapping[str, str]) -> str:
+        """The place of T5's tokenizer: a folder, or the GGUF file of its encoder."""
+        encoder = parts.get(T5, "")
+        try:
+            if encoder.endswith(GGUF) and holds_t5_tokenizer(self.models_dir / encoder):
+                return encoder
+        except UnreadableModel as error:
+            raise Unusable(f"{Path(encoder).name} {error}.") from error
+        siblings = [
+            path_within(file, self.models_dir) + "/tokenizer_2" for file in self.models if not file.found.ending
+        ]
+        for place in (TOKENIZER, *sorted(siblings)):
+            if any((self.models_dir / place / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+                return place
+        raise Unusable(
+            f"{model.file_name} lacks T5's tokenizer: put tokenizer.json of FLUX.1's folder tokenizer_2 into the "
+            f"folder {TOKENIZER} in MODELS_DIR."
+        )
+
+
+def path_within(model: LibraryModel, models_dir: Path) -> str:
+    """A path within the folder that models are loaded from; the whole path of a file in another folder."""
+    inside = model.path.is_relative_to(models_dir)
+    return model.path.relative_to(models_dir).as_posix() if inside else str(model.path.absolute())
