@@ -173,18 +173,15 @@ def spec_for(request: GenerationRequest, options: GenerationOptions) -> ModelSpe
 def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) -> ResolvedParameters:
     spec = spec_for(request, options)
     warnings = []
-    asked = spec.default_negative_prompt if request.negative_prompt is None else request.negative_prompt
+    asked = _or_default(request.negative_prompt, spec.default_negative_prompt)
     negative = _cleaned(asked, "negative_prompt") or None
     if negative and not spec.takes_negative_prompt:
         negative = None
         warnings.append(RequestWarning("negative-prompt-ignored", f"{spec.name} has no use for a negative prompt."))
     guidance = _or_default(request.guidance_scale, spec.default_guidance) + 0.0  # -0.0 is 0.0
     if negative and guidance <= 1:
-        negative = None
-        if request.negative_prompt:
-            warnings.append(
-                RequestWarning("negative-prompt-ignored", "A negative prompt has a use only with guidance above 1.")
-            )
+        negative, sentence = None, "A negative prompt has a use only with guidance above 1."
+        warnings += [RequestWarning("negative-prompt-ignored", sentence)] if request.negative_prompt else []
     if guidance != spec.default_guidance and not spec.takes_guidance:
         guidance = spec.default_guidance
         warnings.append(RequestWarning("guidance-ignored", f"{spec.name} was distilled to draw without guidance."))

@@ -113,7 +113,7 @@ def _with_folders_scheduler(spec: ModelSpec, model: LibraryModel) -> ModelSpec:
     """The scheduler that the folder's author chose is the default."""
     try:
         name = str(read_json_object(model.path / "scheduler" / "scheduler_config.json").get("_class_name"))
-    except UnreadableModel:  # told when it is loaded
+    except UnreadableModel:  # reported when it is loaded
         return spec
     same = _SAME_SCHEDULERS.get(name)
     if same in spec.schedulers:
@@ -128,7 +128,7 @@ def _with_folders_scheduler(spec: ModelSpec, model: LibraryModel) -> ModelSpec:
 def _with_revision(spec: ModelSpec, values: Mapping[str, Any]) -> ModelSpec:
     """Everything beside the files that decides the pixels is part of the revision."""
     files = spec.checkpoint
-    told = {
+    suffixes = {
         "": files.prediction if files else "",
         "zsnr": bool(files and files.zero_snr),
         f"rescale{spec.guidance_rescale:g}": spec.guidance_rescale,
@@ -137,7 +137,7 @@ def _with_revision(spec: ModelSpec, values: Mapping[str, Any]) -> ModelSpec:
         **{f"{name}-{value}": True for name, value in spec.scheduler_options},
         **{f"lora{weight:g}": True for _, weight in spec.builtin_loras},
     }
-    parts = [told.pop(""), *(part for part, counts in told.items() if counts)]
+    parts = [suffixes.pop(""), *(part for part, counts in suffixes.items() if counts)]
     return replace(spec, revision="+".join(str(part) for part in (spec.revision, *parts) if part))
 
 

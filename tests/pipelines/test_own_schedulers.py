@@ -111,3 +111,10 @@ def test_a_folder_draws_by_its_own_scheduler(name: str, default: str, small: Any
     spec = find_owned_models(tmp_path, (tmp_path,)).specs["merge"]
     assert spec.default_scheduler == default
     assert (spec.schedulers == ("own",)) == name.startswith("EDM")
+
+
+def test_a_sharded_variant_is_found(small: Any, tmp_path: Path) -> None:
+    """As `save_pretrained(variant="fp16")` writes it: the first shard alone does not tell what it belongs to."""
+    small.save_pretrained(tmp_path / "merge", variant="fp16", max_shard_size="2MB")
+    found = find_owned_models(tmp_path, (tmp_path,))
+    assert (not found.refused, [*found.specs]) == (True, ["merge"])

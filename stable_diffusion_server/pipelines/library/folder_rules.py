@@ -138,7 +138,8 @@ def _with_denoiser(
         scaled=inner.scaled,
         reason=_quantizer(config),
     )
-    if inner.kind is Kind.UNKNOWN and not found.reason:
+    # The first of several shards rarely has the names that tell a kind; the configuration says it.
+    if inner.kind is Kind.UNKNOWN and "of no known kind" not in inner.reason and not found.reason:
         name = weights.name if weights else "its weights (*.safetensors)"
         return replace(found, reason=f"has a {part} that cannot be read: {name} {inner.reason}")
     return found
