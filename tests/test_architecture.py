@@ -271,7 +271,7 @@ def test_every_suppression_carries_its_reason_and_nothing_is_left_to_do(path: Pa
 
 def run(code: str) -> str:
     done = subprocess.run(  # noqa: S603  # our own interpreter on a program written here
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280, check=True
     )
     return done.stdout.strip()
 
