@@ -32,7 +32,7 @@ hypothesis.settings.load_profile("unhurried")
 ROOT = Path(__file__).resolve().parent.parent
 # Fixtures that load a model, start a server that listens on a port, or start a browser: their tests are slow.
 SLOW_FIXTURES = {"server", "live", "live_of", "registry", "sdxl", "flux", "families", "chromium"}
-_SLOW_MODULE = re.compile(r"^pytestmark = .*pytest\.mark\.slow\b", re.MULTILINE)
+_SLOW_MODULE = re.compile(r"^pytestmark = (?:.*|\[\s*)pytest\.mark\.slow\b", re.MULTILINE)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -62,6 +62,7 @@ NEVER_CALLERS = {
     "settings/http.py": "settings are the operator's",
     "settings/storage.py": "settings are the operator's",
     "storage/factory.py": "the bucket's name and address are settings",
+    "pipelines/loading/checkpoint_configs.py": "names of tensors in a file that the operator chose",
     "pipelines/loading/hub.py": "names of files in a repository the operator chose, a few dozen characters each",
 }
 

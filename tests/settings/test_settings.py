@@ -207,8 +207,16 @@ def test_the_page_of_settings_is_up_to_date() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("TEXT_TO_IMAGE_MODEL", "dalle", "TEXT_TO_IMAGE_MODEL 'dalle' is not one of flux, sdxl."),
-        ("MODEL_ALIASES", "dall-e-3=dall-e", "MODEL_ALIASES 'dall-e-3=dall-e' names a model other than flux, sdxl."),
+        (
+            "TEXT_TO_IMAGE_MODEL",
+            "dalle",
+            "TEXT_TO_IMAGE_MODEL 'dalle' is not one of embedded-flux, embedded-sdxl, flux, sdxl.",
+        ),
+        (
+            "MODEL_ALIASES",
+            "dall-e-3=dall-e",
+            "MODEL_ALIASES 'dall-e-3=dall-e' names a model other than embedded-flux, embedded-sdxl, flux, sdxl.",
+        ),
     ],
 )
 def test_a_model_that_is_not_in_the_catalogue_stops_the_start(
