@@ -35,7 +35,9 @@ def folder_in(models_dir: Path, name: str) -> Path:
     """The folder of that name in `models_dir`; an embedded model that is not there comes from the package."""
     own = models_dir / name
     places = [PACKAGED / name, *([_IN_TREE / name] if name.startswith(_EMBEDDED) else [])]
-    return own if own.is_dir() else next((place for place in places if place.is_dir()), own)
+    if own.is_dir() or own.is_symlink():  # a link that leads nowhere is reported, not replaced
+        return own
+    return next((place for place in places if place.is_dir()), own)
 
 
 def model_folder(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None = None) -> Path:
