@@ -27,7 +27,7 @@ _WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 def missing(models: Path) -> None:
-    shutil.rmtree(models / "embedded-sdxl")
+    (models / "embedded-sdxl" / _WEIGHTS).unlink()
 
 
 def truncated(models: Path) -> None:

@@ -56,7 +56,7 @@ class IdentityCache:
             return
         kept = dict(list(self._used.items())[:_MAX_KEPT])
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             new = self._file.with_suffix(f".{os.getpid()}.new")
             new.write_text(json.dumps({"rules": RULES, "files": kept}))
             os.replace(new, self._file)

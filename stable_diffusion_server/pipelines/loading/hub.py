@@ -275,7 +275,7 @@ def _write(file: Path | None, pins: Mapping[str, PinnedRevision]) -> None:
     if file is None:
         return
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = file.with_suffix(".new")
         new.write_text(json.dumps({repo: asdict(pin) for repo, pin in pins.items()}, indent=1))
         os.replace(new, file)

@@ -99,7 +99,7 @@ class WeightDigests:
             return
         kept = dict(list(self._known.items())[-_KEPT:])
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             new = self._file.with_suffix(".new")
             new.write_text(json.dumps(kept, indent=0))
             os.replace(new, self._file)
