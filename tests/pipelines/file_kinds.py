@@ -197,6 +197,7 @@ def _gguf_t5(folder: Path) -> Built:
     return Built("flux", stock, split_flux(flux(), folder, "flux.safetensors", t5="t5.gguf"))
 
 
+_KARRAS = {"use_karras_sigmas": True}
 _FLUX = "flux.safetensors"
 LOADED = (
     Kind("SDXL checkpoint, fp16", "model.safetensors", _checkpoint(torch.float16)),
@@ -209,8 +210,7 @@ LOADED = (
     Kind("SDXL folder, fp16 variant", "my merge", _folder(variant="fp16")),
     Kind("SDXL folder, sharded fp16 variant", "my merge", _folder(variant="fp16", max_shard_size="2MB")),
     Kind("SDXL folder, Euler a", "my merge", _folder("EulerAncestralDiscreteScheduler")),
-    Kind("SDXL folder, DPM++ 2M Karras", "my merge", _folder("DPMSolverMultistepScheduler",
-                                                            options={"use_karras_sigmas": True})),
+    Kind("SDXL folder, DPM++ 2M Karras", "my merge", _folder("DPMSolverMultistepScheduler", options=_KARRAS)),
     Kind("SDXL folder, LCM", "my merge", _folder("LCMScheduler")),
     Kind("SDXL folder, TCD", "my merge", _folder("TCDScheduler")),
     Kind("cache of the hub as MODELS_DIR", "models--me--merge/snapshots/" + "0" * 40, _hub_cache),
