@@ -19,7 +19,7 @@ test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Style, types, contracts and the tests that need no model, no listening server and no browser, side by side.
-# The goal is 90 seconds on 2 cores.
+# The goal is 90 seconds on 2 cores; it takes three and a half minutes.
 check: $(VENV)/.test
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint fast-test
 

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,22 @@ def disc(width: int = 96, height: int = 80, inside: str = "red", outside: str = 
     y, x = np.mgrid[:height, :width]
     within = (x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(width, height) / 4) ** 2
     return np.where(within[..., None], np.uint8(COLOURS[inside]), np.uint8(COLOURS[outside]))
+
+
+def joined_retry(ask: Callable[[str], list[int]], squares: FakeDenoiser, count: int) -> None:
+    """Check that a retry joins the running request that it repeats, and that others do not.
+
+    `ask` sends one request for `count` images with this `x-stainless-retry-count`, and returns their seeds. `squares`
+    has a gate.
+    """
+    assert squares.gate is not None
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(ask, "0")
+        until(lambda: bool(squares.batches))
+        retry, other = pool.submit(ask, "1"), pool.submit(ask, "0")
+        threading.Event().wait(0.5)
+        squares.gate.set()
+        seeds = [one.result(30) for one in (first, retry, other)]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert len(squares.finished) == 2 * count
+    assert ask("1") != seeds[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import RunningApp
-from fakes import FakeDenoiser, FakeImageDenoiser, disc, file_of, until
+from fakes import FakeDenoiser, FakeImageDenoiser, disc, file_of, joined_retry, until
 from PIL import Image
 
 from stable_diffusion_server.imaging import read_record
@@ -110,19 +110,11 @@ def test_ten_images_in_one_answer(running_app: RunningApp) -> None:
 def test_a_retry_joins_the_request_that_it_repeats(run_app: Callable[..., RunningApp], count: int) -> None:
     """By `x-stainless-retry-count`, while that request runs; another request, and a later retry, are new."""
     running_app = run_app(FakeDenoiser(gate=threading.Event()))
-    gate = running_app.squares.gate
-    assert gate is not None
-    with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(post, running_app, {"x-stainless-retry-count": "0"}, n=count)
-        until(lambda: bool(running_app.squares.batches))
-        retry = pool.submit(post, running_app, {"x-stainless-retry-count": "1"}, n=count)
-        other = pool.submit(post, running_app, {"x-stainless-retry-count": "0"}, n=count)
-        threading.Event().wait(0.5)
-        gate.set()
-        seeds = [seeds_of(one.result(30)) for one in (first, retry, other)]
-    assert seeds[0] == seeds[1] != seeds[2]
-    assert len(running_app.squares.finished) == 2 * count
-    assert seeds_of(post(running_app, {"x-stainless-retry-count": "1"}, n=count)) != seeds[0]
+
+    def ask(retries: str) -> list[int]:
+        return seeds_of(post(running_app, {"x-stainless-retry-count": retries}, n=count))
+
+    joined_retry(ask, running_app.squares, count)
 
 
 def test_a_request_with_a_key_in_use_waits_for_its_answer(run_app: Callable[..., RunningApp]) -> None:

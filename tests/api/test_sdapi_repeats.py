@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import RunningApp
-from fakes import FakeDenoiser, file_of, until
+from fakes import FakeDenoiser, file_of, joined_retry, until
 
 TXT2IMG, IMG2IMG = "/sdapi/v1/txt2img", "/sdapi/v1/img2img"
 SIZE = {"width": 64, "height": 64}
@@ -99,16 +99,8 @@ def test_an_interrupted_request_does_not_spend_its_key(run_app: Callable[..., Ru
 def test_a_retry_joins_the_request_that_it_repeats(run_app: Callable[..., RunningApp], count: int) -> None:
     """By `x-stainless-retry-count`, while that request runs; another request, and a later retry, are new."""
     running_app = run_app(FakeDenoiser(gate=threading.Event()))
-    gate = running_app.squares.gate
-    assert gate is not None
-    with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(post, running_app, {"x-stainless-retry-count": "0"}, n_iter=count)
-        until(lambda: bool(running_app.squares.batches))
-        retry = pool.submit(post, running_app, {"x-stainless-retry-count": "1"}, n_iter=count)
-        other = pool.submit(post, running_app, {"x-stainless-retry-count": "0"}, n_iter=count)
-        threading.Event().wait(0.5)
-        gate.set()
-        seeds = [seeds_of(one.result(30)) for one in (first, retry, other)]
-    assert seeds[0] == seeds[1] != seeds[2]
-    assert len(running_app.squares.finished) == 2 * count
-    assert seeds_of(post(running_app, {"x-stainless-retry-count": "1"}, n_iter=count)) != seeds[0]
+
+    def ask(retries: str) -> list[int]:
+        return seeds_of(post(running_app, {"x-stainless-retry-count": retries}, n_iter=count))
+
+    joined_retry(ask, running_app.squares, count)
