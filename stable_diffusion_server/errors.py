@@ -164,6 +164,13 @@ class NotReady(ServerError):
     retryable = True
 
 
+class ModelChanged(NotReady):
+    """The files of a model were replaced after the request was accepted, which named the former ones."""
+
+    kind = "model-changed"
+    title = "The model's files have changed"
+
+
 class JobStoreUnavailable(ServerError):
     """A job could not be stored, so it is not accepted: the job store is full or not writable."""
 
@@ -188,6 +195,14 @@ class IdempotencyKeyReused(ServerError):
     status = 422
     kind = "idempotency-key-reused"
     title = "The idempotency key belongs to another request"
+
+
+class ModelStays(ServerError):
+    """A model cannot be unloaded: none is loaded on demand here, or what was made of it cannot be freed."""
+
+    status = 409
+    kind = "model-stays"
+    title = "The model stays loaded"
 
 
 class RequestCancelled(ServerError):

@@ -13,7 +13,7 @@ from fakes import FakeDenoiser, lora_file, settings_in, until
 from fastapi.testclient import TestClient
 
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.app.models import ModelState
+from stable_diffusion_server.app.model_state import ModelState
 from stable_diffusion_server.settings import Settings
 
 pytestmark = pytest.mark.slow

@@ -82,12 +82,11 @@ def test_the_owners_spec_decides_the_defaults(five_models: Path, tmp_path: Path)
     assert (spec.default_steps, spec.default_guidance, spec.default_scheduler) == (8, 1.5, "euler_a")
     assert (spec.guidance_rescale, spec.default_negative_prompt, spec.clip_skip) == (0.3, "blurry", 1)
     assert (spec.native_pixels, spec.dtype, spec.cpu_dtype) == (768 * 768, "bfloat16", "bfloat16")
-    assert (spec.quantize, spec.offload) == ("int8", "group")
+    assert (spec.quantize, spec.offload, spec.pinned, spec.preload) == ("int8", "group", True, False)
     assert spec.scheduler_options == (("use_karras_sigmas", True),)
     assert spec.revision == "sdxl+rescale0.3+skip1+bfloat16+use_karras_sigmas-True"
     assert not refused
     assert remarks == (
-        "The spec of my juggernaut.safetensors has keys without an effect on this model: pin.",
         "The spec of schnell.safetensors has keys without an effect on this model: clip_skip, guidance.",
     )
 

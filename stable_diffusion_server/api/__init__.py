@@ -23,6 +23,7 @@ from stable_diffusion_server.api.routes.generate import generate_router
 from stable_diffusion_server.api.routes.health import health_router
 from stable_diffusion_server.api.routes.history import history_router
 from stable_diffusion_server.api.routes.jobs import jobs_router
+from stable_diffusion_server.api.routes.models import models_router
 from stable_diffusion_server.api.routes.replay import replay_router
 from stable_diffusion_server.api.schemas.responses import job_body
 
@@ -52,6 +53,7 @@ __all__ = [
     "install_openapi",
     "job_body",
     "jobs_router",
+    "models_router",
     "openai_router",
     "openapi_markdown",
     "replay_router",

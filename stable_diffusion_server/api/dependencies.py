@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from fastapi import Request
 
 from stable_diffusion_server.errors import Forbidden, InvalidInput
 from stable_diffusion_server.generation import RequestLimits
-from stable_diffusion_server.pipelines import ModelSpec
+from stable_diffusion_server.pipelines import ModelSpec, known_names
 from stable_diffusion_server.types import Caller, GenerationRequest
 
 _OPENAI_MODELS = ("gpt-image-", "chatgpt-image-", "dall-e-")
@@ -41,12 +42,32 @@ def scope_to_caller(caller: Caller, generation: GenerationRequest) -> Generation
     return generation
 
 
+def check_operator(caller: Caller) -> None:
+    """Raise `Forbidden` unless the caller may change what all callers share."""
+    if not caller.has_full_access:
+        raise Forbidden("Models are loaded, unloaded and searched for with an admin key only.")
+
+
+class ModelChanges(Protocol):
+    """Changes which models are in memory, and which are known."""
+
+    async def load(self, model: str, caller: Caller) -> None:
+        """Load a model. Raises `ModelLoadError`, `NotReady` and `QueueFull`."""
+
+    async def unload(self, model: str) -> None:
+        """Unload a model when no request uses it. Raises `NotReady` and `ModelStays`."""
+
+    async def refresh(self) -> None:
+        """Read MODELS_DIR again. Raises `ModelLoadError` and `ModelStays`."""
+
+
 @dataclass(frozen=True, slots=True)
 class DialectContext:
     """Limits, models by name, their aliases, and the names of the LoRAs.
 
     `max_n` is the maximum number of images per request, `max_response_bytes` that of bytes of base64 per response.
     `device_memory` returns bytes by device and kind.
+    `status_of` returns family, size and place of a model by its name.
     `response_format` is what the OpenAI endpoints answer if a request does not say it: url, b64_json or auto.
     """
 
@@ -59,6 +80,7 @@ class DialectContext:
     loras: Callable[[], Iterable[str]] = tuple
     device_memory: Callable[[], Mapping[str, Mapping[str, int]]] = dict
     response_format: str = "auto"
+    status_of: Callable[[str], Mapping[str, object]] = lambda name: {}
 
     def model(self, name: str | None) -> ModelSpec:
         """Return the model of a name or alias; the default model without one. Raises `InvalidInput`."""
@@ -82,8 +104,8 @@ class DialectContext:
 
     def unknown_model(self, name: str | None) -> str:
         """Return the sentence about an unknown model."""
-        known = ", ".join([*sorted(self.models), *self.aliases])
-        return f"model {str(name)[:100]!r} does not exist here; there are {known}."
+        known = known_names(str(name), [*sorted(self.models), *self.aliases])
+        return f"model {str(name)[:100]!r} does not exist here; {known}."
 
     def check_size(self, images: int, width: int, height: int, field: str) -> None:
         """Raise `InvalidInput` if a base64 response with these images could exceed `max_response_bytes`.

@@ -14,7 +14,9 @@ from stable_diffusion_server.api import health_router, install_exception_handler
 from stable_diffusion_server.app.http import add_middleware, add_replay, add_routes
 from stable_diffusion_server.app.lifecycle import CloseConnectionsMiddleware, ProcessHooks, Shutdown, drain_on_signal
 from stable_diffusion_server.app.metrics import register_metrics
-from stable_diffusion_server.app.models import ModelBackend, ModelState, build_engine, generation_options
+from stable_diffusion_server.app.model_manager import ModelManager
+from stable_diffusion_server.app.model_state import ModelBackend, ModelState
+from stable_diffusion_server.app.models import build_engine, generation_options
 from stable_diffusion_server.app.readiness import Readiness
 from stable_diffusion_server.app.services import ImageReaders, build_jobs, build_service
 from stable_diffusion_server.app.storage import StorageStack
@@ -83,7 +85,8 @@ def create_app(
     sessions = SessionStore()
     add_middleware(app, settings, metrics, tracing, visitor_key(sessions))
     app.add_middleware(CloseConnectionsMiddleware, shutdown=shutdown)
-    add_routes(app, settings, service, jobs, stores, options, models, readers.decoder.decode)
+    manager = ModelManager(settings, models, engine)
+    add_routes(app, settings, service, jobs, stores, options, models, readers.decoder.decode, manager)
     add_replay(app, service, stores, options, readers.decoder.decode)
     ui = mount_ui(app, settings, readers.decoder.decode, sessions, hooks)
     app.include_router(health_router(readiness.missing, metrics.exposition, models.describe, models.remarks))

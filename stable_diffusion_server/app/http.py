@@ -33,10 +33,12 @@ from stable_diffusion_server.api import (
     history_router,
     install_openapi,
     jobs_router,
+    models_router,
     openai_router,
     replay_router,
 )
-from stable_diffusion_server.app.models import ModelState
+from stable_diffusion_server.app.model_manager import ModelManager
+from stable_diffusion_server.app.model_state import ModelState
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.generation import DecodeImage, GenerationOptions, GenerationService, ReplayService
 from stable_diffusion_server.jobs import JobManager
@@ -90,18 +92,20 @@ def add_routes(
     options: GenerationOptions,
     models: ModelState,
     decode: DecodeImage,
+    manager: ModelManager,
 ) -> None:
     """Add the routes of generation, jobs, files, history and the API documentation."""
     url_of = stores.url_of
     dispatcher = RequestDispatcher(service, jobs, url_of, stores.base_of)
     app.include_router(generate_router(dispatcher, options.limits, url_of, get_generates=settings.get_generates))
     dialects = build_dialect_context(settings, options, models)
+    app.include_router(models_router(dialects, manager))
     app.include_router(openai_router(service, dispatcher, dialects, url_of, decode))
     previews = EncodedPreviews()
     followers = FollowerLimiter(
         settings.event_streams, settings.event_streams_per_caller, settings.event_streams_per_job
     )
-    app.include_router(automatic1111_router(service, dispatcher, dialects, url_of, previews, decode))
+    app.include_router(automatic1111_router(service, dispatcher, dialects, url_of, previews, decode, manager))
     app.include_router(jobs_router(jobs, url_of, followers, previews))
     app.include_router(files_router(stores.bucket, stores.library, stores.signer, stores.folder))
     app.include_router(history_router(stores.library, url_of))
@@ -133,6 +137,7 @@ def build_dialect_context(settings: Settings, options: GenerationOptions, models
         max_response_bytes=settings.max_response_bytes,
         loras=lambda: options.loras(),
         device_memory=models.memory,
+        status_of=models.status_of,
         response_format=settings.openai_response_format,
     )
 

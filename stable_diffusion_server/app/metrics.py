@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 
-from stable_diffusion_server.app.models import ModelState, ReadinessCheck
+from stable_diffusion_server.app.model_state import ModelState
+from stable_diffusion_server.app.models import ReadinessCheck
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.engine import Engine
 from stable_diffusion_server.generation import DecodedPixels
@@ -71,13 +72,17 @@ def _register_stores(metrics: Metrics, jobs: JobManager, stores: StorageStack) -
     metrics.register_gauge("sds_storage_failures", "Times the storage was found down", waiting("failures"), counts=True)
 
 
+def _in_memory(loaded: ModelState) -> list[dict[str, object]]:
+    return [model for model in loaded.describe() if model["device"]]
+
+
 def _register_models(metrics: Metrics, loaded: ModelState) -> None:
     def models() -> Iterator[Sample]:
-        for model in loaded.describe():
+        for model in _in_memory(loaded):
             yield tuple(str(model[fact]) for fact in _MODEL), 1
 
     def sizes() -> Iterator[Sample]:
-        for model in loaded.describe():
+        for model in _in_memory(loaded):
             yield (str(model["name"]),), float(str(model["bytes"]))
 
     def memory() -> Iterator[Sample]:

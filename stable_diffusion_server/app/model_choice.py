@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -72,6 +73,20 @@ def folder_with_models(settings: Settings) -> Path:
     names = [facts.folder for candidates in REAL_MODELS.values() for facts in candidates]
     folders = settings.models_dir
     return next((folder for folder in folders if any((folder / name).exists() for name in names)), folders[0])
+
+
+def file_stamp(settings: Settings, spec: ModelSpec) -> tuple[object, ...]:
+    """Return what changes when the files of a model are replaced: their places, sizes and times."""
+    folder = folder_with_models(settings)
+    parts = [name for _, name in spec.checkpoint.parts] if spec.checkpoint is not None else [spec.folder]
+    places = [folder / name for name in parts]
+    inside = [sorted(place.glob("*/*.safetensors")) if place.is_dir() else [place] for place in places]
+    stamps = []
+    for file in (file for files in inside for file in files):
+        with suppress(OSError):
+            facts = file.stat()
+            stamps.append((str(file), facts.st_ino, facts.st_size, facts.st_mtime_ns))
+    return tuple(stamps)
 
 
 def _family_aliases(settings: Settings, found: Mapping[str, ModelSpec], owned: OwnedModels) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stable_diffusion_server.app.models import ModelState
+from stable_diffusion_server.app.model_state import ModelState
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.pipelines import (
     MODELS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.app.models import ModelState
+from stable_diffusion_server.app.model_state import ModelState
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.engine import Engine, EngineState
 from stable_diffusion_server.generation import DecodedPixels

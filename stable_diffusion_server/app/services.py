@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from stable_diffusion_server.api import job_body
-from stable_diffusion_server.app.models import ModelState
+from stable_diffusion_server.app.model_state import ModelState
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.engine import Engine
 from stable_diffusion_server.generation import DecodedPixels, GenerationOptions, GenerationService

@@ -9,6 +9,7 @@ from stable_diffusion_server.engine.interface import (
     DenoisingState,
     EngineResult,
     EngineState,
+    LoadStopped,
 )
 from stable_diffusion_server.engine.ticket import Ticket
 
@@ -19,5 +20,6 @@ __all__ = [
     "Engine",
     "EngineResult",
     "EngineState",
+    "LoadStopped",
     "Ticket",
 ]

@@ -195,6 +195,9 @@ class BatchSizeTuner:
             left = [self._seconds_for(one.ticket.request, one.steps_left, 1) or 0.0 for one in running]
             before, etas = max(left, default=0.0), list[float | None]()
             for ticket in waiting:
+                if ticket.load_only:
+                    etas.append(None)
+                    continue
                 cap = self._profile_of(ticket.request).cap
                 own = self._seconds_for(ticket.request, ticket.steps_left, cap)
                 etas.append(None if own is None else before + own)

@@ -6,16 +6,17 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Generic
 
 from stable_diffusion_server.concurrency import describe_caller, may_hold_more
 from stable_diffusion_server.engine.batch_tuner import BatchSizeTuner, StepTimings
 from stable_diffusion_server.engine.events import EventDispatcher
-from stable_diffusion_server.engine.interface import Denoiser, EngineState, P
+from stable_diffusion_server.engine.interface import Denoiser, EngineResult, EngineState, P
 from stable_diffusion_server.engine.scheduler import OccupancyCallback, Scheduler
-from stable_diffusion_server.engine.ticket import Ticket
+from stable_diffusion_server.engine.ticket import Ticket, request_to_load
 from stable_diffusion_server.engine.worker import EngineWorker
-from stable_diffusion_server.errors import InvalidInput, ModelLoadError, NotReady, QueueFull
+from stable_diffusion_server.errors import InvalidInput, ModelLoadError, ModelStays, NotReady, QueueFull
 from stable_diffusion_server.types import DiffusionRequest, EngineEvent
 
 
@@ -26,7 +27,8 @@ class Engine(Generic[P]):
     `on_ready`. `workers` is the number of threads that run batches in parallel; 0 takes the
     denoiser's own choice. With `learn`, batches grow from one request as far as that is faster, up to `max_batch`.
     The engine calls `on_device_lost` when only a new process can use the device again, and `on_occupancy`, on its
-    threads, whenever the set of requests on the device changes.
+    threads, whenever the set of requests on the device changes. A request waits `switch_patience` seconds for its
+    model before requests of loaded models wait for it.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Engine(Generic[P]):
         on_ready: Callable[[], object] = lambda: None,
         on_device_lost: Callable[[], object] = lambda: None,
         on_occupancy: OccupancyCallback = lambda labels, alone: None,
+        switch_patience: float = 30.0,
     ) -> None:
         self._load = load
         self._queue_limit = queue_limit
@@ -50,7 +53,11 @@ class Engine(Generic[P]):
         self._on_loaded = on_loaded
         self._on_ready = on_ready
         self._scheduler: Scheduler[P] = Scheduler(
-            BatchSizeTuner(max_batch, learn=learn), EventDispatcher(observe), on_device_lost, on_occupancy
+            BatchSizeTuner(max_batch, learn=learn),
+            EventDispatcher(observe),
+            on_device_lost,
+            on_occupancy,
+            switch_patience,
         )
         self._threads: list[threading.Thread] = []
 
@@ -158,6 +165,47 @@ class Engine(Generic[P]):
         ticket.result.add_done_callback(lambda result: scheduler.forget(ticket) if result.cancelled() else None)
         return ticket
 
+    def load_model(
+        self,
+        model: str,
+        *,
+        owner: str = "",
+        watch: Callable[[EngineEvent], None] | None = None,
+        label: str = "",
+        exclusive: bool = False,
+    ) -> Ticket[P]:
+        """Have a model loaded; the ticket is done when it is. Raises `NotReady` and `QueueFull` as `check_open` does.
+
+        `label` and `exclusive` are those of the request that needs the model. Cancelling the ticket ends the load,
+        unless others wait for it.
+        """
+        scheduler = self._scheduler
+        with scheduler.changed:
+            self.check_open(owner)
+            ticket: Ticket[P] = Ticket(
+                request_to_load(model),
+                owner=owner,
+                watch=watch,
+                alone=True,
+                exclusive=exclusive,
+                label=label,
+                load_only=True,
+            )
+            if scheduler.switcher.is_loaded(model):
+                ticket.succeed(EngineResult(None, {}, batched=False))  # type: ignore[arg-type]  # no image
+                return ticket
+            scheduler.admit(ticket)
+        ticket.result.add_done_callback(lambda result: scheduler.forget(ticket) if result.cancelled() else None)
+        return ticket
+
+    def unload_model(self, model: str) -> Future[None]:
+        """Have a model unloaded as soon as no request uses it. Raises `NotReady`, and `ModelStays` if it cannot be."""
+        if self.state is not EngineState.READY:
+            raise NotReady(self.reason, retry_after=5)
+        if not self._scheduler.on_demand:
+            raise ModelStays(f"{model} was loaded at the start and stays loaded: no model is loaded on demand here.")
+        return self._scheduler.ask_to_unload(model)
+
     def _start_thread(self, run: Callable[[], None], number: int) -> None:
         self._threads.append(threading.Thread(target=run, name=f"engine-{number}", daemon=True))
         self._threads[-1].start()
@@ -169,6 +217,7 @@ class Engine(Generic[P]):
             raise ModelLoadError(f"ENGINE_WORKERS={self._workers} is not possible: {denoiser.unshareable}")
         if self._workers > 1:
             denoiser.enter_worker(self._workers)
+        self._scheduler.use_models(denoiser)
         self._on_loaded(denoiser)
         return denoiser
 

@@ -36,8 +36,9 @@ class EventDispatcher:
         picture: Any = None,
         batch_size: int = 1,
         cause: str = "",
+        loaded: float | None = None,
     ) -> None:
-        """Send an event to the observer and to the ticket's watcher."""
+        """Send an event to the observer and to the ticket's watcher; of a load-only ticket, to its watcher only."""
         event = _event(
             kind,
             ticket,
@@ -48,9 +49,11 @@ class EventDispatcher:
             picture=picture,
             batch_size=batch_size,
             cause=cause,
+            loaded=loaded,
         )
-        with self._lock:
-            _send(self._observe, event)
+        if not ticket.load_only:
+            with self._lock:
+                _send(self._observe, event)
         _send(ticket.watch, event)
 
     def dispatch_position(self, ticket: Ticket[Any], position: int, eta_seconds: float | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, Protocol, TypeVar
@@ -15,6 +15,10 @@ from stable_diffusion_server.types import DiffusionRequest
 S = TypeVar("S", bound="DenoisingState")
 P = TypeVar("P")
 P_co = TypeVar("P_co", covariant=True)
+
+
+class LoadStopped(BaseException):  # no handler of errors may take it for one
+    """Nobody waits for the model any more, so that its load ends."""
 
 
 class DenoisingState(Protocol):
@@ -57,6 +61,33 @@ class DenoiserCapabilities(Protocol):
     def cpu_threads(self) -> int:
         """Number of CPU threads that compute, of all workers together; 0 if another device computes."""
         return 0
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether models are loaded and unloaded while the engine runs, which needs a single worker thread."""
+        return False
+
+    def is_loaded(self, model: str) -> bool:
+        """Whether requests of the model can be prepared now. Does not block; any thread may call it."""
+        return True
+
+    def has_room_for(self, model: str, busy: Collection[str] | None) -> bool:
+        """Whether the model fits once others are unloaded, except `busy` ones; with `None`, if all stay loaded.
+
+        True for a model that can never fit, so that `load` says so. Does not block; any thread may call it.
+        """
+        return True
+
+    def load(self, model: str, busy: Collection[str], progress: Callable[[float], None]) -> bool:
+        """Load a model; unload others, except `busy` ones, if it needs their memory.
+
+        `progress` receives the loaded share (0..1); its `LoadStopped` ends the load. Returns false if there is no room
+        until busy models are not busy. Raises `ModelLoadError`, `OutOfMemory`, `DeviceLost`.
+        """
+        return True
+
+    def unload(self, model: str) -> None:
+        """Free everything that belongs to a model. Raises `ModelStays`."""
 
     def preview(self, state: Any) -> NDArray[np.uint8] | None:
         """Return a small image of a state, uint8, height × width × 3; `None` if the denoiser has no previews."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from typing import Generic
 
 import structlog
 
 from stable_diffusion_server.engine.batch_tuner import BatchSizeTuner
 from stable_diffusion_server.engine.events import EventDispatcher
-from stable_diffusion_server.engine.interface import EngineResult, EngineState, P
+from stable_diffusion_server.engine.interface import DenoiserCapabilities, EngineResult, EngineState, P
+from stable_diffusion_server.engine.model_switching import Choice, ModelSwitcher
 from stable_diffusion_server.engine.request_queue import RequestQueue
 from stable_diffusion_server.engine.ticket import RunningRequest, Ticket
 from stable_diffusion_server.errors import DeviceLost, ModelLoadError, NotFinite, NotReady, ServerError
@@ -38,6 +41,7 @@ class Scheduler(Generic[P]):
         events: EventDispatcher,
         on_device_lost: Callable[[], object],
         on_occupancy: OccupancyCallback = lambda labels, alone: None,
+        switch_patience: float = math.inf,
     ) -> None:
         self.changed = threading.Condition()
         self.queue: RequestQueue[P] = RequestQueue()
@@ -46,10 +50,18 @@ class Scheduler(Generic[P]):
         self.state = EngineState.STOPPED
         self.reason = "The engine was not started."
         self.on_device: dict[Ticket[P], RunningRequest[P] | None] = {}
+        self.switcher: ModelSwitcher[P] = ModelSwitcher(switch_patience)
+        self.on_demand = False
+        self._unloads: dict[str, list[Future[None]]] = {}
         self._on_device_lost = on_device_lost
         self._on_occupancy = on_occupancy
         self._not_finite = 0
         self._not_finite_with_loras = 0
+
+    def use_models(self, models: DenoiserCapabilities) -> None:
+        """Use the denoiser that holds the models."""
+        self.switcher.attach(models)
+        self.on_demand = models.on_demand
 
     def enter(self, state: EngineState, reason: str) -> None:
         """Change the engine's state and wake all waiting threads."""
@@ -61,13 +73,21 @@ class Scheduler(Generic[P]):
         """Block until a request can go to the device. Returns false if the worker has to end."""
         with self.changed:
             self.changed.wait_for(self._has_work_or_ends)
-            return len(self.queue) > 0 and self.state is not EngineState.FAILED
+            return not self._ends()
+
+    def _ends(self) -> bool:
+        return self.state is EngineState.FAILED or (self.state is EngineState.STOPPED and not len(self.queue))
 
     def _has_work_or_ends(self) -> bool:
-        if self.state is EngineState.FAILED or (self.state is EngineState.STOPPED and not len(self.queue)):
-            return True
+        choice = self._choose()
+        runs = choice is not None and not self._is_blocked(choice.ticket)
+        return self._ends() or runs or self.next_unload() is not None
+
+    def _choose(self) -> Choice[P] | None:
+        if self.on_demand:
+            return self.switcher.choose(self.queue.in_order(), self.on_device)
         first = self.queue.next_ticket()
-        return first is not None and not self._is_blocked(first)
+        return None if first is None else Choice(first)
 
     def _is_blocked(self, ticket: Ticket[P]) -> bool:
         """Whether the ticket must wait: it, or a ticket on the device, needs the device exclusively."""
@@ -78,11 +98,11 @@ class Scheduler(Generic[P]):
         """Add a ticket to the queue and report its position."""
         with self.changed:
             self.queue.add(ticket)
-            tickets = [entry.ticket for entry in self.queue.in_order()]
+            tickets = self.waiting_tickets()
             ticket.reported_position = tickets.index(ticket) + 1
             eta = self.etas()[ticket.reported_position - 1]
             self.events.dispatch(EngineEventKind.QUEUED, ticket, position=ticket.reported_position, eta_seconds=eta)
-            self._report_positions()
+            self.report_positions()
             self.changed.notify_all()
 
     def pop_next(self, batch: Sequence[RunningRequest[P]]) -> Ticket[P] | None:
@@ -90,20 +110,61 @@ class Scheduler(Generic[P]):
         with self.changed:
             if batch:
                 ticket = self.queue.find_batch_compatible(batch, self.tuner.cap(batch[0].ticket.request))
+                if ticket and self.on_demand and not self.switcher.may_join(ticket, self.queue.in_order()):
+                    return None
             else:
-                ticket = self.queue.next_ticket()
+                choice = self._choose()
+                ticket = None if choice is None or choice.loads else choice.ticket
             if ticket is None or self._is_blocked(ticket):
                 return None
             self.queue.take(ticket)
             self.on_device[ticket] = ticket.suspended
-            self._report_occupancy()
-            self._report_positions()
+            self.report_occupancy()
+            self.report_positions()
             return ticket
 
     def first_waiting(self) -> Ticket[P] | None:
-        """Return the first ticket of the queue; `None` if the queue is empty."""
+        """Return the ticket that runs next, or whose model is loaded next; `None` if no ticket can follow now."""
         with self.changed:
-            return self.queue.next_ticket()
+            choice = self._choose()
+            return None if choice is None else choice.ticket
+
+    def next_load(self) -> str | None:
+        """Return the model that has to be loaded now; `None` if there is none."""
+        with self.changed:
+            choice = self._choose()
+            return choice.ticket.request.model if choice is not None and choice.loads else None
+
+    def busy_models(self) -> frozenset[str]:
+        """Return the models that must not be unloaded now."""
+        with self.changed:
+            return self.switcher.busy(self.waiting_tickets(), self.on_device)
+
+    def ask_to_unload(self, model: str) -> Future[None]:
+        """Have a model unloaded as soon as no request uses it. The future ends with the error if it stays."""
+        with self.changed:
+            wanted: Future[None] = Future()
+            self._unloads.setdefault(model, []).append(wanted)
+            self.changed.notify_all()
+            return wanted
+
+    def next_unload(self) -> str | None:
+        """Return a model that has to be unloaded now; `None` if there is none, or while requests use it."""
+        with self.changed:
+            busy = self.busy_models() if self._unloads else ()
+            return next((model for model in self._unloads if model not in busy), None)
+
+    def unloaded(self, model: str, error: Exception | None = None) -> None:
+        """Settle those who asked for the unloading of a model."""
+        with self.changed:
+            asked = self._unloads.pop(model, [])
+        for wanted in asked:
+            if wanted.set_running_or_notify_cancel():
+                wanted.set_exception(error) if error else wanted.set_result(None)
+
+    def waiting_tickets(self) -> list[Ticket[P]]:
+        """Return the queued tickets in the order in which they are taken if no other ticket arrives."""
+        return [entry.ticket for entry in self.queue.in_order()]
 
     def could_grow(self, batch: Sequence[RunningRequest[P]]) -> bool:
         """Whether a waiting request could join if the batch limit were one higher."""
@@ -140,7 +201,7 @@ class Scheduler(Generic[P]):
         with self.changed:
             if ticket in self.on_device:
                 del self.on_device[ticket]
-                self._report_occupancy()
+                self.report_occupancy()
                 self.changed.notify_all()  # an exclusive request may wait for this
 
     def drop_if_settled(self, running: RunningRequest[P]) -> bool:
@@ -168,7 +229,7 @@ class Scheduler(Generic[P]):
             if self.queue.remove(ticket):
                 ticket.suspended = None
                 self.events.dispatch(EngineEventKind.CANCELLED, ticket)
-                self._report_positions()
+                self.report_positions()
 
     def fail(self, ticket: Ticket[P], error: Exception) -> None:
         """Settle a request with an error. Raises `DeviceLost` after `MAX_NOT_FINITE` non-finite results in a row.
@@ -210,9 +271,11 @@ class Scheduler(Generic[P]):
                 error = lost if lost is not None and ticket in self.on_device else NotReady(self.reason, retry_after=5)
                 if ticket.fail(error):
                     self.events.dispatch(EngineEventKind.FAILED, ticket, cause=_kind_of(error))
+            for model in [*self._unloads]:
+                self.unloaded(model, NotReady(self.reason, retry_after=5))
             if self.state is EngineState.FAILED:
                 self.on_device.clear()
-                self._report_occupancy()
+                self.report_occupancy()
 
     def shut_down(self, error: BaseException, reason: str) -> None:
         """Enter `FAILED`, fail all requests, and call `on_device_lost` if a new process is needed."""
@@ -229,16 +292,22 @@ class Scheduler(Generic[P]):
     def etas(self) -> list[float | None]:
         """Return the seconds until each waiting ticket is done, in queue order; `None` where unknown."""
         running = [running for running in self.on_device.values() if running is not None]
-        return self.tuner.etas((entry.ticket for entry in self.queue.in_order()), running)
+        waiting = self.waiting_tickets()
+        etas = self.tuner.etas(waiting, running)
+        return self.switcher.with_loads(waiting, etas) if self.on_demand else etas
 
-    def _report_occupancy(self) -> None:
-        """Record which requests are on the device before they run, so that a crash can be attributed to them."""
-        exclusive = len(self.on_device) == 1 and all(ticket.exclusive for ticket in self.on_device)
-        self._on_occupancy([ticket.label for ticket in self.on_device], exclusive)
+    def report_occupancy(self, loading: Sequence[Ticket[P]] = ()) -> None:
+        """Record which requests are on the device before they run, so that a crash can be attributed to them.
 
-    def _report_positions(self) -> None:
+        Those that a model is loaded for count too.
+        """
+        tickets = [*self.on_device, *loading]
+        exclusive = len(tickets) == 1 and all(ticket.exclusive for ticket in tickets)
+        self._on_occupancy([ticket.label for ticket in tickets], exclusive)
+
+    def report_positions(self) -> None:
         """Send new queue positions to the watchers of waiting tickets."""
-        tickets = [entry.ticket for entry in self.queue.in_order()]
+        tickets = self.waiting_tickets()
         moved = [at for at, ticket in enumerate(tickets, 1) if ticket.watch and ticket.reported_position != at]
         etas = self.etas() if moved else []
         for at in moved:

@@ -11,7 +11,12 @@ from typing import Any, Generic
 from uuid import uuid4
 
 from stable_diffusion_server.engine.interface import EngineResult, P
-from stable_diffusion_server.types import DiffusionRequest, EngineEvent
+from stable_diffusion_server.types import DiffusionRequest, EngineEvent, Task
+
+
+def request_to_load(model: str) -> DiffusionRequest:
+    """Return the request of a load-only ticket: no step of the model."""
+    return DiffusionRequest(Task.TEXT_TO_IMAGE, model, "", "", None, 0, 0, 0, 0, 0.0, "")
 
 
 @dataclass(eq=False, slots=True)
@@ -22,7 +27,8 @@ class Ticket(Generic[P]):
     request, with previews while `wants_previews` is true, and once with its unfinished picture when `wants_picture`,
     which is called on the engine's threads, returns true. An `alone` request never shares a forward pass; an
     `exclusive` request never shares the device. `suspended` holds the progress of a preempted request; `attempts`
-    counts how often it was started. `label` names it in the crash record.
+    counts how often it was started. `label` names it in the crash record. A `load_only` ticket wants no image: it is
+    done as soon as the model of its request is loaded.
     """
 
     request: DiffusionRequest
@@ -37,6 +43,7 @@ class Ticket(Generic[P]):
     alone: bool = False
     exclusive: bool = False
     label: str = ""
+    load_only: bool = False
     suspended: RunningRequest[P] | None = None
     attempts: int = 0
     queued_at: float = field(default_factory=time.perf_counter)

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import structlog
 
 from stable_diffusion_server.engine.interface import Denoiser, EngineState, P
+from stable_diffusion_server.engine.model_loading import ModelLoader
 from stable_diffusion_server.engine.previews import PreviewScheduler
 from stable_diffusion_server.engine.scheduler import Scheduler
 from stable_diffusion_server.engine.ticket import RunningRequest, Ticket
@@ -45,6 +46,7 @@ class EngineWorker(Generic[P]):
         # If each worker computes on one CPU thread, its CPU time excludes the load of other processes.
         self._cost_clock = time.thread_time if 0 < denoiser.cpu_threads < 2 * workers else time.perf_counter
         self._previews = PreviewScheduler(denoiser)
+        self._loader = ModelLoader(scheduler, denoiser)
         self._batch: list[RunningRequest[P]] = []
         self._waiting_steps = 0
 
@@ -54,7 +56,8 @@ class EngineWorker(Generic[P]):
             if self._workers > 1:
                 self._denoiser.enter_worker(self._workers)
             while self._scheduler.wait_for_work():
-                self._run_batch()
+                if not (self._scheduler.on_demand and self._loader.change_models()):
+                    self._run_batch()
         except BaseException as error:  # without this thread callers would wait forever
             self._scheduler.shut_down(error, "Drawing has ended unexpectedly; the server has to be restarted.")
 

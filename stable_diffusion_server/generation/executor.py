@@ -12,7 +12,7 @@ from stable_diffusion_server.generation.prompts import shorten_too_long_text
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels, RetryPolicy, generate_with_retries
 from stable_diffusion_server.generation.resolver import GenerationOptions
 from stable_diffusion_server.generation.single_flight import ProgressBroadcaster, ProgressListener, SingleFlight
-from stable_diffusion_server.pipelines import spec_of
+from stable_diffusion_server.pipelines import ModelSpec, spec_of
 from stable_diffusion_server.types import (
     Caller,
     DiffusionRequest,
@@ -22,7 +22,7 @@ from stable_diffusion_server.types import (
     image_digest,
 )
 
-_PROGRESS = (EngineEventKind.QUEUED, EngineEventKind.STARTED, EngineEventKind.STEP)
+_PROGRESS = (EngineEventKind.QUEUED, EngineEventKind.LOADING, EngineEventKind.STARTED, EngineEventKind.STEP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,25 @@ class GenerationExecutor:
             prompt=self._fit(request.model, request.prompt),
             negative_prompt=request.negative_prompt if negative is None else negative,
         )
+
+    async def load_unread(self, spec: ModelSpec, context: SubmissionContext, listener: ProgressListener) -> bool:
+        """Have a model loaded whose revision is not final, and wait until it is; returns whether that was so.
+
+        Raises the errors of `EngineQueue.load_model` and of the load.
+        """
+        if not spec.unread:
+            return False
+        loop = asyncio.get_running_loop()
+
+        def watch(event: EngineEvent) -> None:
+            if event.kind in _PROGRESS and not loop.is_closed():
+                loop.call_soon_threadsafe(listener.on_progress, _progress_of(event))
+
+        ticket = self._queue.load_model(
+            spec.name, owner=context.caller.share, watch=watch, label=context.job_id, exclusive=context.suspect
+        )
+        await asyncio.wrap_future(ticket.result)
+        return True
 
     async def generate(
         self, request: DiffusionRequest, context: SubmissionContext, listener: ProgressListener
@@ -115,5 +134,5 @@ def _progress_of(event: EngineEvent) -> GenerationProgress:
     """Return the progress of an event. Its picture has the size of the canvas; `PassListener` composes the output."""
     picture = None if event.picture is None else (lambda: event.picture.pixels)
     return GenerationProgress(
-        event.kind, event.step, event.steps, event.position, event.eta_seconds, event.preview, picture
+        event.kind, event.step, event.steps, event.position, event.eta_seconds, event.preview, picture, event.loaded
     )

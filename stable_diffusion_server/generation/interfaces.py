@@ -26,7 +26,7 @@ class DecodeImage(Protocol):
 
 
 class EngineQueue(Protocol):
-    """The part of the engine that accepts requests. Both methods raise `NotReady` and `QueueFull`."""
+    """The part of the engine that accepts requests. Its methods raise `NotReady` and `QueueFull`."""
 
     def check_open(self, owner: str = "", *, background: bool = False) -> None:
         """Raise the error that `submit` would raise now."""
@@ -44,6 +44,11 @@ class EngineQueue(Protocol):
         exclusive: bool,
     ) -> Ticket[DecodedPixels]:
         """Queue a request. `watch` receives its events, on the engine's threads; `wants_picture` is called there."""
+
+    def load_model(
+        self, model: str, *, owner: str, watch: Callable[[EngineEvent], None], label: str, exclusive: bool
+    ) -> Ticket[DecodedPixels]:
+        """Have a model loaded; the ticket is done when it is. Cancelling it ends the load unless others wait for it."""
 
 
 def ignore(progress: GenerationProgress) -> None:

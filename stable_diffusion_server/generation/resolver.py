@@ -163,11 +163,10 @@ def spec_for(request: GenerationRequest, options: GenerationOptions) -> ModelSpe
     `InvalidInput` for an unknown model, `ModelLoadError` for one that could not be loaded.
     """
     wanted = request.model or options.default_model
-    if wanted in options.unusable:
+    spec = options.models.get(wanted)  # an alias leads to a model of another name
+    if {wanted, spec.name if spec else wanted} & set(options.unusable):
         raise ModelLoadError(f"The files of {wanted} cannot be used; /readyz and the server's log say why.")
-    if request.model is None and wanted not in options.models:
-        wanted = next(iter(options.models))
-    return spec_of(wanted, options.models)
+    return spec_of(next(iter(options.models)) if request.model is None and spec is None else wanted, options.models)
 
 
 def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) -> ResolvedParameters:

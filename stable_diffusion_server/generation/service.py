@@ -126,9 +126,7 @@ class GenerationService:
             return None
         resolved = self._resolve_words(request)
         stored = self._known(resolved.key)
-        if stored is None or resolved.key in self._generations:
-            return None
-        if not self._options.ownership.may_know(caller, stored):
+        if stored is None or resolved.key in self._generations or not self._options.ownership.may_know(caller, stored):
             return None
         self._metrics.record_generation("cached")
         return self._results.result_of(resolved, stored)
@@ -218,10 +216,11 @@ class GenerationService:
         context: SubmissionContext,
         listener: ProgressListener,
     ) -> tuple[GenerationResult, GenerationOutcome]:
-        started = time.perf_counter()
-        ownership, caller = self._options.ownership, context.caller
+        started, ownership, caller = time.perf_counter(), self._options.ownership, context.caller
         resolved = await self._resolve(request)
         async with deadline(request.timeout or self._options.limits.max_timeout):
+            if await self._executor.load_unread(resolved.parameters.spec, context, listener):
+                resolved = await self._resolve(request)  # the key is final now
             if request.overwrite and not caller.has_full_access:
                 ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.peek, resolved.key))
             resolved, outcome, joined = await self._coalesce(resolved, fetched, context, listener)

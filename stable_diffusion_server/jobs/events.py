@@ -21,7 +21,10 @@ _NO_PROGRESS = GenerationProgress(EngineEventKind.QUEUED)
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """A job's status as its caller sees it. `position` counts the jobs ahead; times are seconds since the epoch."""
+    """A job's status as its caller sees it. `position` counts the jobs ahead; times are seconds since the epoch.
+
+    `loading` is the loaded part of the job's model in per cent while the model is being loaded, otherwise `None`.
+    """
 
     id: str
     state: JobState
@@ -32,6 +35,7 @@ class JobStatus:
     eta_seconds: float | None = None
     step: int = 0
     steps: int = 0
+    loading: int | None = None
     outcome: GenerationResult | StoredProblem | None = None
 
     @classmethod
@@ -48,15 +52,16 @@ class JobStatus:
             eta_seconds=None if ended else progress.eta_seconds,
             step=progress.step,
             steps=progress.steps,
+            loading=None if ended or progress.loaded is None else round(100 * progress.loaded),
             outcome=record.outcome,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """One event: `queued`, `step`, `preview`, `done`, `failed` or `cancelled`. Streams resume after an event's `id`.
+    """One event: `queued`, `loading`, `step`, `preview`, `done`, `failed` or `cancelled`.
 
-    `preview` is height × width × 3 uint8; only `preview` events have it.
+    Streams resume after an event's `id`. `preview` is height × width × 3 uint8; only `preview` events have it.
     """
 
     id: str
@@ -68,7 +73,7 @@ class JobEvent:
 class JobEventLog:
     """The latest events of one job. Event ids start with `epoch`, which differs between processes.
 
-    Of consecutive `queued` events the log keeps the last one, and of all `preview` events the latest one.
+    Of consecutive `queued` or `loading` events the log keeps the last one, and of all `preview` events the latest one.
     """
 
     def __init__(self, epoch: str) -> None:
@@ -82,7 +87,8 @@ class JobEventLog:
     def add(self, kind: str, status: JobStatus, preview: NDArray[np.uint8] | None = None) -> None:
         """Publish an event. If its status is an ended state, this is the final event."""
         self._count += 1
-        superseded = kind == "preview" or (kind == "queued" and bool(self._events) and self._events[-1][1].kind == kind)
+        repeated = kind in ("queued", "loading") and bool(self._events) and self._events[-1][1].kind == kind
+        superseded = kind == "preview" or repeated
         if superseded:
             self._events = deque((event for event in self._events if event[1].kind != kind), _MAX_EVENTS)
         ended = status.state.ended

@@ -47,13 +47,13 @@ class JobHandle:
         """Update the progress and publish it; ignored once the job is finished."""
         if self.finished:
             return
-        waits = progress.kind is EngineEventKind.QUEUED
+        waits = progress.kind in (EngineEventKind.QUEUED, EngineEventKind.LOADING)
         # A hundred jobs may share one generation, so do not copy unchanged progress.
         self.progress = progress if progress.preview is None else replace(progress, preview=None)
         state = JobState.QUEUED if waits else JobState.RUNNING
         if self.record.state is not state:
             self.record = replace(self.record, state=state)
-        self.events.add("queued" if waits else "step", self.status)
+        self.events.add(progress.kind.value if waits else "step", self.status)
         if progress.preview is not None:
             self.events.add("preview", self.status, progress.preview)
 

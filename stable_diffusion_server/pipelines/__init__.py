@@ -32,7 +32,7 @@ from stable_diffusion_server.pipelines.library import (
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
 from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError, check_pipeline_folder
-from stable_diffusion_server.pipelines.model_spec import ModelSpec, ModelTable
+from stable_diffusion_server.pipelines.model_spec import ModelSpec, ModelTable, known_names
 from stable_diffusion_server.pipelines.owned_models import OwnedModels, find_owned_models
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "find_owned_models",
     "identify",
     "identity_as_dict",
+    "known_names",
     "read_spec",
     "scheduler_of",
     "spec_of",

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError, number_text
-from stable_diffusion_server.pipelines.model_spec import ModelSpec, SchedulerSpec
+from stable_diffusion_server.pipelines.model_spec import ModelSpec, SchedulerSpec, known_names
 
 # Strength of the refining second pass: the original's base model handed over at 0.7 of the steps.
 REFINE_STRENGTH = 0.3
@@ -225,9 +225,7 @@ def with_quantization(spec: ModelSpec, quantize: str) -> ModelSpec:
 def spec_of(model: str, models: Mapping[str, ModelSpec] = MODELS) -> ModelSpec:
     """The spec of a model by name. Raises `InvalidInput` for a name that is not among `models`."""
     if model not in models:
-        raise InvalidInput(
-            f"{model[:100]!r} is not a model here; there are {', '.join(sorted(models))}.", field="model"
-        )
+        raise InvalidInput(f"{model[:100]!r} is not a model here; {known_names(model, sorted(models))}.", field="model")
     return models[model]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from stable_diffusion_server.pipelines.latent_preview import LatentPreviewer
 from stable_diffusion_server.pipelines.loading.footprint import bytes_of, dtype_of
 from stable_diffusion_server.pipelines.loading.loader import LoadOptions, PlacedModel, place_model
 from stable_diffusion_server.pipelines.loading.offload import OffloadedModel
-from stable_diffusion_server.pipelines.loading.placement import Residency
+from stable_diffusion_server.pipelines.loading.placement import CONTROL, Residency
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 
@@ -55,15 +56,20 @@ class DiffusersFamily(Family):
         """Load the pipeline of `spec` and place it. Raises `ModelLoadError`, `ModelTooLarge` when it does not fit."""
         placed = place_model(spec, models_dir, device, options)
         prompt_cache = PromptCache(options.prompt_cache_bytes)
+        family = cls(placed.pipeline, placed.spec, placed.controlnet, placed.loras, prompt_cache)
+        resident = placed.placement.residency is Residency.RESIDENT
         return LoadedFamily(
-            family=cls(placed.pipeline, placed.spec, placed.controlnet, placed.loras, prompt_cache),
+            family=family,
             spec=placed.spec,
             info=_info(placed, device, options),
             prompt_cache=prompt_cache,
             cuda_graphs=placed.cuda_graphs,
             offloaded=None
-            if placed.placement.residency is Residency.RESIDENT
+            if resident
             else OffloadedModel(placed.pipeline, placed.controlnet, placed.placement.residency),
+            # The hooks of offloaded weights move them one by one, so that they cannot be shared.
+            networks=_networks(placed),
+            token_counter=family.token_counter(),
         )
 
     @functools.cached_property
@@ -89,12 +95,24 @@ class DiffusersFamily(Family):
         return shrink_tiles(self.pipeline.vae)
 
     @abstractmethod
+    def token_counter(self) -> Callable[[str], int]:
+        """What `count_tokens` calls: a thread-safe function that holds the tokenizers only."""
+
+    def count_tokens(self, prompt: str) -> int:
+        """Length of the prompt in the encoder's tokens, special tokens included. Thread-safe."""
+        return self.token_counter()(prompt)
+
+    @abstractmethod
     def _vae_latents(self, state: PipelineState[Any], latents: torch.Tensor) -> torch.Tensor:
         """Latents of a state in the VAE's own scale and layout: 1 × channels × h × w."""
 
 
+def _networks(placed: PlacedModel) -> dict[str, torch.nn.Module]:
+    parts = {**placed.pipeline.components, CONTROL: placed.controlnet}
+    return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+
+
 def _info(placed: PlacedModel, device: torch.device, options: LoadOptions) -> LoadedModelInfo:
-    parts = [*placed.pipeline.components.values(), placed.controlnet]
     spec = placed.spec
     return LoadedModelInfo(
         name=spec.name,
@@ -104,7 +122,7 @@ def _info(placed: PlacedModel, device: torch.device, options: LoadOptions) -> Lo
         dtype=str(dtype_of(spec, device)).removeprefix("torch."),
         residency=placed.placement.residency,
         quantization=placed.placement.quantization,
-        bytes=bytes_of(*(part for part in parts if isinstance(part, torch.nn.Module))),
+        bytes=bytes_of(*_networks(placed).values()),
         follows_edges=placed.controlnet is not None,
         loras=options.lora_folder.names({spec.denoiser_part}),
         commit=placed.commit,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,7 +71,8 @@ class LoadedFamily:
     """A loaded family. `spec` has the revision of the files that were loaded.
 
     `prompt_cache`, `cuda_graphs` and `offloaded` are set if the family has them; the registry reports their size,
-    clears the graphs and moves the weights.
+    clears the graphs and moves the weights. `networks` are its components with weights, by name. `token_counter` counts
+    tokens as the family does, but does not hold the networks in memory.
     """
 
     family: Family
@@ -80,6 +81,8 @@ class LoadedFamily:
     prompt_cache: PromptCache | None = None
     cuda_graphs: Sequence[CudaGraphRunner] = ()
     offloaded: OffloadedModel | None = None
+    networks: Mapping[str, torch.nn.Module] = field(default_factory=dict)
+    token_counter: Callable[[str], int] | None = None
 
 
 class FamilyClass(Protocol):

@@ -1,14 +1,19 @@
-"""Catalogue types: the specification of a model and of a scheduler, and a table of models with aliases."""
+"""Catalogue types: the specification of a model and of a scheduler, a table of models, and how names are compared."""
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
 
 V = TypeVar("V")
+
+_CANDIDATES, _NEAREST, _SIMILAR, _COMPARED = 20, 3, 0.4, 100
+# Up to this many names are all listed to who gives an unknown one.
+_LISTED = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,9 @@ class ModelSpec:
     than usual are left out, `scheduler_options` change the configuration of the model's scheduler, and `quantize` and
     `offload` come before QUANTIZE and OFFLOAD unless they are empty. `checkpoint` lists the files of a model that is
     no diffusers folder; `folder` then is the name of the first of them.
+
+    An `unread` model is loaded on demand and was not loaded yet: its revision is not final. `preload` loads it at the
+    start, and a `pinned` one is not unloaded for others. `file_bytes` is the size of its files, 0 if unknown.
 
     `revision` identifies the weights in digests and metadata. `weights` and `control_weights` are the SHA-256 digests
     of the files the revision stands for; for other files `with_weights` adds their digest to the revision.
@@ -103,6 +111,10 @@ class ModelSpec:
     scheduler_options: tuple[tuple[str, object], ...] = ()
     quantize: str = ""
     offload: str = ""
+    unread: bool = False
+    preload: bool = False
+    pinned: bool = False
+    file_bytes: int = 0
     checkpoint: CheckpointFiles | None = None
     quantizable_parts: tuple[str, ...] = ("unet", "control")
 
@@ -116,28 +128,74 @@ def plain_name(name: str) -> str:
     return unicodedata.normalize("NFC", name.strip().replace("\\", "/").strip("/")).casefold()
 
 
-class ModelTable(dict[str, V]):
+def nearest_names(name: str, names: Sequence[str]) -> list[str]:
+    """Up to three of `names` like this one, the nearest first. Takes time linear in their number."""
+    wanted = plain_name(name[:_COMPARED])
+    pairs = _pairs(wanted)
+    likely = sorted(names, key=lambda known: -len(pairs & _pairs(plain_name(known[:_COMPARED]))))[:_CANDIDATES]
+    by_plain = {plain_name(known): known for known in likely}
+    return [by_plain[known] for known in difflib.get_close_matches(wanted, by_plain, _NEAREST, _SIMILAR)]
+
+
+def known_names(wanted: str, names: Sequence[str]) -> str:
+    """What to say to who gives an unknown name: all names if they are few, otherwise those most like it."""
+    if len(names) <= _LISTED:
+        return f"there are {', '.join(names)}"
+    near = nearest_names(wanted, names)
+    return f"the nearest are {', '.join(near)}" if near else f"there are {len(names)} others, and none is like it"
+
+
+def _pairs(text: str) -> set[str]:
+    """Its pairs of neighbouring characters."""
+    return {text[index : index + 2] for index in range(len(text) - 1)}
+
+
+class ModelTable(Mapping[str, V]):
     """Values by model name. `aliases` are further names of models: they are found, but not iterated over.
 
-    A model of the name itself comes before an alias. Only `[]`, `get` and `in` know aliases, in any case and as
-    `plain_name` compares them.
+    A model of the name itself comes before an alias; aliases are found in any case, as `plain_name` compares them.
+    Changes replace the table's contents as a whole, so that other threads can iterate meanwhile.
     """
 
     def __init__(
         self, values: Mapping[str, V] | Iterable[tuple[str, V]] = (), aliases: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(values)
+        self._values = dict(values)
         self.aliases = {plain_name(alias): name for alias, name in (aliases or {}).items()}
 
-    def __missing__(self, name: str) -> V:
-        target = self.aliases.get(plain_name(name))
-        if target is None or target not in self.keys():
-            raise KeyError(name)
-        return dict.__getitem__(self, target)
+    def __getitem__(self, name: str) -> V:
+        values = self._values
+        return values[name] if name in values else values[self.aliases[plain_name(name)]]
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or super().__contains__(self.aliases.get(plain_name(str(name))))
+        return name in self._values or self.aliases.get(plain_name(str(name))) in self._values
 
-    def get(self, name: str, default: V | None = None) -> V | None:  # type: ignore[override]  # one signature
-        """The value of a model or alias."""
-        return self[name] if name in self else default  # noqa: SIM401  # the suggested call is this method
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def keys(self) -> KeysView[str]:
+        """The names of the models, without aliases."""
+        return self._values.keys()
+
+    def values(self) -> ValuesView[V]:
+        """The values of the models, each once."""
+        return self._values.values()
+
+    def items(self) -> ItemsView[str, V]:
+        """The names and values of the models, without aliases."""
+        return self._values.items()
+
+    def put(self, values: Mapping[str, V]) -> None:
+        """Add or replace the values of models."""
+        self._values = {**self._values, **values}
+
+    def drop(self, names: Collection[str]) -> None:
+        """Remove models."""
+        self._values = {name: value for name, value in self._values.items() if name not in names}
+
+    def replace_with(self, other: ModelTable[V]) -> None:
+        """Take the models and the aliases of another table."""
+        self._values, self.aliases = dict(other._values), dict(other.aliases)

@@ -35,7 +35,7 @@ _SAME_SCHEDULERS = {
 # Keys that other parts of the server read, or that inform the reader only.
 _ELSEWHERE = frozenset({"title", "aliases", "variant", "licence"})
 _FOR_BOTH = frozenset(
-    "steps guidance scheduler native_size dtype quantization placement loras controlnets".split()
+    "steps guidance scheduler native_size dtype quantization placement loras controlnets preload pin".split()
 )  # fmt: skip
 _FOR_SDXL = frozenset("guidance_rescale schedule negative_prompt clip_skip prediction_type zero_snr".split())
 _FOR_FILES = frozenset({"vae", "text_encoders"})
@@ -82,6 +82,7 @@ def with_owner_values(spec: ModelSpec, model: LibraryModel, find: Callable[[str,
     if "dtype" in values:
         changes |= {"dtype": values["dtype"], "cpu_dtype": values["dtype"]}
     changes |= {"quantize": values.get("quantization", ""), "offload": values.get("placement", "")}
+    changes |= {"preload": values.get("preload", False), "pinned": values.get("pin", False), "file_bytes": model.size}
     changes["builtin_loras"] = tuple((find(name, Kind.LORA), weight) for name, weight in values.get("loras", ()))
     if controls := values.get("controlnets"):
         changes |= {"control_folder": find(controls[0], Kind.CONTROLNET), "control_repo": None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +15,16 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
-from stable_diffusion_server.errors import ModelLoadError, ModelTooLarge
+from stable_diffusion_server.errors import ModelChanged, ModelLoadError, ModelStays, ModelTooLarge
+from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraphRunner
 from stable_diffusion_server.pipelines.base import DecodedImage, PipelineState
 from stable_diffusion_server.pipelines.family import FamilyClass, LoadedFamily, LoadedModelInfo
 from stable_diffusion_server.pipelines.loading.components import quieten_libraries
-from stable_diffusion_server.pipelines.loading.footprint import choose_device, memory_of
-from stable_diffusion_server.pipelines.loading.loader import LoadOptions
-from stable_diffusion_server.pipelines.loading.placement import Residency
+from stable_diffusion_server.pipelines.loading.footprint import WORKING_BYTES, choose_device, free_memory, memory_of
+from stable_diffusion_server.pipelines.loading.loader import LoadOptions, weight_bytes_of
+from stable_diffusion_server.pipelines.loading.placement import USABLE, Residency
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
+from stable_diffusion_server.pipelines.residency import MemoryBudget, ResidentModels
 from stable_diffusion_server.types import DiffusionRequest
 
 __all__ = ["LoadOptions", "LoadedFamily", "LoadedModelInfo", "Registry", "load"]
@@ -31,10 +33,11 @@ _log = structlog.get_logger(__name__)
 
 
 class Registry:
-    """The loaded families, by model name: what the engine uses as its denoiser.
+    """The models by name: what the engine uses as its denoiser.
 
-    `loaded` describes the models, `models` holds their specs as they were loaded, and `unusable` says in a sentence why
-    another model was not loaded. With `dynamic_loras`, requests may name LoRAs, so weights change between requests.
+    `loaded` describes the loaded models, `models` holds their specs as they were loaded, and `unusable` says in a
+    sentence why another model could not be loaded at the start. With `dynamic_loras`, requests may name LoRAs, so
+    weights change between requests. With `on_demand`, models are loaded and unloaded while the engine runs.
     `resident` is false when weights move between memory and device; the engine then prepares, steps and finishes in
     phases, since every join would move weights.
     """
@@ -45,53 +48,119 @@ class Registry:
         *,
         dynamic_loras: bool = False,
         unusable: Mapping[str, str] | None = None,
+        residents: ResidentModels | None = None,
+        on_demand: bool = False,
+        device: torch.device | None = None,
     ) -> None:
-        self._families = {loaded.spec.name: loaded.family for loaded in families}
-        self._dynamic_loras = dynamic_loras
-        self.loaded = tuple(loaded.info for loaded in families)
-        self.models = {loaded.spec.name: loaded.spec for loaded in families}
+        if residents is None:
+            residents = ResidentModels({loaded.spec.name: loaded.spec for loaded in families})
+        self.residents = residents
+        for loaded in families:
+            residents.add(loaded)
+        self.on_demand = on_demand
         self.unusable = dict(unusable or {})
-        caches = {loaded.spec.name: loaded.prompt_cache for loaded in families}
-        self._prompt_caches = {name: cache for name, cache in caches.items() if cache is not None}
-        self._cuda_graphs = [runner for loaded in families for runner in loaded.cuda_graphs]
-        offloaded = {loaded.spec.name: loaded.offloaded for loaded in families}
-        self._offloaded = {name: model for name, model in offloaded.items() if model is not None}
+        self._dynamic_loras = dynamic_loras
+        self._device = device
         self._model_on_device = ""
         self._threads = torch.get_num_threads()
-        self.resident = all(info.residency == Residency.RESIDENT for info in self.loaded)
+
+    @property
+    def loaded(self) -> tuple[LoadedModelInfo, ...]:
+        """What is loaded."""
+        return tuple(model.info for model in self.residents.loaded)
+
+    @property
+    def models(self) -> dict[str, ModelSpec]:
+        """The specs of the loaded models by name."""
+        return {model.spec.name: model.spec for model in self.residents.loaded}
+
+    @property
+    def loading(self) -> tuple[str, float] | None:
+        """The model that is being loaded, and its loaded share (0..1)."""
+        return self.residents.loading
+
+    @property
+    def resident(self) -> bool:
+        """Whether the weights of all loaded models stay on the device."""
+        return all(info.residency == Residency.RESIDENT for info in self.loaded)
+
+    def is_loaded(self, model: str) -> bool:
+        """Whether a model is in memory."""
+        return self.residents.is_loaded(model)
+
+    def has_room_for(self, model: str, busy: Collection[str] | None) -> bool:
+        """Whether a model fits beside the `busy` ones; with `None`, beside all loaded ones."""
+        return self.residents.has_room_for(model, busy)
+
+    def load(self, model: str, busy: Collection[str], progress: Callable[[float], None]) -> bool:
+        """Load a model, after unloading others than the `busy` ones; false if there is no room beside these.
+
+        Raises `ModelLoadError`.
+        """
+        done = self.residents.load(model, busy, progress)
+        self._disable_graphs_of_moving_weights()
+        return done
+
+    def replace_specs(self, specs: Mapping[str, ModelSpec]) -> None:
+        """Take other models than before as the ones that can be loaded."""
+        self.residents.replace_specs(specs)
+
+    def unload(self, model: str) -> None:
+        """Free a model. Raises `ModelStays` where models are not loaded on demand."""
+        if not self.on_demand:
+            raise ModelStays(f"{model} stays loaded: what TorchScript traced of it cannot be freed.")
+        self.residents.unload(model)
 
     def prepare(self, request: DiffusionRequest) -> PipelineState[Any]:
         """The state of a request before its first step."""
+        loaded = self.residents[request.model]
+        revisions = (loaded.spec.revision, loaded.spec.revision_for(edges=True))
+        if self.on_demand and request.revision not in revisions:
+            raise ModelChanged(f"The files of {request.model} were changed while the request waited; send it again.")
         with self._only(request.model, "text_encoder", "text_encoder_2"):
-            return self._families[request.model].prepare(request)
+            return loaded.family.prepare(request)
 
     def step(self, states: Sequence[PipelineState[Any]]) -> None:
         """One denoising step for states of one shape, hence of one model."""
         model = states[0].request.model
         with self._only(model, "unet", "transformer"):
-            self._families[model].step(states)
+            self.residents[model].family.step(states)
 
     def finish(self, state: PipelineState[Any]) -> DecodedImage:
         """The image of a state that is done."""
         with self._only(state.request.model, "vae"):
-            return self._families[state.request.model].finish(state)
+            return self.residents[state.request.model].family.finish(state)
 
     def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
         """A small image of the state, made without decoding: height × width × 3."""
-        return self._families[state.request.model].preview(state)
+        return self.residents[state.request.model].family.preview(state)
 
     def _only(self, model: str, *parts: str) -> AbstractContextManager[None]:
         """Run a block with only these components of a model on the device, if its weights move."""
-        for name, other in self._offloaded.items():
-            if name != model and self._model_on_device != model:
-                other.release()
+        moving = {loaded.spec.name: loaded.offloaded for loaded in self.residents.loaded}
+        if self._model_on_device != model:
+            for name, other in moving.items():
+                if name != model and other is not None:
+                    other.release()
         self._model_on_device = model
-        offloaded = self._offloaded.get(model)
+        offloaded = moving.get(model)
         return nullcontext() if offloaded is None else offloaded.only(*parts)
+
+    def _disable_graphs_of_moving_weights(self) -> None:
+        """Memory and CUDA graphs are released after every phase then, so recording graphs would not pay off."""
+        if not self.resident:
+            for runner in self._cuda_graphs:
+                runner.disable()
+
+    @property
+    def _cuda_graphs(self) -> list[CudaGraphRunner]:
+        return [runner for loaded in self.residents.loaded for runner in loaded.cuda_graphs]
 
     @property
     def unshareable(self) -> str:
         """Why several engine threads cannot run at once, as a sentence; empty if they can."""
+        if self.on_demand:
+            return "models are loaded and unloaded on demand."
         if not self.resident:
             return "the weights travel between memory and device."
         if any(model.dtype != "float32" for model in self.loaded):
@@ -112,7 +181,8 @@ class Registry:
     @property
     def cpu_threads(self) -> int:
         """Number of CPU threads that compute; 0 when another device does."""
-        return self._threads if all(model.device == "cpu" for model in self.loaded) else 0
+        devices = {model.device for model in self.loaded} or {str(self._device)}
+        return self._threads if devices == {"cpu"} else 0
 
     def enter_worker(self, workers: int) -> None:
         """Divide the CPU threads among the engine threads; each calls this, since PyTorch's setting is per thread."""
@@ -120,13 +190,14 @@ class Registry:
 
     def shrink(self) -> bool:
         """Use less memory from now on; false when no family can."""
-        shrunk = [family.shrink() for family in self._families.values()]  # every family, so no short circuit
+        shrunk = [loaded.family.shrink() for loaded in self.residents.loaded]  # every family, so no short circuit
         return any(shrunk)
 
     def release_memory(self) -> None:
         """Free what no request uses: offloaded weights, CUDA graphs, allocator caches."""
-        for offloaded in self._offloaded.values():
-            offloaded.release()
+        for loaded in self.residents.loaded:
+            if loaded.offloaded is not None:
+                loaded.offloaded.release()
         for runner in self._cuda_graphs:
             runner.clear()
         gc.collect()
@@ -135,19 +206,21 @@ class Registry:
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Bytes by device: `used` by this process, `reserved` by it from the device, `free` for anyone."""
-        return {name: memory_of(torch.device(name)) for name in sorted({model.device for model in self.loaded})}
+        devices = {model.device for model in self.loaded} or {str(self._device or "cpu")}
+        return {name: memory_of(torch.device(name)) for name in sorted(devices)}
 
     def prompt_caches(self) -> dict[str, int]:
         """Bytes of cached prompt embeddings, by model."""
-        return {name: cache.bytes for name, cache in self._prompt_caches.items()}
+        caches = {loaded.spec.name: loaded.prompt_cache for loaded in self.residents.loaded}
+        return {name: cache.bytes for name, cache in caches.items() if cache is not None}
 
     def count_tokens(self, model: str, prompt: str) -> int:
-        """Length of a prompt in a model's tokens. Thread-safe."""
-        return self._families[model].count_tokens(prompt)
+        """Length of a prompt in the tokens of a model that is, or was, loaded. Thread-safe."""
+        return self.residents.count_tokens(model, prompt)
 
 
 def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOptions | None = None) -> Registry:
-    """Load the models of `options` (by default the embedded ones) onto one device.
+    """Load the models of `options` (by default the embedded ones) onto one device, except those on demand.
 
     A model that fails to load is left out and `Registry.unusable` says why. Raises `ModelLoadError` with a sentence
     for each when all fail. Call this on the engine's thread: PyTorch's number of threads is set for the calling
@@ -159,28 +232,56 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
     options = options or LoadOptions()
     options = replace(options, loras=options.lora_folder)
     quieten_libraries()  # before a family is imported: the libraries warn about optional packages on import
-    families: list[LoadedFamily] = []
+    residents = _residents(models_dir, device, options)
     errors: dict[str, ModelLoadError] = {}
-    for name, spec in options.models.items():
+    for name in (name for name in options.models if name not in options.on_demand):
         try:
-            families.append(_load_or_fall_back(spec, models_dir, device, options))
+            size = residents.measure(name) if options.loads_on_demand else 0
+            if size == 0 or not residents.loaded or residents.has_room_for(name, None):
+                residents.add(_load_or_fall_back(options.models[name], models_dir, device, options))
         except ModelLoadError as error:
             errors[name] = error
-            _log.error("a model cannot be loaded", model=name, folder=spec.folder, why=error.detail)
-    if errors and not families:
+            _log.error("a model cannot be loaded", model=name, folder=options.models[name].folder, why=error.detail)
+    if errors and not residents.loaded and not options.on_demand:
         sentences = " ".join(error.detail for error in errors.values())
         raise next(iter(errors.values())) if len(errors) == 1 else ModelLoadError(sentences)
     registry = Registry(
-        families,
         dynamic_loras=options.lora_folder.folder is not None,
         unusable={name: error.detail for name, error in errors.items()},
+        residents=residents,
+        on_demand=options.loads_on_demand,
+        device=device,
     )
-    if not registry.resident:
-        # Memory and CUDA graphs are then released after every phase, so recording graphs would not pay off.
-        for loaded in families:
-            for runner in loaded.cuda_graphs:
-                runner.disable()
+    registry._disable_graphs_of_moving_weights()
     return registry
+
+
+def _residents(models_dir: Path, device: torch.device, options: LoadOptions) -> ResidentModels:
+    """The models of `options`, none of them loaded."""
+    budget = MemoryBudget(options.memory or 0, measured=False)
+    if options.memory is None:
+        working = WORKING_BYTES * options.largest_pixels
+        budget = MemoryBudget(max(0, int(USABLE * free_memory(device)) - working))
+
+    def load_one(spec: ModelSpec, progress: Callable[[float], None]) -> LoadedFamily:
+        try:
+            loaded = _family_class(spec).load(spec, models_dir, device, replace(options, report=progress))
+        except ModelTooLarge:  # may fit another time
+            raise
+        except ModelLoadError as error:
+            options.on_failed(spec.name, error.detail)
+            raise
+        options.on_loaded(loaded.spec)
+        return loaded
+
+    def measure(spec: ModelSpec) -> int:
+        try:
+            return weight_bytes_of(spec, models_dir, device, options.hub)
+        except ModelLoadError as error:
+            options.on_failed(spec.name, error.detail)
+            raise
+
+    return ResidentModels(options.models, budget, load_one, measure, options.pinned)
 
 
 def _load_or_fall_back(spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> LoadedFamily:

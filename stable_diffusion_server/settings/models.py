@@ -60,6 +60,23 @@ class ModelSettings(SettingsGroup):
             "by the name of its family."
         ),
     )
+    model_memory: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description=(
+            "Bytes that the weights of all models together may take; the least recently used models are unloaded for "
+            "others. `auto`: 90 % of the memory of the device that is free at the start, less what the largest "
+            "picture needs."
+        ),
+    )
+    model_switch_patience: float = Field(
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description=(
+            "Seconds that a request waits for a model that is not loaded while requests of loaded models go first; "
+            "then its model is loaded as soon as the requests are done that another model was loaded for."
+        ),
+    )
     lora_dir: Annotated[Path | None, BeforeValidator(none_if_empty)] = Field(
         None,
         description=(

@@ -77,9 +77,13 @@ class GenerationResult:
 
 
 class EngineEventKind(StrEnum):
-    """States and steps of a request in the engine; `RESTARTED` begins it again after a failure or preemption."""
+    """States and steps of a request in the engine.
+
+    `LOADING`: its model is being loaded; `RESTARTED` begins it again after a failure or preemption.
+    """
 
     QUEUED = "queued"
+    LOADING = "loading"
     STARTED = "started"
     STEP = "step"
     RESTARTED = "again"
@@ -110,6 +114,7 @@ class EngineEvent:
     batch_size: int = 1
     cause: str = ""
     picture: Any = field(default=None, compare=False, repr=False)
+    loaded: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,7 @@ class GenerationProgress:
         eta_seconds: Estimated seconds until the image is ready, or `None` if unknown.
         preview: Small preview image (uint8, height × width × 3), or `None`.
         picture: Makes the unfinished image (uint8, height × width × 3) for a listener that wants it, or `None`.
+        loaded: Loaded share of the request's model, 0..1, while it is being loaded; otherwise `None`.
     """
 
     kind: EngineEventKind
@@ -131,3 +137,4 @@ class GenerationProgress:
     eta_seconds: float | None = None
     preview: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
     picture: Callable[[], NDArray[np.uint8]] | None = field(default=None, compare=False, repr=False)
+    loaded: float | None = None

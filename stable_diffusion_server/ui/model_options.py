@@ -11,6 +11,8 @@ Models = Sequence[Model]
 
 SIZES = ((256, 256), (512, 512), (768, 512), (512, 768), (1024, 1024))
 DEFAULT_SIDE = 512
+# Sizes below this many bytes are not shown.
+_SMALL = 50_000_000
 
 EMBEDDED_PROMPTS = (
     "a red circle on a blue background",
@@ -58,7 +60,15 @@ def choices(models: Models) -> list[tuple[str, str]]:
     if not models:
         return [("The server's own choice", "")]
     default = f"The server's own choice ({chosen(models, '')['name']})"
-    return [(default, ""), *((f"{model['name']} · {model.get('folder', '')}", str(model["name"])) for model in models)]
+    return [(default, ""), *((label(model), str(model["name"])) for model in models)]
+
+
+def label(model: Model) -> str:
+    """Return a model as the picker shows it: name, family or folder, size, and where it is unless it is in memory."""
+    name, folder, size = str(model["name"]), str(model.get("folder", "")), int(model.get("bytes") or 0)
+    place = {"unloaded": "loaded when it is needed", "loading": "being loaded"}.get(str(model.get("residency")), "")
+    kind = str(model.get("family", "")) if folder.startswith(name) else folder
+    return " · ".join(part for part in (name, kind, f"{size / 1e9:.1f} GB" if size >= _SMALL else "", place) if part)
 
 
 def names(models: Models) -> list[str]:

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 
 from stable_diffusion_server.api.automatic1111.responses import loras_body
 from stable_diffusion_server.api.dependencies import DialectContext
-from stable_diffusion_server.app.models import ModelState
+from stable_diffusion_server.app.model_state import ModelState
 from stable_diffusion_server.generation import RequestLimits
 
 _ASKED = {"prompt": "a red square", "width": 64, "height": 64}

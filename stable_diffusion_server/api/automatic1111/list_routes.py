@@ -37,13 +37,8 @@ _EMPTY = (
     *("sd-vae", "sd-modules", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles"),
     *("latent-upscale-modes", "extensions", "lycos", "artists", "artist-categories"),
 )
-# Orders that change nothing here, with AUTOMATIC1111's answer: each request reads the lists, and the operator
-# chooses the loaded models, which all callers share.
-_DONE: dict[str, Any] = {
-    **dict.fromkeys(("refresh-checkpoints", "refresh-vae", "refresh-loras", "refresh-embeddings")),
-    "unload-checkpoint": {},
-    "reload-checkpoint": {},
-}
+# Orders that change nothing here, with AUTOMATIC1111's answer: each request reads these lists.
+_DONE: dict[str, Any] = dict.fromkeys(("refresh-vae", "refresh-loras", "refresh-embeddings"))
 _STOP = Forbidden("The operator stops and restarts this server, not a client.")
 _TRAIN = Forbidden("This server does not train.")
 _REFUSED: dict[str, ServerError] = {

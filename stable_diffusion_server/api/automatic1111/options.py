@@ -139,10 +139,14 @@ def file_format_of(options: Mapping[str, Option]) -> Format:
     return FORMATS[str(options.get(_FORMAT, "png")).lower()]
 
 
+def model_of(options: Mapping[str, Option]) -> str | None:
+    """Return the name of the model that a caller chose, `None` without a choice."""
+    return str(options.get(_MODEL) or "") or None
+
+
 def options_body(context: DialectContext, options: Mapping[str, Option]) -> Automatic1111OptionsBody:
     """Return the options with the caller's own, and with the title of the model."""
-    model = options.get(_MODEL)
-    spec = context.model(str(model) if model else None)
+    spec = context.model(model_of(options))
     facts = {"sd_model_checkpoint": title_of(spec), "sd_checkpoint_hash": spec.weights}
     return {**_DEFAULTS, **options, **facts}  # type: ignore[typeddict-item]  # the options may be further ones
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.automatic1111 import responses
+from stable_diffusion_server.api.automatic1111.checkpoint_routes import add_checkpoint_routes
 from stable_diffusion_server.api.automatic1111.controlnet_routes import add_controlnet_routes
 from stable_diffusion_server.api.automatic1111.generation_info import TaskImage
 from stable_diffusion_server.api.automatic1111.gradio_routes import add_gradio_routes
@@ -31,7 +32,7 @@ from stable_diffusion_server.api.automatic1111.task_params import NUMBERS, SEED_
 from stable_diffusion_server.api.automatic1111.upscale_routes import add_upscale_routes
 from stable_diffusion_server.api.base64_images import EncodedPreviews
 from stable_diffusion_server.api.concurrency import cancel_on_disconnect, gather_or_cancel, run_if_large
-from stable_diffusion_server.api.dependencies import DialectContext, UrlOf, caller_of, scope_to_caller
+from stable_diffusion_server.api.dependencies import DialectContext, ModelChanges, UrlOf, caller_of, scope_to_caller
 from stable_diffusion_server.api.dispatch import RequestDispatcher
 from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
 from stable_diffusion_server.api.openapi.document import coerced_properties, json_body, set_bounds
@@ -55,8 +56,9 @@ def automatic1111_router(
     url_of: UrlOf,
     previews: EncodedPreviews,
     decode: DecodeImage,
+    changes: ModelChanges,
 ) -> APIRouter:
-    """Return all routes of the dialect; `url_of` makes the URL of an object key."""
+    """Return all routes of the dialect; `url_of` makes the URL of an object key, `changes` loads and unloads models."""
     routes = APIRouter(tags=["automatic1111"])
     options = CallerOptions()
     images = _ImageTasks(service, dispatcher, context, url_of, decode, options)
@@ -88,6 +90,7 @@ def automatic1111_router(
 
     add_list_routes(routes, context)
     add_order_routes(routes)
+    add_checkpoint_routes(routes, context, options, changes)
     add_progress_routes(routes, images.tasks, previews)
     add_stop_routes(routes, images.tasks)
     add_option_routes(routes, context, options)

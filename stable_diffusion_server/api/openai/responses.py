@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import (
     Literal,
@@ -13,13 +13,13 @@ from typing import (
 from typing_extensions import TypedDict
 
 from stable_diffusion_server.api.base64_images import text_of
+from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.api.http_responses import json_event
 from stable_diffusion_server.api.openai.protocol import ImagesParams
 from stable_diffusion_server.api.problems import openai_error
 from stable_diffusion_server.api.schemas.responses import WarningBody, problem_body
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.imaging import media_type_of
-from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import GenerationResult
 
 _QUALITIES = {"hd": "high", "standard": "medium", None: "auto"}
@@ -59,13 +59,23 @@ class OpenAIImagesBody(TypedDict):
 
 
 class OpenAIModelBody(TypedDict):
-    """A model. `revision` identifies its weights."""
+    """A model. `revision` identifies its weights; it is empty until a model on demand was loaded for the first time.
+
+    `bytes` is the size of its weights in memory, or of its files while it is not loaded. `residency` says where its
+    weights are: `resident`, `model`, `group` or `sequential` once it is loaded, `loading` with the per cent in
+    `loading`, or `unloaded`: the next request loads it. A `pinned` model is not unloaded for others.
+    """
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     revision: str
+    family: str
+    bytes: int
+    residency: str
+    loading: int | None
+    pinned: bool
 
 
 class OpenAIModelListBody(TypedDict):
@@ -120,16 +130,26 @@ def error_event(error: ServerError) -> bytes:
     return _event("error", {"error": openai_error(problem_body(error), error.kind)})
 
 
-def models_body(models: Iterable[ModelSpec], aliases: Mapping[str, str]) -> OpenAIModelListBody:
+def models_body(context: DialectContext) -> OpenAIModelListBody:
     """Return the models and their aliases."""
-    revisions = {model.name: model.revision for model in models}
-    names = [*revisions, *(alias for alias, name in aliases.items() if name in revisions and alias not in revisions)]
-    return {"object": "list", "data": [model_body(name, revisions[aliases.get(name, name)]) for name in names]}
+    names = list(context.models)
+    known = {name: context.models[name].name for name in names}
+    further = [alias for alias, name in context.aliases.items() if name in known and alias not in known]
+    return {"object": "list", "data": [model_body(name, context) for name in [*names, *further]]}
 
 
-def model_body(name: str, revision: str) -> OpenAIModelBody:
-    """Return a model under one of its names."""
-    return {"id": name, "object": "model", "created": 0, "owned_by": "stable-diffusion-server", "revision": revision}
+def model_body(name: str, context: DialectContext) -> OpenAIModelBody:
+    """Return a model under one of its names. Raises `InvalidInput` for an unknown one."""
+    spec = context.model(name)
+    status = context.status_of(spec.name)
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "stable-diffusion-server",
+        "revision": "" if spec.unread else spec.revision,
+        **status,  # type: ignore[typeddict-item]  # the app makes the other members
+    }
 
 
 def _event(kind: str, body: Mapping[str, object]) -> bytes:

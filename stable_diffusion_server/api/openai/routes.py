@@ -139,7 +139,7 @@ def _add_model_routes(routes: APIRouter, context: DialectContext) -> None:
     )
     async def models() -> Response:
         """List the models and their aliases."""
-        return JSONResponse(responses.models_body(context.models.values(), context.aliases))
+        return JSONResponse(responses.models_body(context))
 
     @routes.get(
         "/models/{model:path}",
@@ -153,7 +153,7 @@ def _add_model_routes(routes: APIRouter, context: DialectContext) -> None:
         spec = context.find_model(model)
         if spec is None:
             raise ModelNotFound(context.unknown_model(model), field="model")
-        return JSONResponse(responses.model_body(model, spec.revision))
+        return JSONResponse(responses.model_body(model, context))
 
 
 @dataclass(frozen=True, slots=True)

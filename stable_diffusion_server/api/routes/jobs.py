@@ -64,8 +64,8 @@ def jobs_router(jobs: JobManager, url_of: UrlOf, followers: FollowerLimiter, pre
         "/{job_id}/events",
         summary="Events of a job, as server-sent events",
         operation_id="job_events",
-        description="`queued`, `step`, `preview`, and finally one of `done`, `failed` and `cancelled`. Send the id of "
-        "the last event as `Last-Event-ID` to continue after it; 204 if that was the final one.",
+        description="`queued`, `loading`, `step`, `preview`, and finally one of `done`, `failed` and `cancelled`. "
+        "Send the id of the last event as `Last-Event-ID` to continue after it; 204 if that was the final one.",
         response_model=None,
         response_class=Response,
         responses={200: {"content": EVENT_STREAM}, 204: {"description": "No further events"}},

@@ -146,7 +146,8 @@ class ReplayResultBody(GenerationResultBody):
 class JobStatusBody(JobStatus):
     """A job, with its result or its problem once it has ended.
 
-    Times are in seconds since 1970, UTC; `position` counts the jobs before it.
+    Times are in seconds since 1970, UTC; `position` counts the jobs before it. `loading` is the loaded part of its
+    model in per cent while the model is being loaded, otherwise null.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _ALL_REQUIRED
@@ -209,7 +210,11 @@ class HealthBody(TypedDict):
 
 
 class LoadedModelBody(TypedDict):
-    """A loaded model: origin, placement, size of its weights in bytes, defaults and capabilities."""
+    """A model: origin, placement, size of its weights in bytes, defaults and capabilities.
+
+    `residency` is `unloaded` or `loading` for a model on demand that is not in memory; `bytes` then is the size of its
+    files.
+    """
 
     name: str
     folder: str
@@ -225,6 +230,7 @@ class LoadedModelBody(TypedDict):
     commit: str
     remarks: list[str]
     usual: bool
+    family: str
     default_steps: int
     default_guidance: float
     native_pixels: int

@@ -57,12 +57,13 @@ def optimizations_of(performance: str) -> frozenset[Optimization]:
 
 
 def apply_optimizations(
-    pipeline: Any, controlnet: Any, device: torch.device, performance: str, *, steady: bool = True
+    pipeline: Any, controlnet: Any, device: torch.device, performance: str, *, steady: bool = True, traced: bool = True
 ) -> list[CudaGraphRunner]:
     """Optimize placed modules in place; returns the CUDA graph runners.
 
     `performance` is a comma-separated list. Optimizations that a device does not have are skipped, and so are graphs
-    and traces when weights may change (`steady` is false), since they hold the LoRAs of their recording. What cannot be
+    and traces when weights may change (`steady` is false), since they hold the LoRAs of their recording. Without
+    `traced` nothing is traced: TorchScript never frees a trace, so that the model could not be unloaded. What cannot be
     compiled runs normally and a warning is logged.
     """
     parts, cuda = optimizations_of(performance), device.type == "cuda"
@@ -85,7 +86,7 @@ def apply_optimizations(
         use_onednn(pipeline, controlnet)
     else:  # the compiler takes none of oneDNN's modules
         _compile(denoiser, vae, parts)
-    if Optimization.TRACE in parts and device.type == "cpu" and steady:
+    if Optimization.TRACE in parts and device.type == "cpu" and steady and traced:
         for part in (denoiser, controlnet, vae.encoder, vae.decoder, *encoders):
             if part is not None:
                 trace(part)

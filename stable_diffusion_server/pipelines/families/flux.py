@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +61,10 @@ class Flux(DiffusersFamily):
         super().__init__(pipeline, spec, controlnet, loras, prompt_cache)
         self._count = token_counter(pipeline.tokenizer_2)
 
-    def count_tokens(self, prompt: str) -> int:
-        """Length of the prompt in T5 tokens; CLIP's shorter limit only affects the pooled embedding."""
-        return self._count(self._text(prompt))
+    def token_counter(self) -> Callable[[str], int]:
+        """The count of T5's tokens; CLIP's shorter limit only affects the pooled embedding."""
+        count, spec = self._count, self.spec
+        return lambda prompt: count(_text(spec, prompt))
 
     def prepare(self, request: DiffusionRequest) -> PipelineState[Conditioning]:
         """Encode the prompt and the input images, draw the noise, set the timesteps.
@@ -135,13 +136,10 @@ class Flux(DiffusersFamily):
         unpacked: torch.Tensor = pipe._unpack_latents(latents, request.height, request.width, pipe.vae_scale_factor)
         return unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
 
-    def _text(self, prompt: str) -> str:
-        return prompt.lower() if self.spec.lowercase_prompts else prompt
-
     def _encode(self, request: DiffusionRequest, loras: ActiveLoras = ()) -> Conditioning:
         pipe = self.pipeline
         device = self.device
-        text = self._text(request.prompt)
+        text = _text(self.spec, request.prompt)
         embeds, pooled, text_ids = self.prompt_cache.get_or_create(
             (text, digests_and_weights(loras)),
             lambda: pipe.encode_prompt(
@@ -203,3 +201,7 @@ class Flux(DiffusersFamily):
         first = skipped * scheduler.order
         scheduler.set_begin_index(first)
         return DenoisingSegment(scheduler, scheduler.timesteps[first:], generator, noise)
+
+
+def _text(spec: ModelSpec, prompt: str) -> str:
+    return prompt.lower() if spec.lowercase_prompts else prompt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,9 +74,10 @@ class Sdxl(DiffusersFamily):
         super().__init__(pipeline, spec, controlnet, loras, prompt_cache)
         self._counters = [token_counter(pipeline.tokenizer), token_counter(pipeline.tokenizer_2)]
 
-    def count_tokens(self, prompt: str) -> int:
-        """Length of the prompt in tokens: the larger count of the two tokenizers."""
-        return max(count(prompt) for count in self._counters)
+    def token_counter(self) -> Callable[[str], int]:
+        """The larger count of the two tokenizers."""
+        counters = self._counters
+        return lambda prompt: max(count(prompt) for count in counters)
 
     def prepare(self, request: DiffusionRequest) -> PipelineState[Conditioning]:
         """Encode the prompt and the input images, draw the noise, set the timesteps.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,9 @@ from stable_diffusion_server.pipelines.library.file_headers import shown
 from stable_diffusion_server.pipelines.library.identity import DRAWING, FileIdentity, Kind
 from stable_diffusion_server.pipelines.library.scan import FoundModel
 from stable_diffusion_server.pipelines.library.spec_file import OwnerSpec
-from stable_diffusion_server.pipelines.model_spec import plain_name
+from stable_diffusion_server.pipelines.model_spec import nearest_names, plain_name
 
-_MAX_NAME, _CANDIDATES, _NEAREST = 512, 20, 3
+_MAX_NAME = 512
 SHORT_HASH = 10
 _KIND_ORDER = {kind: number for number, kind in enumerate((Kind.PIPELINE, Kind.CHECKPOINT, Kind.DENOISER))}
 _MODEL_FOLDERS = ("", "checkpoints", "stable-diffusion", "diffusion_models", "unet")
@@ -145,14 +144,9 @@ class ModelNames:
         return {name: model.name for (of, name), model in self._by_name.items() if of == role}
 
     def nearest(self, name: str, role: str = "model") -> list[str]:
-        """Up to three names like this one, the nearest first. Takes time linear in the number of models."""
-        wanted = plain_name(name[:100])
-        pairs = _pairs(wanted)
-        names = sorted({model.name for model in self._models if model.role == role})
-        likely = sorted(names, key=lambda known: -len(pairs & _pairs(plain_name(known[:100]))))[:_CANDIDATES]
-        by_plain = {plain_name(known): known for known in likely}
-        near = difflib.get_close_matches(wanted, by_plain, _NEAREST, 0.4)
-        return [shown(by_plain[known]) for known in near]
+        """Up to three names like this one, the nearest first."""
+        near = nearest_names(name, sorted({model.name for model in self._models if model.role == role}))
+        return [shown(known) for known in near]
 
     def _by_hash(self, digest: str, role: str) -> LibraryModel | None:
         """The model whose known digest begins with these digits; at least those of a short hash."""
@@ -174,11 +168,6 @@ def split_title(name: str) -> tuple[str, str]:
 
 def _is_hex(text: str) -> bool:
     return bool(text) and not set(text) - set("0123456789abcdefABCDEF")
-
-
-def _pairs(text: str) -> set[str]:
-    """Its pairs of neighbouring characters."""
-    return {text[index : index + 2] for index in range(len(text) - 1)}
 
 
 def _names(model: LibraryModel) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from stable_diffusion_server.pipelines.loading.model_files import (
 )
 from stable_diffusion_server.pipelines.loading.placement import CONTROL
 from stable_diffusion_server.pipelines.loading.single_file import empty_checkpoint, load_checkpoint
+from stable_diffusion_server.pipelines.loading.weight_digest import ignore_progress
 from stable_diffusion_server.pipelines.loading.weight_files import (
     DIFFUSERS,
     INDEX,
@@ -39,27 +41,35 @@ from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 
 def load_pipeline(
-    spec: ModelSpec, models_dir: Path, device: torch.device, *, hub: HubClient | None = None, move: bool = True
+    spec: ModelSpec,
+    models_dir: Path,
+    device: torch.device,
+    *,
+    hub: HubClient | None = None,
+    move: bool = True,
+    report: Callable[[float], None] = ignore_progress,
 ) -> Any:
     """The diffusers pipeline of a model, in its dtype for `device`, and moved there unless `move` is false.
 
     Its weights require no gradients: for layers that do, PyTorch multiplies small batches in another order, which
     changes the rounding. Downloads a missing folder if there is a `hub`. Raises `ModelLoadError` when files are
-    missing, damaged or of another class, or when the components do not fit each other.
+    missing, damaged or of another class, or when the components do not fit each other. `report` receives the share of
+    the components that is loaded.
     """
     quieten_libraries()
     dtype = dtype_of(spec, device)
     if spec.checkpoint is not None:
-        pipeline = load_checkpoint(spec, models_dir, dtype)
+        pipeline = load_checkpoint(spec, models_dir, dtype, report)
         pipeline.scheduler.register_to_config(**dict(spec.scheduler_options))
         return pipeline.to(device) if move else pipeline
     folder = model_folder(spec, models_dir, hub=hub)
     with translate_load_errors(spec.folder, folder):
         variants = _check(spec, folder)
-        parts = {
-            part.name: _load_complete(_class_of(part), folder / part.name, f"{spec.folder}/{part.name}", dtype, variant)
-            for part, variant in variants.items()
-        }
+        parts = {}
+        for number, (part, variant) in enumerate(variants.items(), 1):
+            name = f"{spec.folder}/{part.name}"
+            parts[part.name] = _load_complete(_class_of(part), folder / part.name, name, dtype, variant)
+            report(number / len(variants))
         pipeline = getattr(diffusers, spec.pipeline_class).from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, **parts
         )

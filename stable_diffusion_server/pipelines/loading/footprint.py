@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import ctypes
+import gc
+import sys
 from collections.abc import Mapping
-from typing import Any
 
 import psutil
 import torch
@@ -12,10 +13,11 @@ import torch
 from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.loading.packed_weights import is_packed
 from stable_diffusion_server.pipelines.loading.placement import Footprint
+from stable_diffusion_server.pipelines.loading.shared_weights import storages_of
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 # Bytes per pixel that a request needs besides the weights: roughly the widest layers of a VAE decoder.
-_WORKING_BYTES = 2048
+WORKING_BYTES = 2048
 
 
 def choose_device(name: str) -> torch.device:
@@ -75,8 +77,19 @@ def footprint_of(spec: ModelSpec, parts: Mapping[str, torch.nn.Module], dtype: t
         quantized=tuple(name for name in spec.quantizable_parts if name in parts and not is_packed(parts[name])),
         layer=max(layers, default=0),
         weight_bytes=dtype.itemsize,
-        working=_WORKING_BYTES * spec.native_pixels,
+        working=WORKING_BYTES * spec.native_pixels,
     )
+
+
+def return_memory() -> None:
+    """Free what nothing refers to any more, and return it to the device and to the system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":  # glibc keeps freed memory; other C libraries may have no such function
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def parameters_of(module: torch.nn.Module) -> int:
@@ -86,17 +99,4 @@ def parameters_of(module: torch.nn.Module) -> int:
 
 def bytes_of(*modules: torch.nn.Module) -> int:
     """Bytes of the modules in memory; shared storage counts once."""
-    storages: dict[tuple[str, int], int] = {}
-
-    def visit(tensor: Any) -> None:
-        if hasattr(tensor, "__tensor_flatten__"):  # a quantized tensor is made of others
-            for name in tensor.__tensor_flatten__()[0]:
-                visit(getattr(tensor, name))
-        else:
-            storage = tensor.untyped_storage()
-            storages[str(tensor.device), storage.data_ptr()] = storage.nbytes()
-
-    for module in modules:
-        for tensor in itertools.chain(module.parameters(), module.buffers()):
-            visit(tensor)
-    return sum(storages.values())
+    return sum(storages_of(modules).values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -36,13 +36,17 @@ from stable_diffusion_server.pipelines.loading.placement import (
 )
 from stable_diffusion_server.pipelines.loading.quantization import load_dfloat11, quantize_parts
 from stable_diffusion_server.pipelines.loading.single_file import checkpoint_files
-from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
+from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests, ignore_progress
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 _log = structlog.get_logger(__name__)
 
 # Quantizations that benefit from optimizations; the others dequantize weights for every product.
 COMPUTED_FAST = (Quantization.NONE, Quantization.TORCHAO_FLOAT8_DYNAMIC)
+
+
+# Loaded share of a model when its files are known by their content, when they are read, and when they are in memory.
+_DIGESTED, _READ, _COPIED = 0.2, 0.8, 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,11 @@ class LoadOptions:
     override what free memory decides; `performance` names the optimizations of resident, unquantized weights.
     `attention_slicing`, `vae_slicing` and `vae_tiling` save memory and change images slightly. Each model caches up to
     `prompt_cache_bytes` of prompt embeddings.
+
+    `on_demand` names the models that are loaded when a request needs them; `pinned` ones are not unloaded for others.
+    `memory` is the number of bytes that the weights of all models may take; without it, the free memory decides, less
+    what an image of `largest_pixels` needs. `report` receives the loaded share of a model, `on_loaded` the spec of a
+    model that was loaded on demand, `on_failed` the name of one whose files cannot be used, with the reason.
     """
 
     models: Mapping[str, ModelSpec] = field(default_factory=lambda: MODELS)
@@ -73,6 +82,18 @@ class LoadOptions:
     vae_slicing: bool = False
     vae_tiling: bool = False
     prompt_cache_bytes: int = LIMIT_BYTES
+    on_demand: Collection[str] = ()
+    pinned: Collection[str] = ()
+    memory: int | None = None
+    largest_pixels: int = 1024 * 1024
+    report: Callable[[float], None] = ignore_progress
+    on_loaded: Callable[[ModelSpec], None] = lambda spec: None
+    on_failed: Callable[[str, str], None] = lambda model, why: None
+
+    @property
+    def loads_on_demand(self) -> bool:
+        """Whether models are loaded and unloaded while the engine runs; then they are not traced."""
+        return bool(self.on_demand) or self.memory is not None
 
     @property
     def lora_folder(self) -> LoraFolder:
@@ -97,6 +118,15 @@ class PlacedModel:
     remarks: list[str] = field(default_factory=list)
 
 
+def weight_bytes_of(spec: ModelSpec, models_dir: Path, device: torch.device, hub: HubClient | None = None) -> int:
+    """The bytes that the weights of a model take on a device, from its configurations or headers.
+
+    Raises `ModelLoadError`.
+    """
+    parts = empty_pipeline(spec, models_dir, hub=hub)
+    return sum(footprint_of(spec, parts, dtype_of(spec, device)).parts.values())
+
+
 def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> PlacedModel:
     """A model's pipeline, ControlNet and LoRAs, in the placement that fits the device's free memory.
 
@@ -118,8 +148,15 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
         **own,
         **{f"always/{number}": file for number, (file, _) in enumerate(always)},
     }
-    weights = options.digests.of(files)
-    pipeline = load_pipeline(spec, models_dir, device, hub=hub, move=False)
+    weights = options.digests.of(files, lambda share: options.report(_DIGESTED * share))
+    pipeline = load_pipeline(
+        spec,
+        models_dir,
+        device,
+        hub=hub,
+        move=False,
+        report=lambda share: options.report(_DIGESTED + (_READ - _DIGESTED) * share),
+    )
     remarks: list[str] = []
     controlnet, control = _control(spec, models_dir, device, options, pipeline, remarks)
     if options.digests.of(files) != weights:
@@ -144,6 +181,7 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
         load_dfloat11(pipeline.transformer, options.dfloat11, device)
     if not options.mapped and (device.type == "cpu" or placement.residency is not Residency.RESIDENT):
         copy_out_of_files(part for part in parts.values() if isinstance(part, torch.nn.Module))
+    options.report(_COPIED)
     apply_residency(pipeline, controlnet, device, placement.residency)
     commit = hub.commit(spec.repo) if hub and spec.repo else ""
     graphs = _optimize(pipeline, controlnet, device, placement, options)
@@ -183,7 +221,12 @@ def _optimize(
     fast = placement.quantization in COMPUTED_FAST and not is_packed(denoiser)
     if placement.residency == Residency.RESIDENT and fast:
         graphs = apply_optimizations(
-            pipeline, controlnet, device, options.performance, steady=options.lora_folder.folder is None
+            pipeline,
+            controlnet,
+            device,
+            options.performance,
+            steady=options.lora_folder.folder is None,
+            traced=not options.loads_on_demand,
         )
     if options.attention_slicing:
         pipeline.enable_attention_slicing()

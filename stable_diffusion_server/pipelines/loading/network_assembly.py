@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
+from transformers.initialization import no_init_weights
 
 from stable_diffusion_server.pipelines.loading.packed_weights import PackedLinear, PackedWeight
 from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError
@@ -29,7 +30,8 @@ def assemble(
     Raises `WeightFileError` when weights are missing, left over, or of another shape: they would otherwise be random,
     or ignored.
     """
-    with init_empty_weights(include_buffers=False):
+    # Without the second, random numbers for weights that do not exist yet take most of the time of a small load.
+    with init_empty_weights(include_buffers=False), no_init_weights():
         if issubclass(network_class, diffusers.ModelMixin):
             network = network_class.from_config(dict(config))
         else:

@@ -136,7 +136,7 @@ def place(
     if offload != "auto" and quantize != "auto":
         return candidates[-1]  # both settings are explicit
     least = min(placement.needed for placement in candidates)
-    raise ModelTooLarge(f"The model needs {_gigabytes(least)} of memory, and {_gigabytes(free)} are free.")
+    raise ModelTooLarge(f"The model needs {gigabytes(least)} of memory, and {gigabytes(free)} are free.")
 
 
 def _allowed(accelerated: bool, offload: Offload, quantize: Quantize) -> list[tuple[Residency, Quantization]]:
@@ -153,5 +153,6 @@ def _allowed(accelerated: bool, offload: Offload, quantize: Quantize) -> list[tu
     return [(residency, Quantization(quantize)) for residency in Residency if residency in residencies]
 
 
-def _gigabytes(size: int) -> str:
+def gigabytes(size: int) -> str:
+    """A number of bytes as people write it: `6.9 GB`."""
     return f"{size / 1e9:.1f} GB"

@@ -47,7 +47,12 @@ def token_counter(tokenizer: Any) -> Callable[[str], int]:
 
     It uses a copy of `tokenizer` and a lock: fast tokenizers keep truncation settings inside and are not thread-safe.
     """
-    own, lock = copy.deepcopy(tokenizer), Lock()
+    lock = Lock()
+    if hasattr(tokenizer, "_tokenizer"):  # the words that it was made of are lists of 100,000 objects, never changed
+        own = copy.copy(tokenizer)
+        own._tokenizer = copy.deepcopy(tokenizer._tokenizer)
+    else:
+        own = copy.deepcopy(tokenizer)
     own.model_max_length = int(1e9)  # avoids warnings about long texts, which this counter exists to find
 
     def count(text: str) -> int:

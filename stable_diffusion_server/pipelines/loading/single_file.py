@@ -34,6 +34,7 @@ from stable_diffusion_server.pipelines.loading.model_files import translate_load
 from stable_diffusion_server.pipelines.loading.network_assembly import assemble
 from stable_diffusion_server.pipelines.loading.packed_weights import PackedWeight
 from stable_diffusion_server.pipelines.loading.tokenizer_files import clip_tokenizer, t5_tokenizer
+from stable_diffusion_server.pipelines.loading.weight_digest import ignore_progress
 from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError
 from stable_diffusion_server.pipelines.model_spec import CheckpointFiles, ModelSpec
 
@@ -45,14 +46,17 @@ COMPONENTS: Mapping[str, Mapping[str, str]] = {
 _SHOWN = {DENOISER: "denoiser", VAE: "VAE", CLIP_L: "CLIP-L", CLIP_G: "CLIP-G", T5: "T5"}
 
 
-def load_checkpoint(spec: ModelSpec, models_dir: Path, dtype: torch.dtype) -> Any:
+def load_checkpoint(
+    spec: ModelSpec, models_dir: Path, dtype: torch.dtype, report: Callable[[float], None] = ignore_progress
+) -> Any:
     """The pipeline of the files in `spec.checkpoint`, with its weights in `dtype`, on the CPU. Opens no socket.
 
-    Float8 and GGUF weights of the denoiser stay packed. Raises `ModelLoadError`.
+    Float8 and GGUF weights of the denoiser stay packed. `report` receives the share of the components that is loaded.
+    Raises `ModelLoadError`.
     """
     files = _files(spec)
     with translate_load_errors(spec.folder, models_dir):
-        parts = _networks(files, models_dir, dtype, meta=False)
+        parts = _networks(files, models_dir, dtype, report, meta=False)
         pipeline = _PIPELINES[files.family](spec, files, models_dir, parts)
         check_pipeline(spec.folder, pipeline)
         if pipeline.vae.config.force_upcast and dtype == torch.float16:
@@ -64,7 +68,7 @@ def load_checkpoint(spec: ModelSpec, models_dir: Path, dtype: torch.dtype) -> An
 def empty_checkpoint(spec: ModelSpec, models_dir: Path) -> dict[str, torch.nn.Module]:
     """The components that `load_checkpoint` makes, by name, without weights (on torch's meta device)."""
     with translate_load_errors(spec.folder, models_dir):
-        return _networks(_files(spec), models_dir, torch.float32, meta=True)
+        return _networks(_files(spec), models_dir, torch.float32, ignore_progress, meta=True)
 
 
 def checkpoint_files(spec: ModelSpec, models_dir: Path) -> dict[str, Path]:
@@ -83,7 +87,9 @@ def _files(spec: ModelSpec) -> CheckpointFiles:
     return spec.checkpoint
 
 
-def _networks(files: CheckpointFiles, models_dir: Path, dtype: torch.dtype, *, meta: bool) -> dict[str, Any]:
+def _networks(
+    files: CheckpointFiles, models_dir: Path, dtype: torch.dtype, report: Callable[[float], None], *, meta: bool
+) -> dict[str, Any]:
     """The networks by component name. A file that holds several parts is read once."""
     places = dict(files.parts)
 
@@ -101,6 +107,7 @@ def _networks(files: CheckpointFiles, models_dir: Path, dtype: torch.dtype, *, m
             networks[component] = _network(files.family, part, component, tensors, dtype)
         except WeightFileError as error:
             raise WeightFileError(f"the {_SHOWN[part]} in {Path(place).name} cannot be used: {error}") from error
+        report(len(networks) / len(COMPONENTS[files.family]))
     return networks
 
 

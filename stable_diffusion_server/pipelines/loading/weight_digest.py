@@ -20,6 +20,12 @@ _SETTLED = 2.0
 # Bytes from which reading is logged.
 _LARGE = 1_000_000_000
 _KEPT = 4096
+# Bytes that are read at once; after each, a load may be ended.
+_CHUNK = 8 * 2**20
+
+
+def ignore_progress(share: float) -> None:
+    """Ignore the share of a work that is done."""
 
 
 class WeightDigests:
@@ -34,17 +40,24 @@ class WeightDigests:
         self._known: dict[str, str] = _read(file)
         self._fresh: dict[str, str] = {}
 
-    def of(self, files: Mapping[str, Path]) -> str:
+    def of(self, files: Mapping[str, Path], report: Callable[[float], None] = ignore_progress) -> str:
         """One digest of files by their names, 64 hexadecimal digits. Raises `ModelLoadError` for a missing file.
 
-        It depends on names and contents, not on the place that links lead to.
+        It depends on names and contents, not on the place that links lead to. `report` receives the share that is read.
         """
         lacking = [file for file in files.values() if self._remembered(_facts_of(file)) is None]
         size = sum(file.stat().st_size for file in lacking)
         started = time.perf_counter()
         if size >= _LARGE:
             _log.info("reading weights to know them by their content", files=len(lacking), bytes=size)
-        lines = [f"{name}\0{self._digest(file)}\n" for name, file in sorted(files.items())]
+        read = 0
+
+        def count(amount: int) -> None:
+            nonlocal read
+            read += amount
+            report(min(1.0, read / max(1, size)))
+
+        lines = [f"{name}\0{self._digest(file, count)}\n" for name, file in sorted(files.items())]
         if size >= _LARGE:
             _log.info("weights were read", bytes=size, seconds=round(time.perf_counter() - started, 1))
         if lacking:
@@ -77,13 +90,17 @@ class WeightDigests:
     def _remembered(self, key: str) -> str | None:
         return self._fresh.get(key) or self._known.get(key)
 
-    def _digest(self, file: Path) -> str:
+    def _digest(self, file: Path, count: Callable[[int], None] = lambda amount: None) -> str:
         key = _facts_of(file)
         if (known := self._remembered(key)) is not None:
             return known
         try:
             with file.open("rb") as source:
-                digest = hashlib.file_digest(source, "sha256").hexdigest()
+                content = hashlib.sha256()
+                while chunk := source.read(_CHUNK):
+                    content.update(chunk)
+                    count(len(chunk))
+                digest = content.hexdigest()
                 changed = os.fstat(source.fileno()).st_ctime
         except OSError as error:
             raise ModelLoadError(f"{file.parent.name}/{file.name} cannot be read ({error.strerror}).") from error

@@ -43,6 +43,8 @@ def sentence(job: Job) -> str:
     eta = job.get("eta_seconds")
     about = "" if eta is None else f", about {max(1, round(eta))} s"
     match job["state"]:
+        case "queued" if job.get("loading") is not None:
+            return f"Loading the model, {job['loading']} %{about} …"
         case "queued":
             before = job.get("position") or 0
             return f"Waiting: {_count(before, 'picture')} before this one{about}." if before else "Waiting its turn …"

@@ -1,0 +1,223 @@
+"""The models of this process: their specs before and after loading, what is in memory, what cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+from stable_diffusion_server.app.model_choice import check_model_names, choose_from_folder
+from stable_diffusion_server.engine import Denoiser
+from stable_diffusion_server.errors import ModelLoadError, NotReady
+from stable_diffusion_server.generation import DecodedPixels
+from stable_diffusion_server.pipelines import (
+    MODELS,
+    REAL_MODELS,
+    LoraFolder,
+    ModelSpec,
+    ModelTable,
+    with_lcm,
+    with_quantization,
+    without_identity,
+)
+from stable_diffusion_server.settings import Settings
+
+# What `residency` says of a model that is not in memory.
+UNLOADED, LOADING = "unloaded", "loading"
+
+
+class ModelBackend(Denoiser[Any, DecodedPixels], Protocol):
+    """A denoiser that also counts the tokens of a prompt."""
+
+    def count_tokens(self, model: str, prompt: str) -> int:
+        """Return the number of tokens of a prompt for a model. Thread-safe."""
+
+
+@dataclass(slots=True)
+class ModelState:
+    """The models: their specs before they are loaded, the backend afterwards.
+
+    `facts` holds the specs of the configured models (`asked`); loading replaces them by specs with the revision of the
+    files. `unusable` maps models that could not be loaded to the reason. `fault` is the reason if no model can be
+    loaded, `default_model` is for requests that name no model, `progress` returns the state of a download as a text,
+    `loras` is the folder of LoRAs, `notes` are remarks on the files in MODELS_DIR.
+    """
+
+    facts: ModelTable[ModelSpec]
+    fault: ModelLoadError | None = None
+    default_model: str = next(iter(MODELS))
+    asked: Mapping[str, ModelSpec] = field(default_factory=dict)
+    models: ModelBackend | None = None
+    unusable: dict[str, str] = field(default_factory=dict)
+    progress: Callable[[], str] = str
+    loras: LoraFolder = field(default_factory=lambda: LoraFolder(None))
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, settings: Settings) -> ModelState:
+        """Choose the models by the settings and by the files in MODELS_DIR. Raises `SettingsError`."""
+        loras, default = LoraFolder(settings.lora_dir, settings.max_lora_bytes), settings.text_to_image_model
+        try:
+            chosen, refused, notes = choose_from_folder(settings)
+        except ModelLoadError as error:
+            check_model_names(settings, MODELS)
+            return cls(ModelTable(MODELS), error, default, loras=loras)
+        check_model_names(settings, {*chosen, *chosen.aliases, *refused})
+        lcm = with_lcm if settings.load_lcm_lora else lambda facts: facts
+        asked = {
+            name: with_quantization(lcm(facts), facts.quantize or settings.quantize) for name, facts in chosen.items()
+        }
+        unread = ModelTable({name: without_identity(facts) for name, facts in asked.items()}, chosen.aliases)
+        return cls(unread, default_model=default, asked=asked, unusable=dict(refused), loras=loras, notes=notes)
+
+    @property
+    def on_demand(self) -> frozenset[str]:
+        """The models that are loaded when a request needs them.
+
+        At the start are loaded: the catalogue's models under their own names, the default, and what its owner wants.
+        """
+        default = self.facts.get(self.default_model) or next(iter(self.facts.values()))
+        return frozenset(
+            name for name, facts in self.asked.items() if name not in REAL_MODELS and not facts.preload
+        ) - {default.name}
+
+    def started(self, loaded: Mapping[str, ModelSpec], faults: Mapping[str, str]) -> None:
+        """Record what was loaded at the start, and why other models could not be; the rest waits for its first use."""
+        aliases = self.facts.aliases.items()
+        self.unusable.update(faults)
+        self.unusable.update((alias, faults[name]) for alias, name in aliases if name in faults)
+        self.facts.drop(faults)
+        waiting = {name: replace(facts, unread=True) for name, facts in self.facts.items() if name not in loaded}
+        self.facts.put({**waiting, **loaded})
+
+    def loaded(self, spec: ModelSpec) -> None:
+        """Record the spec of a model that was loaded on demand; called on the engine's thread."""
+        self.facts.put({spec.name: spec})
+        self.unusable.pop(spec.name, None)
+
+    def failed(self, name: str, why: str) -> None:
+        """Record why a model could not be loaded on demand, so that it is not tried again and again."""
+        self.unusable[name] = why
+
+    def refresh(self, new: ModelState, changed: Collection[str]) -> None:
+        """Take the models of another reading of MODELS_DIR; what did not change keeps its revision."""
+        kept = {name: facts for name, facts in self.facts.items() if name in new.facts and name not in changed}
+        unread = {name: replace(facts, unread=True) for name, facts in new.facts.items()}
+        self.asked, self.notes = new.asked, new.notes
+        self.facts.replace_with(ModelTable({**unread, **kept}, new.facts.aliases))
+        self.unusable.clear()
+        self.unusable.update(new.unusable)
+        replace_specs: Callable[[Mapping[str, ModelSpec]], None] | None = getattr(self.models, "replace_specs", None)
+        if replace_specs is not None:
+            replace_specs(self.asked)
+
+    def status_of(self, name: str) -> dict[str, object]:
+        """Return what `/models` says of a model besides its revision: family, bytes, and where it is."""
+        facts = self.facts[name]
+        share = self.loading_share(facts.name)
+        infos = {model.name: model for model in getattr(self.models, "loaded", ())}
+        there = facts.name in infos
+        return {
+            "family": _family_of(facts),
+            "bytes": infos[facts.name].bytes if there else facts.file_bytes,
+            "residency": infos[facts.name].residency if there else UNLOADED if share is None else LOADING,
+            "loading": None if share is None else round(100 * share),
+            "pinned": facts.pinned,
+        }
+
+    def count_tokens(self, model: str, prompt: str) -> int:
+        """Return the number of tokens of a prompt for a model. Raises `NotReady` until the models are loaded."""
+        if self.models is None:
+            raise NotReady("The models are loading.", retry_after=5)
+        return self.models.count_tokens(model, prompt)
+
+    def describe(self) -> list[dict[str, object]]:
+        """Describe each model, the loaded ones first: name, folder, revision, placement, bytes, defaults and LoRAs.
+
+        Reads the LoRA folder: lists the usable LoRAs, and for the others the reason.
+        """
+        if self.models is None:
+            return []
+        default = self.facts.get(self.default_model) or next(iter(self.facts.values()), None)
+        usual = default.name if default is not None else ""
+        loaded = {model.name: asdict(model) for model in getattr(self.models, "loaded", ())}
+        demanded = getattr(self.models, "on_demand", False)
+        known = {name: self._unloaded(facts) for name, facts in self.facts.items() if demanded and name not in loaded}
+        return [
+            {
+                **facts,
+                "usual": name == usual,
+                **_defaults_of(self.facts[name]),
+                **self._adapters_of(self.facts[name]),
+            }
+            for name, facts in {**loaded, **known}.items()
+            if name in self.facts
+        ]
+
+    def offered_loras(self) -> Mapping[str, str]:
+        """Return the LoRAs that fit a model, with their digests, which are computed at lookup."""
+        return self.loras.available({facts.denoiser_part for facts in self.facts.values()})
+
+    def _adapters_of(self, facts: ModelSpec) -> dict[str, object]:
+        return {
+            "loras": self.loras.names({facts.denoiser_part}),
+            "unusable_loras": list(self.loras.faults().values()),
+        }
+
+    def _unloaded(self, facts: ModelSpec) -> dict[str, object]:
+        """Describe a model that is not in memory, with the members of a loaded one."""
+        why = self.unusable.get(facts.name)
+        return {
+            "name": facts.name,
+            "folder": facts.folder,
+            "revision": "" if facts.unread else facts.revision,
+            "device": "",
+            "dtype": "",
+            "residency": LOADING if self.loading_share(facts.name) is not None else UNLOADED,
+            "quantization": "",
+            "bytes": facts.file_bytes,
+            "follows_edges": facts.control_folder is not None,
+            "commit": "",
+            "remarks": [why] if why else [],
+        }
+
+    def loading_share(self, name: str) -> float | None:
+        """Return the loaded share (0..1) of a model that is being loaded; otherwise `None`."""
+        model, share = getattr(self.models, "loading", None) or ("", 0.0)
+        return share if model == name else None
+
+    def missing(self) -> list[str]:
+        """Return why the default model could not be loaded; empty if it was loaded, even if other models were not."""
+        return [self.unusable[self.default_model]] if self.default_model in self.unusable else []
+
+    def remarks(self) -> list[str]:
+        """Return limitations of the loaded models, and why other models could not be loaded, as sentences."""
+        remarks = [remark for model in getattr(self.models, "loaded", ()) for remark in model.remarks]
+        others = (why for name, why in self.unusable.items() if name != self.default_model)
+        return [*dict.fromkeys([*self.notes, *remarks, *others])]
+
+    def memory(self) -> Mapping[str, Mapping[str, int]]:
+        """Return the bytes of memory by device and kind; empty before the models are loaded."""
+        read: Callable[[], Mapping[str, Mapping[str, int]]] = getattr(self.models, "memory", dict)
+        return read()
+
+    def prompt_caches(self) -> Mapping[str, int]:
+        """Return the bytes of cached prompt embeddings by model."""
+        read: Callable[[], Mapping[str, int]] = getattr(self.models, "prompt_caches", dict)
+        return read()
+
+
+def _family_of(facts: ModelSpec) -> str:
+    """Return the name of a model's family: `sdxl` or `flux`."""
+    return next((name for name, spec in MODELS.items() if spec.family == facts.family), "")
+
+
+def _defaults_of(facts: ModelSpec) -> dict[str, object]:
+    return {
+        "family": _family_of(facts),
+        "default_steps": facts.default_steps,
+        "default_guidance": facts.default_guidance,
+        "native_pixels": facts.native_pixels,
+        "takes_negative_prompt": facts.takes_negative_prompt,
+        "takes_guidance": facts.takes_guidance,
+    }
