@@ -235,13 +235,14 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
     residents = _residents(models_dir, device, options)
     errors: dict[str, ModelLoadError] = {}
     for name in (name for name in options.models if name not in options.on_demand):
+        spec = options.models[name]
         try:
             size = residents.measure(name) if options.loads_on_demand else 0
             if size == 0 or not residents.loaded or residents.has_room_for(name, None):
-                residents.add(_load_or_fall_back(options.models[name], models_dir, device, options))
+                residents.add(_family_class(spec).load(spec, models_dir, device, options))
         except ModelLoadError as error:
             errors[name] = error
-            _log.error("a model cannot be loaded", model=name, folder=options.models[name].folder, why=error.detail)
+            _log.error("a model cannot be loaded", model=name, folder=spec.folder, why=error.detail)
     if errors and not residents.loaded and not options.on_demand:
         sentences = " ".join(error.detail for error in errors.values())
         raise next(iter(errors.values())) if len(errors) == 1 else ModelLoadError(sentences)
@@ -282,20 +283,6 @@ def _residents(models_dir: Path, device: torch.device, options: LoadOptions) -> 
             raise
 
     return ResidentModels(options.models, budget, load_one, measure, options.pinned)
-
-
-def _load_or_fall_back(spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> LoadedFamily:
-    """The model of `spec`, or its fallback when the device cannot hold it. Raises `ModelLoadError`."""
-    try:
-        return _family_class(spec).load(spec, models_dir, device, options)
-    except ModelTooLarge as error:
-        fallback = options.fallbacks.get(spec.name)
-        if fallback is None or fallback == spec:
-            raise
-        _log.warning(
-            "other weights are used", model=spec.name, wanted=spec.folder, used=fallback.folder, why=error.detail
-        )
-        return _family_class(fallback).load(fallback, models_dir, device, options)
 
 
 def _family_class(spec: ModelSpec) -> FamilyClass:

@@ -163,8 +163,8 @@ def test_offloading_on_the_cpu_is_refused_at_load() -> None:
         load(MODELS_DIR, "cpu", 1, LoadOptions(offload="model"))
 
 
-def test_a_model_that_does_not_fit_gives_way_to_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MODELS=auto on a machine too small for the real weights: the embedded ones are used, and the facts say so."""
+def test_a_model_that_does_not_fit_is_refused_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine too small for one model: a sentence with the numbers, and the other model alone is loaded."""
     footprint = loader.footprint_of
 
     def too_large(facts: ModelSpec, parts: Any, dtype: torch.dtype) -> Footprint:
@@ -173,19 +173,22 @@ def test_a_model_that_does_not_fit_gives_way_to_one_that_does(monkeypatch: pytes
 
     monkeypatch.setattr(loader, "footprint_of", too_large)
     real = replace(MODELS["flux"], revision="real")
-    drawing = load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": real}, fallbacks=MODELS))
-    assert drawing.models == {"flux": MODELS["flux"]}
-    assert [model.revision for model in drawing.loaded] == [MODELS["flux"].revision]
+    drawing = load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": real, "sdxl": MODELS["sdxl"]}))
+    assert drawing.models == {"sdxl": MODELS["sdxl"]}
+    assert "GB of memory" in drawing.unusable["flux"]
     with pytest.raises(ModelTooLarge, match="GB of memory"):
         load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": real}))
 
 
-def test_a_model_that_is_damaged_does_not_give_way(tmp_path: Path) -> None:
-    """Only lack of memory causes the fallback: the operator must learn of incomplete files."""
+def test_a_damaged_model_is_refused_and_not_replaced(tmp_path: Path) -> None:
+    """The operator must learn of incomplete files; the other model is loaded."""
     (tmp_path / "real").mkdir()
     damaged = replace(MODELS["flux"], folder="real")
+    drawing = load(tmp_path, "cpu", 1, LoadOptions(models={"flux": damaged, "sdxl": MODELS["sdxl"]}))
+    assert [*drawing.models] == ["sdxl"]
+    assert "real" in drawing.unusable["flux"]
     with pytest.raises(ModelLoadError, match="real"):
-        load(tmp_path, "cpu", 1, LoadOptions(models={"flux": damaged}, fallbacks=MODELS))
+        load(tmp_path, "cpu", 1, LoadOptions(models={"flux": damaged}))
 
 
 def test_attention_in_slices_draws_nearly_the_same_picture(families: dict[str, Any]) -> None:

@@ -53,12 +53,11 @@ _DIGESTED, _READ, _COPIED = 0.2, 0.8, 0.95
 class LoadOptions:
     """What to load and how. `models` are specs by name (see `catalog.choose_models`); `hub` downloads missing ones.
 
-    `fallbacks` replace a model that the device cannot hold. `digests` identify weights. With `mapped`, weights stay
-    memory-mapped. `lora_dir`, or the shared `loras`, holds the LoRAs that requests may name. `controlnet_lora` is added
-    to the ControlNet and `dfloat11` are compressed weights, for models that take them. `offload` and `quantize`
-    override what free memory decides; `performance` names the optimizations of resident, unquantized weights.
-    `attention_slicing`, `vae_slicing` and `vae_tiling` save memory and change images slightly. Each model caches up to
-    `prompt_cache_bytes` of prompt embeddings.
+    `digests` identify weights. With `mapped`, weights stay memory-mapped. `lora_dir`, or the shared `loras`, holds the
+    LoRAs that requests may name. `controlnet_lora` is added to the ControlNet and `dfloat11` are compressed weights,
+    for models that take them. `offload` and `quantize` override what free memory decides; `performance` names the
+    optimizations of resident, unquantized weights. `attention_slicing`, `vae_slicing` and `vae_tiling` save memory and
+    change images slightly. Each model caches up to `prompt_cache_bytes` of prompt embeddings.
 
     `on_demand` names the models that are loaded when a request needs them; `pinned` ones are not unloaded for others.
     `memory` is the number of bytes that the weights of all models may take; without it, the free memory decides, less
@@ -67,7 +66,6 @@ class LoadOptions:
     """
 
     models: Mapping[str, ModelSpec] = field(default_factory=lambda: MODELS)
-    fallbacks: Mapping[str, ModelSpec] = field(default_factory=dict)
     hub: HubClient | None = None
     digests: WeightDigests = field(default_factory=WeightDigests)
     mapped: bool = False
