@@ -30,13 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "pipelines")]
 
 from checkpoint_stand_ins import sdxl_pipeline, write  # noqa: E402  # after the path to the stand-ins
-from drawing import job_for  # noqa: E402
-from original_names import sdxl_tensors  # noqa: E402
-from single_file_specs import sdxl_spec  # noqa: E402
+from drawing import job_for  # noqa: E402  # after the path to the stand-ins
+from original_names import sdxl_tensors  # noqa: E402  # after the path to the stand-ins
+from single_file_specs import sdxl_spec  # noqa: E402  # after the path to the stand-ins
 
-from stable_diffusion_server.engine import Engine, EngineState  # noqa: E402
-from stable_diffusion_server.errors import ModelLoadError  # noqa: E402
-from stable_diffusion_server.pipelines.registry import LoadOptions, Registry, load  # noqa: E402
+from stable_diffusion_server.engine import Engine, EngineState  # noqa: E402  # after the path to the stand-ins
+from stable_diffusion_server.errors import ModelLoadError  # noqa: E402  # after the path to the stand-ins
+from stable_diffusion_server.pipelines.registry import LoadOptions, Registry, load  # noqa: E402  # after the path to the stand-ins
 
 NAMES = ("a", "b", "c")
 BROKEN = "broken"

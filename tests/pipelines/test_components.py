@@ -223,7 +223,7 @@ def test_what_is_not_in_the_catalogue_is_refused_by_name() -> None:
 @pytest.mark.parametrize("steps", [1, 4, 60, 61, 62, 100])
 def test_a_schedule_has_as_many_steps_as_were_asked_for(registry: Any, scheduler: str, steps: int) -> None:
     """61 steps are 61, none of them before the first timestep; the result and the progress report that number."""
-    pipeline = registry._families["sdxl"].pipeline
+    pipeline = registry.residents["sdxl"].family.pipeline
     made = make_scheduler(scheduler_of(MODELS["sdxl"], scheduler, steps), like=pipeline.scheduler)
     set_timesteps(made, steps, CPU)
     assert len(made.timesteps) == steps

@@ -198,7 +198,7 @@ FAILURES: dict[str, tuple[str, str, type[Exception]]] = {
 def test_a_failure_leaves_nothing_on_the_device(what: str, drawing: Any, travels: Travels) -> None:
     """The exception is raised, the components leave, and the same job then gives the same image."""
     part, method, kind = FAILURES[what]
-    before, whole = draw(drawing, job_for("sdxl")), getattr(drawing._families["sdxl"].pipeline, part)
+    before, whole = draw(drawing, job_for("sdxl")), getattr(drawing.residents["sdxl"].family.pipeline, part)
     true = getattr(whole, method)
 
     def fails(*arguments: Any, **named: Any) -> Any:

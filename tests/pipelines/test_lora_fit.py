@@ -267,7 +267,7 @@ from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
 folder, how = Path(sys.argv[1]), sys.argv[2]
 registry = load(Path(sys.argv[3]), "cpu", 1, LoadOptions(models={"sdxl": MODELS["sdxl"]}, lora_dir=folder))
-pipeline = registry._families["sdxl"].pipeline
+pipeline = registry.residents["sdxl"].family.pipeline
 file = write(folder / "ink.safetensors", peft("unet", unet_pairs(pipeline)))
 state = registry.prepare(job_for("sdxl", loras=(("ink", 1.0),)))
 registry.step([state])

@@ -100,7 +100,7 @@ def test_weights_of_one_byte_draw_nearly_the_same_picture(
         pytest.importorskip("torchao")
     models = {name: with_quantization(facts, quantize) for name, facts in MODELS.items()}
     registry = load(MODELS_DIR, "cpu", 1, LoadOptions(models=models, quantize=quantize))
-    for name, family in registry._families.items():
+    for name, family in ((model.spec.name, model.family) for model in registry.residents.loaded):
         part = family.spec.denoiser_part
         fine, coarse = (bytes_of(getattr(f.pipeline, part)) for f in (families[name], family))
         ratio = psnr(draw(family, job_for(name)), draw(families[name], job_for(name)))
@@ -139,8 +139,8 @@ def test_every_residency_draws_on_a_gpu(name: str, residency: Residency, familie
 def test_a_vae_in_slices_and_tiles_draws_the_same_small_picture(families: dict[str, Any]) -> None:
     """Both are options; neither changes an image of one tile."""
     registry = load(MODELS_DIR, "cpu", 1, LoadOptions(vae_slicing=True, vae_tiling=True))
-    assert registry._families["sdxl"].pipeline.vae.use_tiling
-    assert registry._families["sdxl"].pipeline.vae.use_slicing
+    assert registry.residents["sdxl"].family.pipeline.vae.use_tiling
+    assert registry.residents["sdxl"].family.pipeline.vae.use_slicing
     assert psnr(draw(registry, job_for("sdxl")), draw(families["sdxl"], job_for("sdxl"))) > 80
 
 

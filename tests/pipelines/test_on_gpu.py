@@ -73,7 +73,7 @@ def faster(request: pytest.FixtureRequest) -> Any:
 
     registry = load(MODELS_DIR, "cuda", 1, LoadOptions(performance=request.param))
     assert bool(registry._cuda_graphs) == ("graphs" in request.param)
-    assert type(registry._families["sdxl"].pipeline.vae.decoder.conv_norm_out).__module__.endswith("group_norm")
+    assert type(registry.residents["sdxl"].family.pipeline.vae.decoder.conv_norm_out).__module__.endswith("group_norm")
     return registry
 
 

@@ -248,7 +248,7 @@ def test_the_models_can_be_traced(traced: Registry, model: str) -> None:
     """All their components, so that no library update breaks tracing unnoticed."""
     for seed in range(4):
         draw(traced, job_for(model, seed=seed, prompt=f"a square, {seed}"))
-    pipeline = traced._families[model].pipeline
+    pipeline = traced.residents[model].family.pipeline
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     passes = {name: part.forward for name, part in parts.items() if name != "vae"} | {
         "vae": pipeline.vae.decoder.forward
@@ -262,4 +262,4 @@ def test_the_models_can_be_traced(traced: Registry, model: str) -> None:
 def test_nothing_is_traced_where_weights_may_change(tmp_path: Path) -> None:
     """A trace contains the LoRAs of its time."""
     registry = load(MODELS_DIR, "cpu", 1, LoadOptions(lora_dir=tmp_path, performance="safe"))
-    assert not isinstance(registry._families["sdxl"].pipeline.unet.forward, TorchScriptRunner)
+    assert not isinstance(registry.residents["sdxl"].family.pipeline.unet.forward, TorchScriptRunner)

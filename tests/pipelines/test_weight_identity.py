@@ -202,6 +202,6 @@ def test_mapped_weights_are_a_choice(models: Path, one_thread: None) -> None:
     copied = load(models, "cpu", 1, LoadOptions(models={"flux": REAL}))
     assert (draw(mapped, job_for("flux")) == draw(copied, job_for("flux"))).all()
     assert mapped.loaded[0].bytes == copied.loaded[0].bytes
-    encoder = copied._families["flux"].pipeline.text_encoder_2  # type: ignore[attr-defined]  # the stock pipeline
+    encoder = copied.residents["flux"].family.pipeline.text_encoder_2
     assert encoder.shared.weight.data_ptr() == encoder.encoder.embed_tokens.weight.data_ptr()
     assert isinstance(encoder.shared.weight, torch.nn.Parameter)
