@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_stand_ins import sdxl_pipeline, write
 from conftest import ROOT
 from fakes import settings_in, until
 from fastapi.testclient import TestClient
+from original_names import sdxl_tensors
 
 from stable_diffusion_server.app import create_app
-
-sys.path.append(str(ROOT / "tests" / "pipelines"))
-from checkpoint_stand_ins import sdxl_pipeline, write
-from original_names import sdxl_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +84,9 @@ def test_models_take_turns_in_memory(start: Callable[..., TestClient]) -> None:
     broken = client.get("/create_and_upload_image", params={**SIZE, "model": "lacking"})
     assert broken.status_code == 503
     assert "lacking" in broken.json()["detail"]
+    for path in re.findall(r"POST http://localhost:8000(/models/\S+)", (ROOT / "docs" / "models.md").read_text()):
+        answer = client.post(path)
+        assert answer.status_code == 200, answer.text
     nearest = client.get("/create_and_upload_image", params={**SIZE, "model": "secnd"})
     assert nearest.status_code == 422
     assert "second" in nearest.json()["detail"]

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, free_port, start_server
-from fakes import until
-from test_server_jobs import WATCHED, accept, answers, child_of, job
-
-sys.path.append(str(ROOT / "tests" / "pipelines"))
 from checkpoint_stand_ins import sdxl_pipeline, write
+from conftest import free_port, start_server
+from fakes import until
 from original_names import sdxl_tensors
+from test_server_jobs import WATCHED, accept, answers, child_of, job
 
 pytestmark = pytest.mark.slow
 
