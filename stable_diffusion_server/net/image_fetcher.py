@@ -6,12 +6,11 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urljoin
 
 import httpx
 
 from stable_diffusion_server.concurrency import FairLimiter
-from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed, TooLarge, UnsupportedMedia, number_text
+from stable_diffusion_server.errors import RemoteFetchFailed, TooLarge, UnsupportedMedia, number_text
 from stable_diffusion_server.imaging import (
     DEFAULT_FORMATS,
     SIGNATURE_BYTES,
@@ -20,11 +19,10 @@ from stable_diffusion_server.imaging import (
     media_types,
 )
 from stable_diffusion_server.net.safe_client import Resolve, SafeClient, describe_http_error
-from stable_diffusion_server.net.url_policy import AllowedTarget, UrlTarget, parse_url
+from stable_diffusion_server.net.url_policy import REDIRECTS, AllowedTarget, UrlTarget, parse_url, redirect_target
 
 MAX_REDIRECTS = 3
 _MAX_FETCHES = 16
-_REDIRECTS = (301, 302, 303, 307, 308)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +101,9 @@ class ImageFetcher:
                 client.cookies.clear()  # stored by IP address here, so they would reach other names at that address
                 response = await self._client.send(client, "GET", target, field, headers=self._headers, share=share)
                 try:
-                    if response.status_code not in _REDIRECTS:
+                    if response.status_code not in REDIRECTS:
                         return await self._read(response, field)
-                    target = _resolve_redirect(target, response.headers.get("location", ""), field)
+                    target = redirect_target(target, response.headers.get("location", ""), field)
                 finally:
                     await response.aclose()
         raise RemoteFetchFailed(f"{field} redirects more than {MAX_REDIRECTS} times.", field=field)
@@ -139,17 +137,3 @@ class ImageFetcher:
             raise UnsupportedMedia(
                 f"{field} leads to something that is not a {describe_formats(self._formats)} picture.", field=field
             )
-
-
-def _resolve_redirect(target: UrlTarget, location: str, field: str) -> UrlTarget:
-    """The target of a redirect. Raises `InvalidInput` for a URL that is malformed or not allowed."""
-    if not location:
-        raise RemoteFetchFailed(f"{field} redirects to nowhere.", field=field)
-    try:
-        url = urljoin(target.url, location)
-    except ValueError as error:
-        raise InvalidInput(f"{field} redirects to what is not a URL.", field=field) from error
-    redirect = parse_url(url, field)
-    if (target.scheme, redirect.scheme) == ("https", "http"):
-        raise InvalidInput(f"{field} redirects from https to http.", field=field)
-    return redirect

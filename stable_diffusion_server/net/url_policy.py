@@ -5,13 +5,15 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
-from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed
 from stable_diffusion_server.net.public_ip import Address, Network
 
 MAX_URL_LENGTH = 2048
 PORTS = {"http": 80, "https": 443}
+# Statuses of answers that name another URL.
+REDIRECTS = (301, 302, 303, 307, 308)
 
 _UNPRINTABLE = re.compile(r"[\x00-\x20\x7f\\]")
 _HOST_NAME = re.compile(r"[a-z0-9._-]+")
@@ -70,14 +72,14 @@ class AllowedTarget:
         return address in self.network if self.network is not None else target.host == self.host
 
 
-def parse_url(url: str, field: str) -> UrlTarget:
+def parse_url(url: str, field: str, longest: int = MAX_URL_LENGTH) -> UrlTarget:
     """Parse an http or https URL. Raises `InvalidInput` for anything else; `field` is named in the error."""
 
     def refused(reason: str) -> InvalidInput:
         return InvalidInput(f"{field} {reason}.", field=field)
 
-    if len(url) > MAX_URL_LENGTH:
-        raise refused(f"is longer than {MAX_URL_LENGTH} characters")
+    if len(url) > longest:
+        raise refused(f"is longer than {longest} characters")
     if _UNPRINTABLE.search(url):
         raise refused("holds blanks, control characters or backslashes")
     try:
@@ -92,6 +94,20 @@ def parse_url(url: str, field: str) -> UrlTarget:
     query = f"?{parts.query}" if parts.query else ""
     path = quote((parts.path or "/") + query, safe="/?%:@!$&'()*+,;=~[]|", errors="replace")
     return UrlTarget(parts.scheme, host, PORTS[parts.scheme] if port is None else port, path)
+
+
+def redirect_target(target: UrlTarget, location: str, field: str, longest: int = MAX_URL_LENGTH) -> UrlTarget:
+    """Where a redirect of `target` leads. Raises `InvalidInput` for a URL that is malformed or not allowed."""
+    if not location:
+        raise RemoteFetchFailed(f"{field} redirects to nowhere.", field=field)
+    try:
+        url = urljoin(target.url, location)
+    except ValueError as error:
+        raise InvalidInput(f"{field} redirects to what is not a URL.", field=field) from error
+    redirect = parse_url(url, field, longest)
+    if (target.scheme, redirect.scheme) == ("https", "http"):
+        raise InvalidInput(f"{field} redirects from https to http.", field=field)
+    return redirect
 
 
 def authority(host: str, port: int, scheme: str) -> str:

@@ -24,8 +24,8 @@ from storage_servers import StorageServer, make_s3_bucket, s3_client
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.net import image_fetcher, safe_client
-from stable_diffusion_server.net.image_fetcher import FetchLimits, ImageFetcher, _resolve_redirect
-from stable_diffusion_server.net.url_policy import PORTS, AllowedTarget, parse_url
+from stable_diffusion_server.net.image_fetcher import FetchLimits, ImageFetcher
+from stable_diffusion_server.net.url_policy import PORTS, AllowedTarget, parse_url, redirect_target
 
 pytestmark = pytest.mark.slow
 
@@ -222,7 +222,7 @@ def test_where_a_redirect_leads_is_read_like_any_address() -> None:
     """An invalid URL, and a redirect from https to http, are refused by name."""
     for location in ("http://[::1", "//[x]/", "http://public.test/", "http:///"):
         with pytest.raises(InvalidInput) as refused:
-            _resolve_redirect(parse_url("https://public.test/", "image_url"), location, "image_url")
+            redirect_target(parse_url("https://public.test/", "image_url"), location, "image_url")
         assert refused.value.field == "image_url"
 
 
