@@ -73,9 +73,15 @@ def _run_with_settings(given: argparse.Namespace, settings: Settings) -> None:
 
 
 def _run_models(given: argparse.Namespace, settings: Settings) -> None:
-    from stable_diffusion_server.app import inspect_model, list_models, verify_models
+    from stable_diffusion_server.app import FetchOrder, fetch_models, inspect_model, list_models, verify_models
 
     match given.action:
+        case "fetch":
+            variant = "" if given.variant == "none" else given.variant
+            order = FetchOrder(
+                given.source, tuple(given.files), given.name, given.folder, given.sha256, variant, given.replace
+            )
+            fetch_models(settings, order)
         case "inspect":
             inspect_model(settings, given.file, as_json=given.json)
         case "verify":
@@ -95,6 +101,29 @@ def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     inspect.add_argument("file", metavar="FILE", help="a path, or a name as `models list` prints it")
     verify = actions.add_parser("verify", parents=[shown], help="read files whole, check them and print their hashes")
     verify.add_argument("names", nargs="*", metavar="NAME", help="as `models list` prints it; default: all")
+    _add_fetch(actions)
+
+
+def _add_fetch(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = actions.add_parser(
+        "fetch",
+        help="download a model into MODELS_DIR",
+        description=(
+            "Downloads a model of the Hugging Face hub, or of an address, into MODELS_DIR. The same command resumes a "
+            "download that was stopped. HF_TOKEN opens gated repositories."
+        ),
+    )
+    parser.add_argument("source", metavar="REPOSITORY[@REVISION] or URL", help="such as stabilityai/sdxl-turbo")
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE", help="of the repository; default: its diffusers folder, or its only file"
+    )
+    parser.add_argument("--name", default="", help="name of the file or folder; default: its own")
+    parser.add_argument("--folder", default="", help="folder below MODELS_DIR; default: the one for its kind, if any")
+    parser.add_argument("--sha256", default="", metavar="DIGEST", help="refuse a file of another digest")
+    parser.add_argument(
+        "--variant", default="fp16", help="weights of a diffusers folder; default fp16 if there are any; or none"
+    )
+    parser.add_argument("--replace", action="store_true", help="replace another file of that name")
 
 
 def _add_draw(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

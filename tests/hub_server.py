@@ -6,7 +6,7 @@ import hashlib
 import json
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,7 +20,10 @@ import pytest
 class HubServer:
     """Its content and its requests: `repositories` maps names to files, those of `main` at `commits`.
 
-    Repositories in `gated` need a token; the first response for a name in `cut` is aborted in the middle.
+    Repositories in `gated` need a token; the first response for a name in `cut` is aborted in the middle, and the one
+    for a name in `held` stays there until the client ends. `sent` counts the bytes of bodies by the last part of the
+    path. Tokens in `refused` are no tokens; with `storage`, weights are elsewhere, as on the real hub. `old` has the
+    files of former commits.
     """
 
     url: str = ""
@@ -28,6 +31,11 @@ class HubServer:
     gated: set[str] = field(default_factory=set)
     cut: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
+    held: set[str] = field(default_factory=set)
+    sent: dict[str, int] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+    storage: str = ""
+    old: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     def add(self, repo: str, folder: Path, *, mark: str = "") -> None:
         """Add a folder's files; safetensors files get `mark` in their names."""
@@ -48,28 +56,34 @@ def answer(hub: HubServer, method: str, path: str, headers: Any) -> tuple[int, d
     parts = [urllib.parse.unquote(part) for part in urllib.parse.urlsplit(path).path.strip("/").split("/")]
     repo = "/".join(parts[2:4] if parts[:2] == ["api", "models"] else parts[:2])
     files = hub.repositories.get(repo)
+    if headers.get("Authorization", "").removeprefix("Bearer ") in hub.refused:
+        return 401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b""
     if files is None:
         return 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b""
     revision = next(
         (parts[n + 1] for n, part in enumerate(parts[:-1]) if part in ("revision", "resolve", "tree")), "main"
     )
-    if revision not in ("main", hub.commit(repo)):
+    commit = revision if revision in hub.old else hub.commit(repo)
+    files = hub.old.get(revision, files)
+    if revision not in ("main", commit):
         return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Revision not found"}, b""
     if parts[:2] == ["api", "models"]:
         listed = [
             {
                 "rfilename": name,
                 "size": len(data),
-                "blobId": _etag(data),
+                "blobId": blob_id(data),
                 "type": "file",
                 "path": name,
-                "oid": _etag(data),
+                "oid": blob_id(data),
+                **({"lfs": {"oid": sha256, "sha256": sha256, "size": len(data), "pointerSize": 130}} if sha256 else {}),
             }
             for name, data in files.items()
+            for sha256 in (lfs_digest(name, data),)
         ]
         if "tree" in parts:
             return 200, {}, json.dumps(listed).encode()
-        info = {"id": repo, "modelId": repo, "sha": hub.commit(repo), "private": False, "siblings": listed, "tags": []}
+        info = {"id": repo, "modelId": repo, "sha": commit, "private": False, "siblings": listed, "tags": []}
         return 200, {}, json.dumps(info).encode()
     if repo in hub.gated and not headers.get("Authorization"):
         message = f"Access to model {repo} is restricted."
@@ -77,16 +91,27 @@ def answer(hub: HubServer, method: str, path: str, headers: Any) -> tuple[int, d
     data = files.get("/".join(parts[4:]))
     if data is None:
         return 404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}, b""
-    given = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": hub.commit(repo), "Accept-Ranges": "bytes"}
-    given |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{_etag(data)}"'}
-    start = int(headers["Range"].split("=")[1].split("-")[0]) if headers.get("Range") and method == "GET" else 0
-    if start:
-        given["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-    return (206 if start else 200), given, data[start:]
+    etag = lfs_digest(parts[-1], data) or blob_id(data)
+    given = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+    given |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{etag}"'}
+    if hub.storage and lfs_digest(parts[-1], data):
+        return 302, {"Location": f"{hub.storage}/{etag}?Signature=secret"}, b""
+    if not headers.get("Range") or method != "GET":
+        return 200, given, data
+    start, _, end = headers["Range"].removeprefix("bytes=").partition("-")
+    part = data[int(start) : int(end) + 1 if end else None]
+    given["Content-Range"] = f"bytes {start}-{int(start) + len(part) - 1}/{len(data)}"
+    return 206, given, part
 
 
-def _etag(data: bytes) -> str:
-    return hashlib.sha1(data, usedforsecurity=False).hexdigest()
+def blob_id(data: bytes) -> str:
+    """The name that git gives a file."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def lfs_digest(name: str, data: bytes) -> str:
+    """The SHA-256 of a file that the hub keeps outside of git; empty for others."""
+    return hashlib.sha256(data).hexdigest() if name.endswith((".safetensors", ".gguf")) else ""
 
 
 @contextmanager
@@ -110,12 +135,19 @@ def serve(hub: HubServer) -> Iterator[HubServer]:
             if self.command == "HEAD":
                 return
             name = self.path.rsplit("/", 1)[-1]
-            if name in hub.cut and status == 200 and "/resolve/" in self.path:
+            resolved = "/resolve/" in self.path
+            if name in hub.cut and status == 200 and resolved:
                 hub.cut.discard(name)
-                self.wfile.write(body[: len(body) // 2])
+                body, self.close_connection = body[: len(body) // 2], True
+            holds = name in hub.held and status == 200 and resolved
+            if holds:
+                body = body[: len(body) // 2]
+            with suppress(ConnectionError):
+                self.wfile.write(body)
+            hub.sent[name] = hub.sent.get(name, 0) + len(body)
+            if holds:
+                self.connection.recv(1)  # returns when the client's end is closed
                 self.close_connection = True
-                return
-            self.wfile.write(body)
 
         do_HEAD = do_GET  # noqa: N815  # the name http.server looks for
 

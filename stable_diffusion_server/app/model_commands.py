@@ -46,7 +46,7 @@ def list_models(settings: Settings, *, as_json: bool = False) -> None:
             }
         )
     else:
-        _print(f"MODELS={settings.models}, MODELS_DIR={os.pathsep.join(map(str, settings.models_dir))}")
+        print_line(f"MODELS={settings.models}, MODELS_DIR={os.pathsep.join(map(str, settings.models_dir))}")
         if loaded.fault is None:
             _print_selected(settings, loaded)
         _print_table(library)
@@ -73,9 +73,9 @@ def inspect_model(settings: Settings, file: str, *, as_json: bool = False) -> No
         _print_json({"file": path.name, **identity_as_dict(identity), "spec": dict(spec.values), "faults": faults})
     else:
         for name, value in _facts(path, identity, spec):
-            _print(f"{name:12}{value}")
+            print_line(f"{name:12}{value}")
         for fault in faults:
-            _print(f"FAULT       {fault}")
+            print_line(f"FAULT       {fault}")
     if faults:
         sys.exit(1)
 
@@ -94,7 +94,7 @@ def verify_models(settings: Settings, names: Sequence[str], *, as_json: bool = F
         faults = _verify(model, digests)
         results.append({"name": model.name, "title": library.title(model), "faults": faults})
         if not as_json:
-            _print(f"  FAIL  {' '.join(faults)}" if faults else f"  ok    {library.title(model)}")
+            print_line(f"  FAIL  {' '.join(faults)}" if faults else f"  ok    {library.title(model)}")
     if as_json:
         _print_json({"models": results})
     sys.exit(1 if any(result["faults"] for result in results) else 0)
@@ -133,26 +133,26 @@ def _verify(model: LibraryModel, digests: WeightDigests) -> list[str]:
 def _print_selected(settings: Settings, loaded: ModelState) -> None:
     for name, facts in loaded.facts.items():
         side = round(facts.native_pixels**0.5)
-        _print(f"  {name:5} {facts.folder} ({facts.revision}), native {side} x {side}, {facts.default_steps} steps")
-    _print("Real weights, by the folder they are looked for in:")
+        print_line(f"  {name:5} {facts.folder} ({facts.revision}), native {side} x {side}, {facts.default_steps} steps")
+    print_line("Real weights, by the folder they are looked for in:")
     for name, candidates in REAL_MODELS.items():
         for facts in candidates:
             there = any((folder / facts.folder).is_dir() for folder in settings.models_dir)
-            _print(f"  {name:5} {facts.folder}: {'here' if there else 'not here'}")
+            print_line(f"  {name:5} {facts.folder}: {'here' if there else 'not here'}")
 
 
 def _print_table(library: ModelLibrary) -> None:
-    _print(f"Model files in MODELS_DIR: {len(library.models) or 'none'}")
+    print_line(f"Model files in MODELS_DIR: {len(library.models) or 'none'}")
     rows = [_row(library, model) for model in library.models]
     widths = [max([len(row[column]) for row in rows], default=0) for column in range(5)]
     for row, model in zip(rows, library.models, strict=True):
         cells = [cell.ljust(min(width, _NAME_WIDTH)) for cell, width in zip(row, widths, strict=True)]
-        _print("  " + "  ".join(cells).rstrip())
+        print_line("  " + "  ".join(cells).rstrip())
         for sentence in (*model.faults, model.note):
             if sentence:
-                _print(f"      {sentence}")
+                print_line(f"      {sentence}")
     for remark in library.remarks:
-        _print(remark)
+        print_line(remark)
 
 
 def _row(library: ModelLibrary, model: LibraryModel) -> tuple[str, str, str, str, str]:
@@ -196,7 +196,7 @@ def _facts(path: Path, identity: FileIdentity, spec: OwnerSpec) -> Iterable[tupl
     yield from (("note", remark) for remark in identity.remarks)
 
 
-def _print(line: str) -> None:
+def print_line(line: str) -> None:
     """Print one line; characters that the terminal cannot show, and control characters, are escaped."""
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
     encoding = sys.stdout.encoding or "utf-8"

@@ -33,7 +33,7 @@ _SAME_SCHEDULERS = {
     "FlowMatchEulerDiscreteScheduler": "flow_euler",
 }
 # Keys that other parts of the server read, or that inform the reader only.
-_ELSEWHERE = frozenset({"title", "aliases", "variant", "licence"})
+_ELSEWHERE = frozenset("title aliases variant licence source revision sha256".split())
 _FOR_BOTH = frozenset(
     "steps guidance scheduler native_size dtype quantization placement loras controlnets preload pin".split()
 )  # fmt: skip

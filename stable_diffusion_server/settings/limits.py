@@ -78,8 +78,9 @@ class LimitSettings(SettingsGroup):
     fetch_allow: Names = Field(
         (),
         description=(
-            "Hosts and networks that images may be fetched from although they are not public, separated by commas, "
-            "with the port if it is not 80 or 443: `images.internal`, `10.0.0.0/8`, `127.0.0.1:9000`."
+            "Hosts and networks that images may be fetched from, and that `models fetch` may be redirected to, "
+            "although they are not public, separated by commas, with the port if it is not 80 or 443: "
+            "`images.internal`, `10.0.0.0/8`, `127.0.0.1:9000`."
         ),
     )
     bumpy_retries: Literal["auto", "0", "1", "2"] = Field(

@@ -212,9 +212,11 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         most -= len(entries)
         for entry in entries:
+            if entry.name.startswith("."):  # among them files that are still being fetched
+                continue
             if entry.suffix == SUFFIX:
                 yield entry
-            elif depth < _MAX_DEPTH and not entry.name.startswith(".") and entry.is_dir():
+            elif depth < _MAX_DEPTH and entry.is_dir():
                 left.append((entry, depth + 1))
 
 

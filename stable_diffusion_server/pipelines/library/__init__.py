@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.pipelines.library.identification import identify
+from stable_diffusion_server.pipelines.library.fetched_models import (
+    folder_for,
+    header_size,
+    identify_beginning,
+    pin_origin,
+)
+from stable_diffusion_server.pipelines.library.identification import identify, refusal_of_name
 from stable_diffusion_server.pipelines.library.identity import FileIdentity, Kind, ModelTask
 from stable_diffusion_server.pipelines.library.identity_cache import identity_as_dict
 from stable_diffusion_server.pipelines.library.model_library import ModelLibrary
@@ -16,8 +22,13 @@ __all__ = [
     "ModelLibrary",
     "ModelTask",
     "OwnerSpec",
+    "folder_for",
+    "header_size",
     "identify",
+    "identify_beginning",
     "identity_as_dict",
+    "pin_origin",
     "read_spec",
+    "refusal_of_name",
     "spec_path",
 ]

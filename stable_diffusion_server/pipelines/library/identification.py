@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 
 from stable_diffusion_server.pipelines.library.denoiser_rules import DenoiserFacts, find_denoiser
@@ -60,17 +60,23 @@ def identify_file(file: Path) -> FileIdentity:
     suffix = file.suffix.lower()
     container = {SAFETENSORS: "safetensors", GGUF: "gguf"}.get(suffix, "pickle" if suffix in PICKLES else "")
     try:
-        if suffix in PICKLES:
+        if reason := refusal_of_name(file.name):
             with opened_file(file):
-                return FileIdentity(Kind.UNKNOWN, container=container, reason=_PICKLED)
-        if not container:
-            with opened_file(file):
-                reason = f"has the ending {shown(suffix, 20) or 'none'}; only .safetensors and .gguf files are read"
-                return FileIdentity(Kind.UNKNOWN, reason=reason)
+                return FileIdentity(Kind.UNKNOWN, container=container, reason=reason)
         header = read_safetensors(file) if container == "safetensors" else read_gguf(file)
     except UnreadableModel as error:
         return FileIdentity(Kind.UNKNOWN, container=container, reason=str(error))
     return identify_header(header)
+
+
+def refusal_of_name(name: str) -> str:
+    """Why a weight file of this name is not read, the end of a sentence about it; empty if its content decides."""
+    suffix = PurePath(name).suffix.lower()
+    if suffix in PICKLES:
+        return _PICKLED
+    if suffix not in (SAFETENSORS, GGUF):
+        return f"has the ending {shown(suffix, 20) or 'none'}; only .safetensors and .gguf files are read"
+    return ""
 
 
 def identify_header(header: TensorHeader) -> FileIdentity:

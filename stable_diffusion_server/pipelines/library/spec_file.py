@@ -103,6 +103,12 @@ def _size(value: Any) -> tuple[int, int]:
     return side(value), side(value)
 
 
+def _digest(value: Any) -> str:
+    if not isinstance(value, str) or len(value) != 64 or set(value.lower()) - set("0123456789abcdef"):
+        raise ValueError(value)
+    return value.lower()
+
+
 def _loras(value: Any) -> tuple[tuple[str, float], ...]:
     """`["name", "name:0.8"]`, as requests write them."""
     pairs = []
@@ -136,6 +142,9 @@ KEYS: Mapping[str, _Key] = {
     "preload": _Key(_flag, "true or false"),
     "pin": _Key(_flag, "true or false"),
     "licence": _Key(_text, f"a text of up to {_MAX_TEXT} characters"),
+    "source": _Key(_name, "a text of up to 300 characters: the repository or address that the model is from"),
+    "revision": _Key(_name, "a text of up to 300 characters: the commit of the repository"),
+    "sha256": _Key(_digest, "64 hexadecimal digits"),
 }
 
 

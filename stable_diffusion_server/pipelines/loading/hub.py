@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,26 +12,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import structlog
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from stable_diffusion_server.errors import ModelLoadError
+from stable_diffusion_server.pipelines.loading.hub_listing import (
+    HubListing,
+    files_of_repository,
+    hub_refusal,
+    list_repository,
+    one_line,
+    weights_in,
+)
 from stable_diffusion_server.pipelines.loading.weight_files import (
     DIFFUSERS,
     INDEX,
     SAFETENSORS,
-    TEXTS,
     WeightFileError,
-    WeightPart,
-    parts_of,
 )
 
 _log = structlog.get_logger(__name__)
 
 _MAIN = "main"
-# Timeout in seconds for listing a repository's files; the client resumes interrupted file downloads itself.
-_PATIENCE = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +43,6 @@ class PinnedRevision:
 
     commit: str
     files: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Listed:
-    """The files of a repository at a commit: name → bytes, and name → the name of its blob in the cache."""
-
-    commit: str
-    sizes: Mapping[str, int]
-    blobs: Mapping[str, str]
 
 
 class HubClient:
@@ -73,18 +66,17 @@ class HubClient:
     def pipeline(self, repo: str, variant: str | None) -> Path:
         """The folder of a whole pipeline: for each network one set of weight files, of `variant` if available."""
 
-        def choose(listed: _Listed) -> list[str]:
+        def choose(listed: HubListing) -> list[str]:
             if INDEX not in listed.sizes:
                 raise WeightFileError(f"it holds no {INDEX}")
             index = hf_hub_download(repo, INDEX, revision=listed.commit)
-            parts = parts_of(Path(index).parent)
-            return [INDEX, *(name for part in parts for name in _files_of(part, listed.sizes, variant))]
+            return files_of_repository(listed, Path(index).parent, variant)
 
         return self._fetched(repo, choose)
 
     def network(self, repo: str, variant: str | None) -> Path:
         """The folder of a single network, such as a ControlNet: its configuration and one set of weight files."""
-        return self._fetched(repo, lambda listed: ["config.json", *_weights(listed.sizes, "", DIFFUSERS, variant)])
+        return self._fetched(repo, lambda listed: ["config.json", *weights_in(listed.sizes, "", DIFFUSERS, variant)])
 
     def adapters(self, repo: str) -> Path:
         """The folder of a repository of LoRAs: its safetensors files."""
@@ -94,7 +86,7 @@ class HubClient:
         """The commit a repository was downloaded at; empty if it was not downloaded."""
         return self._pins[repo].commit if repo in self._done and repo in self._pins else ""
 
-    def _fetched(self, repo: str, choose: Callable[[_Listed], Sequence[str]]) -> Path:
+    def _fetched(self, repo: str, choose: Callable[[HubListing], Sequence[str]]) -> Path:
         if repo not in self._done:
             try:
                 self._done[repo] = self._fetch(repo, choose)
@@ -105,15 +97,15 @@ class HubClient:
             raise done
         return done
 
-    def _fetch(self, repo: str, choose: Callable[[_Listed], Sequence[str]]) -> Path:
+    def _fetch(self, repo: str, choose: Callable[[HubListing], Sequence[str]]) -> Path:
         asked, pin = self._revisions.get(repo), self._pins.get(repo)
         if pin is not None and asked in (None, pin.commit) and (folder := _in_cache(repo, pin)) is not None:
             return folder
         revision = asked or (pin.commit if pin is not None else _MAIN)
         try:
-            listed = _listed(repo, revision)
+            listed = list_repository(repo, revision)
         except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise _refused(repo, revision, error) from error
+            raise hub_refusal(repo, revision, error) from error
         except Exception as error:  # the client raises a dozen unrelated classes for connection failures
             return self._without_hub(repo, revision, error)
         try:
@@ -124,7 +116,7 @@ class HubClient:
         except ModelLoadError:
             raise
         except Exception as error:  # as above
-            raise _refused(repo, revision, error) from error
+            raise hub_refusal(repo, revision, error) from error
         self._pins[repo] = pin = PinnedRevision(listed.commit, tuple(names))
         _write(self._file, self._pins)
         folder = _in_cache(repo, pin)
@@ -137,11 +129,11 @@ class HubClient:
         try:
             folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except Exception:  # the original error says why the hub was not reached
-            raise _refused(repo, revision, error) from error
-        _log.warning("the hub does not answer; what its cache holds is used", repo=repo, why=_sentence(error))
+            raise hub_refusal(repo, revision, error) from error
+        _log.warning("the hub does not answer; what its cache holds is used", repo=repo, why=one_line(error))
         return folder
 
-    def _download(self, repo: str, listed: _Listed, names: Sequence[str]) -> None:
+    def _download(self, repo: str, listed: HubListing, names: Sequence[str]) -> None:
         blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "blobs")
         lacking = [name for name in names if name in listed.sizes and not (blobs / listed.blobs[name]).exists()]
         total = sum(listed.sizes[name] for name in lacking)
@@ -182,72 +174,10 @@ class HubClient:
         _log.info("fetched from the hub", repo=repo, commit=commit, bytes=total)
 
 
-def _listed(repo: str, revision: str) -> _Listed:
-    info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_PATIENCE)
-    files = {file.rfilename: file for file in info.siblings or ()}
-    return _Listed(
-        commit=info.sha or revision,
-        sizes={name: file.size or 0 for name, file in files.items()},
-        blobs={
-            name: (file.lfs.sha256 if file.lfs is not None else file.blob_id) or name for name, file in files.items()
-        },
-    )
-
-
-def _files_of(part: WeightPart, sizes: Mapping[str, int], variant: str | None) -> list[str]:
-    """The files of one component, chosen from its repository. Raises `WeightFileError`."""
-    texts = [
-        name
-        for name in sizes
-        if name.startswith(f"{part.name}/") and name.count("/") == 1 and name.endswith(TEXTS) and ".index." not in name
-    ]
-    return [*texts, *(_weights(sizes, f"{part.name}/", part.stem, variant) if part.has_weights else ())]
-
-
-def _weights(sizes: Mapping[str, int], folder: str, stem: str, variant: str | None) -> list[str]:
-    """One set of weight files below `folder`, of `variant` if available. Raises `WeightFileError` if there is none."""
-    for wanted in dict.fromkeys((variant, None)):
-        mark = f"\\.{re.escape(wanted)}" if wanted else ""
-        name = re.escape(folder + stem)
-        whole = re.compile(rf"{name}{mark}\.safetensors")
-        shards = re.compile(
-            rf"{name}{mark}-\d+-of-\d+\.safetensors|{name}-\d+-of-\d+{mark}\.safetensors"
-            rf"|{name}\.safetensors\.index{mark}\.json|{name}\.safetensors{mark}\.index\.json"
-        )
-        for kind in (whole, shards):
-            if found := [name for name in sizes if kind.fullmatch(name)]:
-                return found
-    raise WeightFileError(f"it holds no safetensors files {f'for {folder}' if folder else 'of weights'}".rstrip("/"))
-
-
 def _in_cache(repo: str, pin: PinnedRevision) -> Path | None:
     """The cached folder of a commit, if all of its files are there."""
     folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "snapshots", pin.commit)
     return folder if pin.files and all((folder / name).is_file() for name in pin.files) else None
-
-
-def _refused(repo: str, revision: str, error: Exception) -> ModelLoadError:
-    """Why a repository cannot be downloaded, and what to do about it."""
-    page = f"{constants.ENDPOINT}/{repo}"
-    match error:
-        case GatedRepoError():
-            why = (
-                f"it is gated. Accept its licence at {page} and set HF_TOKEN to a token of that account "
-                f"(made at {constants.ENDPOINT}/settings/tokens)"
-            )
-        case RevisionNotFoundError():
-            why = f"it has no revision {revision} (HUB_REVISIONS)"
-        case RepositoryNotFoundError():
-            why = f"there is no {page}, or it is private and HF_TOKEN is not a token that may read it"
-        case _:
-            why = _sentence(error)
-    return ModelLoadError(f"{repo} cannot be had from the hub: {why}.")
-
-
-def _sentence(error: Exception) -> str:
-    """The client's message on one line, shortened, without the home folder."""
-    words = " ".join(str(error).split()).replace(str(Path.home()), "~").rstrip(".")
-    return f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
 
 
 def _bytes_in(folder: Path, pattern: str) -> int:
