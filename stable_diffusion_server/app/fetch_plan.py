@@ -18,6 +18,8 @@ INDEX, CONFIG = "model_index.json", "config.json"
 # Configurations and tokenizers that may be fetched one by one.
 _TEXTS = (".json", ".txt", ".model", ".jinja")
 _LISTED = 12
+# SHA-256, or git's SHA-1.
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def listing_of(repo: str, revision: str) -> HubListing:
 def remote_file(listing: HubListing, name: str, sha256: str = "") -> RemoteFile:
     """A file of a repository, with the digest that the hub lists for it."""
     digest = listing.blobs[name].lower()
-    known = digest if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest) else ""
+    known = digest if _DIGEST.fullmatch(digest) else ""
     return RemoteFile(listing.url(name), name, hub_headers(), listing.sizes[name] or None, sha256 or known)
 
 

@@ -17,6 +17,7 @@ _PLAIN = re.compile(r"filename\s*=\s*([^;\s]+)", re.IGNORECASE)
 # What some file systems refuse.
 _REFUSED = re.compile(r'[<>:"|?*]')
 _DIGITS = re.compile(r"\d{1,18}")
+_ESCAPED = re.compile(r"\\(.)")
 
 
 def start_and_size(response: httpx.Response) -> tuple[int, int | None]:
@@ -48,14 +49,14 @@ def offered_name(response: httpx.Response) -> str:
     if match := _EXTENDED.search(header):
         return unquote(match[1])
     if match := _QUOTED.search(header):
-        return re.sub(r"\\(.)", r"\1", match[1])
+        return _ESCAPED.sub(r"\1", match[1])
     match = _PLAIN.search(header)
     return match[1] if match else ""
 
 
 def safe_name(name: str) -> str:
     """A file name without folders, control characters, leading dots and what file systems refuse; may be empty."""
-    last = re.split(r"[/\\]", name)[-1]
+    last = name.replace("\\", "/").rpartition("/")[2]
     kept = "".join(char for char in unicodedata.normalize("NFC", last) if char.isprintable())
     kept = _REFUSED.sub("_", kept).lstrip(". ").rstrip(" .")
     stem, dot, ending = kept.rpartition(".")
