@@ -122,7 +122,9 @@ def _verify(model: LibraryModel, digests: WeightDigests) -> list[str]:
         if model.path.is_dir() and model.identity.kind == "pipeline":
             check_pipeline_folder(model.path)
         elif not model.path.is_dir():
-            digests.of_file(model.path)
+            found = digests.of_file(model.path)
+            if found != (pinned := model.spec.values.get("sha256", found)):
+                return [f"{model.file_name} is not the file of its spec: its SHA-256 is {found}, and not {pinned}."]
     except WeightFileError as error:
         return [f"{model.name}: {error}."]
     except ModelLoadError as error:

@@ -105,6 +105,7 @@ def test_the_only_file_of_a_repository_is_fetched_and_its_revision_pinned(
         "revision": hub.commit(REPO),
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
+    assert run("verify")[0] == 0
     sent = hub.sent["small.safetensors"]
     status, out, _ = run("fetch", REPO)
     assert (status, "small.safetensors is here already" in out) == (0, True)
@@ -124,7 +125,10 @@ def test_files_are_as_readable_as_the_umask_says(hub: HubServer, run: Run, model
 def test_a_pinned_revision_is_kept_and_another_is_fetched_when_asked_for(
     hub: HubServer, run: Run, models: Path, weights: bytes
 ) -> None:
-    """Upstream changes: the pin wins, `@main` says that another file is there, `--replace` replaces it and the pin."""
+    """Upstream changes: the pin wins, `@main` says that another file is there, `--replace` replaces it and the pin.
+
+    `models verify` compares a file with the pinned digest.
+    """
     run("fetch", REPO)
     first = hub.commit(REPO)
     hub.old[first] = dict(hub.repositories[REPO])
@@ -138,6 +142,15 @@ def test_a_pinned_revision_is_kept_and_another_is_fetched_when_asked_for(
     assert (status, "--replace replaces it" in err) == (1, True)
     assert (models / "small.safetensors").read_bytes() == weights
     assert run("fetch", f"{REPO}@main", "--replace")[0] == 0
+    pinned = hashlib.sha256((models / "small.safetensors").read_bytes()).hexdigest()
+    (models / "small.safetensors").write_bytes(weights)
+    status, out, _ = run("verify")
+    assert (status, f"is not the file of its spec: its SHA-256 is {hashlib.sha256(weights).hexdigest()}" in out) == (
+        1,
+        True,
+    )
+    assert run("fetch", f"{REPO}@main", "--replace")[0] == 0
+    assert hashlib.sha256((models / "small.safetensors").read_bytes()).hexdigest() == pinned
     assert (models / "small.safetensors").read_bytes() == weights[:-1] + b"\x01"
     assert read_spec(models / "small.toml").values["revision"] == hub.commit(REPO) != first
 
