@@ -25,7 +25,15 @@ from stable_diffusion_server.app.fetch_plan import (
 from stable_diffusion_server.app.fetch_progress import FetchProgress, size_text
 from stable_diffusion_server.app.model_commands import print_line
 from stable_diffusion_server.errors import ModelLoadError
-from stable_diffusion_server.net import AllowedTarget, DownloadFailed, FileDownloader, RemoteFile, discard, finish
+from stable_diffusion_server.net import (
+    AllowedTarget,
+    DownloadFailed,
+    FileDownloader,
+    RemoteFile,
+    discard,
+    finish,
+    git_blob_id,
+)
 from stable_diffusion_server.pipelines import (
     FileIdentity,
     HubListing,
@@ -195,8 +203,9 @@ class _ModelFetch:
         remote = plan.files[""]
         if not os.path.lexists(target):
             return False
-        if len(remote.digest) == 64:
-            same = target.is_file() and self._digests.of_file(target) == remote.digest
+        if remote.digest:
+            own = self._digests.of_file if len(remote.digest) == 64 else git_blob_id
+            same = target.is_file() and own(target) == remote.digest
         else:
             spec = spec_path(target)
             source = read_spec(spec).values.get("source") if spec else ""

@@ -75,13 +75,16 @@ class PartialFile:
 
     def digest_like(self, digest: str) -> str:
         """The digest of what is there in the way that `digest` was made: SHA-256, or git's SHA-1 of a blob."""
-        if len(digest) in (0, _SHA256):
-            return self._content.hexdigest()
-        content = hashlib.sha1(b"blob %d\0" % self.position, usedforsecurity=False)
-        self._file.seek(0)
-        while chunk := self._file.read(_CHUNK):
+        return self._content.hexdigest() if len(digest) in (0, _SHA256) else git_blob_id(self._path)
+
+
+def git_blob_id(path: Path) -> str:
+    """The SHA-1 by which git and the hub name the content of a small file. Raises `OSError`."""
+    content = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
             content.update(chunk)
-        return content.hexdigest()
+    return content.hexdigest()
 
 
 def finish(partial: Path, target: Path) -> None:

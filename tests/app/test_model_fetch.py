@@ -214,6 +214,34 @@ def test_a_file_goes_to_the_folder_of_its_kind(hub: HubServer, run: Run, models:
     assert (models / "mine" / "here" / "other.gguf").is_file()
 
 
+def test_a_single_network_becomes_a_folder_of_its_kind(hub: HubServer, run: Run, models: Path) -> None:
+    """A ControlNet: its configuration and one variant, in the folder for ControlNets. An unknown class is refused."""
+    (models / "ControlNet").mkdir(parents=True)
+    hub.add("owner/edges", ROOT / "models" / "embedded-controlnet-canny-sdxl")
+    files = hub.repositories["owner/edges"]
+    files |= {"diffusion_pytorch_model.fp16.safetensors": files["diffusion_pytorch_model.safetensors"], "a.png": b"p"}
+    status, out, _ = run("fetch", "owner/edges")
+    assert (status, out.startswith("ControlNet/edges: controlnet, ")) == (0, True)
+    assert names(models) == {
+        "ControlNet/edges.toml",
+        "ControlNet/edges/config.json",
+        "ControlNet/edges/diffusion_pytorch_model.fp16.safetensors",
+    }
+    assert run("fetch", "owner/edges", "--variant", "none", "--name", "plain")[0] == 0
+    assert (models / "ControlNet" / "plain" / "diffusion_pytorch_model.safetensors").is_file()
+    files["config.json"] = b'{"_class_name": "Surprise"}'
+    status, _, err = run("fetch", "owner/edges@main", "--name", "third")
+    assert (status, "holds a network of the class Surprise, which is not known" in err) == (1, True)
+
+
+def test_a_tokenizer_is_fetched_into_a_named_folder(hub: HubServer, run: Run, models: Path) -> None:
+    """Checked by git's digest; a text gets no spec."""
+    hub.repositories["owner/sdxl"]["tokenizer_2/tokenizer.json"] = b'{"model": {}}'
+    assert run("fetch", "owner/sdxl", "tokenizer_2/tokenizer.json", "--folder", "t5-tokenizer")[0] == 0
+    assert names(models) == {"t5-tokenizer/tokenizer.json"}
+    assert "is here already" in run("fetch", "owner/sdxl", "tokenizer_2/tokenizer.json", "--folder", "t5-tokenizer")[1]
+
+
 @contextmanager
 def half_way(hub: HubServer, models: Path, name: str, *arguments: str) -> Iterator[None]:
     """Run the command in a process of its own; half of a file has come meanwhile; then the process is killed."""
