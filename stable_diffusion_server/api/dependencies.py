@@ -8,8 +8,8 @@ from typing import Protocol
 
 from fastapi import Request
 
-from stable_diffusion_server.errors import Forbidden, InvalidInput
-from stable_diffusion_server.generation import RequestLimits
+from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound, ServerError
+from stable_diffusion_server.generation import RequestLimits, not_permitted, permitted_models
 from stable_diffusion_server.pipelines import ModelSpec, known_names
 from stable_diffusion_server.types import Caller, GenerationRequest
 
@@ -69,6 +69,7 @@ class DialectContext:
     `device_memory` returns bytes by device and kind.
     `status_of` returns family, size and place of a model by its name.
     `response_format` is what the OpenAI endpoints answer if a request does not say it: url, b64_json or auto.
+    `limited`: the caller may use these models only, of more.
     """
 
     limits: RequestLimits
@@ -81,13 +82,30 @@ class DialectContext:
     device_memory: Callable[[], Mapping[str, Mapping[str, int]]] = dict
     response_format: str = "auto"
     status_of: Callable[[str], Mapping[str, object]] = lambda name: {}
+    limited: bool = False
+
+    def for_caller(self, caller: Caller) -> DialectContext:
+        """Return the context with the models that a caller may use, and with no others in lists and sentences."""
+        if caller.uses_all_models:
+            return self
+        models = permitted_models(self.models, caller)
+        default = self.default_model if self.default_model in models else next(iter(models), "")
+        aliases = {alias: name for alias, name in self.aliases.items() if name in models}
+        return replace(self, models=models, default_model=default, aliases=aliases, limited=True)
 
     def model(self, name: str | None) -> ModelSpec:
-        """Return the model of a name or alias; the default model without one. Raises `InvalidInput`."""
+        """Return the model of a name or alias; the default model without one.
+
+        Raises `InvalidInput`, or `Forbidden` if the caller may use some models only.
+        """
         spec = self.find_model(name)
         if spec is None:
-            raise InvalidInput(self.unknown_model(name), field="model")
+            raise self.refusal(name, InvalidInput)
         return spec
+
+    def refusal(self, name: str | None, usual: type[InvalidInput | NotFound]) -> ServerError:
+        """Return the error about a model that is not among these: `usual`, or `Forbidden` for a limited caller."""
+        return (Forbidden if self.limited else usual)(self.unknown_model(name), field="model")
 
     def find_model(self, name: str | None) -> ModelSpec | None:
         """Return the model of a name or alias, the default model without one, `None` for an unknown name.
@@ -100,10 +118,12 @@ class DialectContext:
         if name and name not in self.aliases and not name.startswith(_OPENAI_MODELS):
             return None
         # The first model replaces one that is not loaded.
-        return self.models.get(self.default_model) or next(iter(self.models.values()))
+        return self.models.get(self.default_model) or next(iter(self.models.values()), None)
 
     def unknown_model(self, name: str | None) -> str:
         """Return the sentence about an unknown model."""
+        if self.limited:
+            return not_permitted(str(name), self.models)
         known = known_names(str(name), [*sorted(self.models), *self.aliases])
         return f"model {str(name)[:100]!r} does not exist here; {known}."
 

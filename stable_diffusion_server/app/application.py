@@ -89,5 +89,7 @@ def create_app(
     add_routes(app, settings, service, jobs, stores, options, models, readers.decoder.decode, manager)
     add_replay(app, service, stores, options, readers.decoder.decode)
     ui = mount_ui(app, settings, readers.decoder.decode, sessions, hooks)
-    app.include_router(health_router(readiness.missing, metrics.exposition, models.describe, models.remarks))
+    app.include_router(
+        health_router(readiness.missing, metrics.exposition, models.describe, models.remarks, models.may_use)
+    )
     return app

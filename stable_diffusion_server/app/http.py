@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from ipaddress import ip_network
 
-import limits as rates
 import structlog
 from fastapi import FastAPI
 from starlette.datastructures import Headers
@@ -13,14 +12,12 @@ from starlette.datastructures import Headers
 from stable_diffusion_server.api import (
     AccessMiddleware,
     AccessPolicy,
-    ApiKeyring,
     BodyIntakeMiddleware,
     BodyLimitMiddleware,
     CrossOriginMiddleware,
     DialectContext,
     EncodedPreviews,
     FollowerLimiter,
-    HashedApiKey,
     OriginPolicy,
     RequestDispatcher,
     TrustedProxies,
@@ -29,7 +26,6 @@ from stable_diffusion_server.api import (
     docs_router,
     files_router,
     generate_router,
-    hashed,
     history_router,
     install_openapi,
     jobs_router,
@@ -37,6 +33,7 @@ from stable_diffusion_server.api import (
     openai_router,
     replay_router,
 )
+from stable_diffusion_server.app.key_callers import build_keyring, rate_of
 from stable_diffusion_server.app.model_manager import ModelManager
 from stable_diffusion_server.app.model_state import ModelState
 from stable_diffusion_server.app.storage import StorageStack
@@ -44,7 +41,6 @@ from stable_diffusion_server.generation import DecodeImage, GenerationOptions, G
 from stable_diffusion_server.jobs import JobManager
 from stable_diffusion_server.observability import Metrics, Tracing
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.types import Caller
 
 _log = structlog.get_logger(__name__)
 
@@ -59,7 +55,7 @@ def add_middleware(
         keys=build_keyring(settings),
         visitor_key=visitor_key,
         allow_anonymous=settings.allow_anonymous,
-        rate=_rate(settings.rate_limit),
+        rate=rate_of(settings.rate_limit),
         concurrency=settings.concurrency_limit,
         max_body_bytes=settings.max_body_bytes,
         max_upload_bytes=settings.max_upload_bytes,
@@ -114,7 +110,9 @@ def add_routes(
     def schedulers() -> dict[str, tuple[str, ...]]:
         return {name: facts.schedulers for name, facts in options.models.items()}
 
-    install_openapi(app, schedulers, keys_needed=bool(settings.read_keys()))
+    keys = settings.read_keys()
+    # Strangers read the document: it names no models where keys are limited to some.
+    install_openapi(app, schedulers, keys_needed=bool(keys), names_models=not any(key.models for key in keys))
 
 
 def add_replay(
@@ -140,20 +138,3 @@ def build_dialect_context(settings: Settings, options: GenerationOptions, models
         status_of=models.status_of,
         response_format=settings.openai_response_format,
     )
-
-
-def build_keyring(settings: Settings) -> ApiKeyring:
-    """Return the API keys of the settings with hashed secrets."""
-    return ApiKeyring(
-        HashedApiKey(
-            Caller(key.name, key.prefix, key.admin),
-            hashed(key.secret.get_secret_value()),
-            _rate(key.rate),
-            key.concurrency,
-        )
-        for key in settings.read_keys()
-    )
-
-
-def _rate(text: str) -> rates.RateLimitItem | None:
-    return rates.parse(text) if text else None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
+from stable_diffusion_server.app.key_callers import unknown_models_of_keys
 from stable_diffusion_server.app.model_choice import check_model_names, choose_from_folder
 from stable_diffusion_server.engine import Denoiser
 from stable_diffusion_server.errors import ModelLoadError, NotReady
-from stable_diffusion_server.generation import DecodedPixels
+from stable_diffusion_server.generation import DecodedPixels, permitted_models
 from stable_diffusion_server.pipelines import (
     MODELS,
     REAL_MODELS,
@@ -21,6 +23,7 @@ from stable_diffusion_server.pipelines import (
     without_identity,
 )
 from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.types import Caller
 
 # What `residency` says of a model that is not in memory.
 UNLOADED, LOADING = "unloaded", "loading"
@@ -63,6 +66,7 @@ class ModelState:
             check_model_names(settings, MODELS)
             return cls(ModelTable(MODELS), error, default, loras=loras)
         check_model_names(settings, {*chosen, *chosen.aliases, *refused})
+        notes = (*notes, *unknown_models_of_keys(settings, chosen))
         lcm = with_lcm if settings.load_lcm_lora else lambda facts: facts
         asked = {
             name: with_quantization(lcm(facts), facts.quantize or settings.quantize) for name, facts in chosen.items()
@@ -125,6 +129,10 @@ class ModelState:
             "pinned": facts.pinned,
         }
 
+    def may_use(self, caller: Caller, name: str) -> bool:
+        """Return whether a caller may use the model of a name."""
+        return name in permitted_models(self.facts, caller)
+
     def count_tokens(self, model: str, prompt: str) -> int:
         """Return the number of tokens of a prompt for a model. Raises `NotReady` until the models are loaded."""
         if self.models is None:
@@ -147,6 +155,7 @@ class ModelState:
             {
                 **facts,
                 "usual": name == usual,
+                "parts": _parts_of(self.facts[name]),
                 **_defaults_of(self.facts[name]),
                 **self._adapters_of(self.facts[name]),
             }
@@ -210,6 +219,20 @@ class ModelState:
 def _family_of(facts: ModelSpec) -> str:
     """Return the name of a model's family: `sdxl` or `flux`."""
     return next((name for name, spec in MODELS.items() if spec.family == facts.family), "")
+
+
+def _parts_of(facts: ModelSpec) -> dict[str, str]:
+    """Return where each part of a model without a folder comes from; the last two names of a path outside MODELS_DIR.
+
+    Parts that are not listed are in the denoiser's file.
+    """
+    files = facts.checkpoint
+    if files is None:
+        return {}
+    places = dict(files.parts) | ({"tokenizer": files.tokenizer} if files.tokenizer else {})
+    return {
+        part: "/".join(Path(place).parts[-2:]) if place.startswith("/") else place for part, place in places.items()
+    }
 
 
 def _defaults_of(facts: ModelSpec) -> dict[str, object]:

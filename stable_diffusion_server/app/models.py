@@ -63,7 +63,7 @@ def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
         on_failed=loaded.failed,
     )
     for note in loaded.notes:
-        _log.warning("a spec has keys without an effect", why=note)
+        _log.warning("a remark on the models", why=note)
     for name, why in loaded.unusable.items():
         _log.error("a file in MODELS_DIR cannot be used", model=name, why=why)
     models = registry.load(folder_with_models(settings), settings.device, settings.cpu_threads, options)

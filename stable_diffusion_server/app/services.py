@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from stable_diffusion_server.api import job_body
+from stable_diffusion_server.app.key_callers import callers_of_keys
 from stable_diffusion_server.app.model_state import ModelState
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.engine import Engine
@@ -97,7 +98,7 @@ def build_jobs(
     )
     store = SqliteJobStore(settings.data_dir / "journal.db", settings.job_store_bytes)
     transport = WebhookClient(settings.fetch_timeout, [AllowedTarget.parse(entry) for entry in settings.fetch_allow])
-    callers = {key.name: Caller(key.name, key.prefix, key.admin) for key in settings.read_keys()}
+    callers = callers_of_keys(settings)
 
     def refresh(caller: Caller) -> Caller:
         return callers.get(caller.name, caller)

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.interfaces import DecodeImage
+from stable_diffusion_server.generation.model_permissions import with_permitted_model
 from stable_diffusion_server.generation.provenance import NOT_RECORDED
 from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.generation.service import GenerationService
@@ -103,6 +104,7 @@ class ReplayService:
         self, provenance: EmbeddedProvenance, request: GenerationRequest, picture: bytes, caller: Caller
     ) -> ReplayResult:
         """Generate the request of a provenance, and compare. Raises `InvalidInput`, and the errors of generation."""
+        request = with_permitted_model(request, caller, self._options)
         _check_sources(provenance, request)
         resolved = await asyncio.to_thread(resolve_request, request, self._options)
         before = await self._decode(picture, IMAGE_FIELD, share=caller.share)

@@ -17,6 +17,7 @@ from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.generation.executor import GenerationExecutor, SubmissionContext
 from stable_diffusion_server.generation.interfaces import DecodeImage, EngineQueue, FetchImage, ignore
 from stable_diffusion_server.generation.layout import InputLoader
+from stable_diffusion_server.generation.model_permissions import with_permitted_model
 from stable_diffusion_server.generation.output import OutputWriter, key_errors_explained
 from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest, resolve_request, spec_for
 from stable_diffusion_server.generation.results import (
@@ -105,13 +106,12 @@ class GenerationService:
         """Return the result of a request once its image is stored.
 
         `watch` receives progress on the event loop (queued, started, step), with previews if `previews`, which may be
-        a function that is called at each step. No final report is sent: the outcome is this call's return value or
-        exception. `fetched` are already downloaded files of the request's URLs, by parameter. `job_id` is set
-        for an asynchronous job; a `suspect` runs with no other request on the device.
+        a function that is called at each step; no final report is sent. `fetched` are already downloaded files of the
+        request's URLs, by parameter. `job_id` is set for an asynchronous job; a `suspect` runs alone on the device.
 
-        Raises `InvalidInput`, `TooLarge`, `UnsupportedMedia`, `RemoteFetchFailed`, `QueueFull`, `NotReady`,
-        `StorageUnavailable`, `DeadlineExceeded`, and the errors of the generation. Cancelling the call removes
-        the request from the device, unless other calls wait for it too.
+        Raises `InvalidInput`, `Forbidden`, `TooLarge`, `UnsupportedMedia`, `RemoteFetchFailed`, `QueueFull`,
+        `NotReady`, `StorageUnavailable`, `DeadlineExceeded`, and the errors of the generation. Cancelling the call
+        removes the request from the device, unless other calls wait for it too.
         """
         context = SubmissionContext(caller, background, job_id, suspect)
         result, _ = await self._generate_with_deadline(request, fetched, context, CallbackListener(watch, previews))
@@ -120,11 +120,11 @@ class GenerationService:
     def lookup_cached(self, request: GenerationRequest, caller: Caller = _NO_CALLER) -> GenerationResult | None:
         """Return the result of a request whose image is stored and visible to the caller, without I/O.
 
-        `None` if the caches do not show that. Never blocks. Raises `InvalidInput`.
+        `None` if the caches do not show that. Never blocks. Raises `InvalidInput`, `Forbidden`.
         """
         if request.sources or request.loras or request.overwrite or request.seed == "random" or is_long(request):
             return None
-        resolved = self._resolve_words(request)
+        resolved = self._resolve_words(with_permitted_model(request, caller, self._options))
         stored = self._known(resolved.key)
         if stored is None or resolved.key in self._generations or not self._options.ownership.may_know(caller, stored):
             return None
@@ -155,9 +155,9 @@ class GenerationService:
             result, outcome = await self._generate_with_deadline(request, fetched, context, listener)
             return result, outcome.data or await self.read_file(result)
 
-    async def validate(self, request: GenerationRequest) -> None:
+    async def validate(self, request: GenerationRequest, caller: Caller = _NO_CALLER) -> None:
         """Raise the errors of the request's parameters, without downloads or storage lookups."""
-        await self._resolve(request)
+        await self._resolve(with_permitted_model(request, caller, self._options))
 
     async def prepare_for_storage(
         self, request: GenerationRequest, caller: Caller = _NO_CALLER
@@ -167,6 +167,7 @@ class GenerationService:
         A random seed is chosen now if the key is derived from the content, so that a second run gives the same image.
         Raises the errors that `generate` raises before the generation. Downloads count against the request's `timeout`.
         """
+        request = with_permitted_model(request, caller, self._options)
         resolved = await self._resolve(request)
         if request.save_path is None:
             request = replace(request, seed=resolved.seed) if request.seed == "random" else request
@@ -217,10 +218,10 @@ class GenerationService:
         listener: ProgressListener,
     ) -> tuple[GenerationResult, GenerationOutcome]:
         started, ownership, caller = time.perf_counter(), self._options.ownership, context.caller
-        resolved = await self._resolve(request)
+        resolved = await self._resolve(with_permitted_model(request, caller, self._options))
         async with deadline(request.timeout or self._options.limits.max_timeout):
             if await self._executor.load_unread(resolved.parameters.spec, context, listener):
-                resolved = await self._resolve(request)  # the key is final now
+                resolved = await self._resolve(resolved.request)  # the key is final now
             if request.overwrite and not caller.has_full_access:
                 ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.peek, resolved.key))
             resolved, outcome, joined = await self._coalesce(resolved, fetched, context, listener)

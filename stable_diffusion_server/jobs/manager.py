@@ -138,7 +138,7 @@ class JobManager(IdempotencyClaims):
         if claim is not None and (before := await self._store.recorded_response(claim)) is not None:
             return check_recorded_response(claim, before)
         if request.webhook_url is not None:
-            await self._service.validate(request)
+            await self._service.validate(request, caller)
             await self._transport.check(request.webhook_url, caller.share)
         prepared, fetched = await self._service.prepare_for_storage(request, caller)
         payload = JobPayload(prepared, fetched)

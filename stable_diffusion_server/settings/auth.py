@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, SecretStr, field_validator
 from stable_diffusion_server.settings.base import Secrets, SettingsGroup, none_if_empty
 
 _NAMED = re.compile(r"(?P<name>[A-Za-z][A-Za-z0-9_.-]{0,31}):(?P<secret>.+)")
-_OPTIONS = ("rate", "concurrency", "prefix")
+_OPTIONS = ("rate", "concurrency", "prefix", "models")
 _ADMIN = "admin"
 
 
@@ -24,8 +24,9 @@ class ApiKey:
     """An API key and its limits.
 
     `rate` is a text such as `60/minute`, empty for RATE_LIMIT; `concurrency` 0 means CONCURRENCY_LIMIT. `prefix`, with
-    a slash at its end, is the only folder of the bucket the key may write to; empty: all. An `admin` key may list, read
-    and delete the images of other keys.
+    a slash at its end, is the only folder of the bucket the key may write to; empty: all. `models` names the models
+    that the key may use; empty: all. An `admin` key may list, read and delete the images of other keys, and use all
+    models.
     """
 
     name: str
@@ -34,10 +35,13 @@ class ApiKey:
     concurrency: int = 0
     prefix: str = ""
     admin: bool = False
+    models: tuple[str, ...] = ()
 
 
 def parse_keys(texts: Iterable[str]) -> tuple[ApiKey, ...]:
-    """Parse keys such as `name:secret;rate=60/minute;concurrency=4;prefix=team-a/;admin`; only the secret is required.
+    """Parse keys such as `name:secret;rate=60/minute;concurrency=4;prefix=team-a/;models=sdxl|flux`.
+
+    Only the secret is required; `admin` stands alone.
 
     A single key is always admin. Raises `ValueError` with a sentence that holds no part of any secret.
     """
@@ -66,7 +70,7 @@ def _parse(number: int, text: str) -> ApiKey:
     options = {name.strip(): value.strip() for name, _, value in (part.partition("=") for part in assignments)}
     if len(options) < len(assignments) or len(rest) - len(assignments) > 1 or not set(options) <= set(_OPTIONS):
         raise ValueError(f"has options at key {number} other than {', '.join(_OPTIONS)} and {_ADMIN}, each once")
-    rate, concurrency, prefix = (options.get(name, "") for name in _OPTIONS)
+    rate, concurrency, prefix, models = (options.get(name, "") for name in _OPTIONS)
     if "rate" in options and not is_rate(rate):
         raise ValueError(f"has a rate at key {number} that is not like 60/minute")
     if "concurrency" in options and not re.fullmatch(r"[1-9]\d{0,4}", concurrency):
@@ -78,6 +82,7 @@ def _parse(number: int, text: str) -> ApiKey:
         int(concurrency or 0),
         _parse_prefix(number, prefix) if "prefix" in options else "",
         admin=_ADMIN in rest,
+        models=_parse_models(number, models, admin=_ADMIN in rest) if "models" in options else (),
     )
 
 
@@ -86,6 +91,15 @@ def _parse_prefix(number: int, prefix: str) -> str:
     if not all(parts) or {".", ".."} & set(parts) or not prefix.isprintable() or "\\" in prefix:
         raise ValueError(f"has a prefix at key {number} that is not a folder such as team-a/")
     return "/".join(parts) + "/"
+
+
+def _parse_models(number: int, models: str, *, admin: bool) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in models.split("|"))
+    if admin:
+        raise ValueError(f"has models at key {number}, which is {_ADMIN} and may use all")
+    if not all(names) or not models.isprintable():
+        raise ValueError(f"has models at key {number} that are not names separated by |")
+    return tuple(dict.fromkeys(names))
 
 
 def _derived_name(secret: str) -> str:
@@ -100,8 +114,10 @@ class AuthSettings(SettingsGroup):
         (),
         description=(
             "API keys, separated by commas: the secret alone, or "
-            "`name:secret;rate=60/minute;concurrency=4;prefix=team-a/;admin`. A single key is admin; of several keys, "
-            "those marked `admin` may list, read and delete the images of the others. Empty: no key is needed."
+            "`name:secret;rate=60/minute;concurrency=4;prefix=team-a/;models=sdxl` or `name:secret;admin`. `models` "
+            "are the only ones that the key may use, separated by vertical bars. A single key is admin; of several "
+            "keys, those marked `admin` may list, read and delete the images of the others, and use all models. Empty: "
+            "no key is needed."
         ),
     )
     api_keys_file: Annotated[Path | None, BeforeValidator(none_if_empty)] = Field(
@@ -143,7 +159,10 @@ class AuthSettings(SettingsGroup):
 
     def read_keys(self) -> tuple[ApiKey, ...]:
         """Return the keys of API_KEYS and API_KEYS_FILE. Raises `ValueError` naming the setting that is wrong."""
-        return parse_keys([*(key.get_secret_value() for key in self.api_keys), *_key_lines(self.api_keys_file)])
+        keys = parse_keys([*(key.get_secret_value() for key in self.api_keys), *_key_lines(self.api_keys_file)])
+        if len(keys) == 1 and keys[0].models:
+            raise ValueError("limits the models of the only key, which is admin; add another key")
+        return keys
 
 
 def _key_lines(file: Path | None) -> list[str]:

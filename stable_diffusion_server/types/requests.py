@@ -31,6 +31,7 @@ class Caller:
         admin: Whether the API key may read and change what belongs to others.
         anonymous: Whether this is a client without a key under ALLOW_ANONYMOUS.
         address: The client's IPv4 address, or its IPv6 /64 network.
+        models: Names of the models that the API key may use; empty for all.
     """
 
     name: str = ""
@@ -38,6 +39,12 @@ class Caller:
     admin: bool = False
     anonymous: bool = False
     address: str = ""
+    models: tuple[str, ...] = ()
+
+    @property
+    def uses_all_models(self) -> bool:
+        """Whether the caller may use every model."""
+        return not self.models or self.has_full_access
 
     @property
     def has_full_access(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stable_diffusion_server.api.dependencies import DialectContext
-from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.errors import Forbidden, InvalidInput
 from stable_diffusion_server.generation import NAME_MAX
 from stable_diffusion_server.pipelines import ModelSpec
 
@@ -24,7 +24,7 @@ def model_named(name: str, context: DialectContext, field: str = "override_setti
 
     A model is known by its title, name, folder, repository, revision, SHA-256 and aliases, without regard to case.
     Folders and file endings before a hash in brackets are ignored. The hash decides only where the name is unknown.
-    Raises `InvalidInput` for `field`.
+    Raises `InvalidInput` for `field`, or `Forbidden` if the caller may use some models only.
     """
     wanted = name.strip()
     if len(wanted) > NAME_MAX:
@@ -38,8 +38,8 @@ def model_named(name: str, context: DialectContext, field: str = "override_setti
             return context.model(aliases[spelling.lower()]).name
     try:
         return context.model(wanted).name
-    except InvalidInput as error:
-        raise InvalidInput(f"sd_model_checkpoint: {error.detail}", field=field) from error
+    except (InvalidInput, Forbidden) as error:
+        raise type(error)(f"sd_model_checkpoint: {error.detail}", field=field) from error
 
 
 def _names_of(spec: ModelSpec) -> set[str]:

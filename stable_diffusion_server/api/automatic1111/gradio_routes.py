@@ -57,13 +57,13 @@ def add_gradio_routes(routes: APIRouter, context: DialectContext) -> None:
     app_id = randbits(53)
     queue = FairRequestQueue(_CONCURRENCY, _MAX_PER_CALLER, f"{_MAX_PER_CALLER} requests of yours wait already.")
 
-    def body() -> GradioConfigBody:
+    def body(own: DialectContext) -> GradioConfigBody:
         return {
             "version": _GRADIO_VERSION,
             "mode": "blocks",
             "app_id": app_id,
             "title": "Stable Diffusion",
-            "components": _components(context),
+            "components": _components(own),
             "dependencies": [],
         }
 
@@ -76,8 +76,10 @@ def add_gradio_routes(routes: APIRouter, context: DialectContext) -> None:
     )
     async def config(request: Request) -> Response:
         """Return the lists of models, samplers, upscalers and LoRAs as components of a page."""
-        async with queue.hold(caller_of(request).share):
-            return JSONResponse(await run_in_threadpool(body))  # scans the LoRA folder
+        caller = caller_of(request)
+        async with queue.hold(caller.share):
+            # It scans the LoRA folder.
+            return JSONResponse(await run_in_threadpool(body, context.for_caller(caller)))
 
     @routes.get("/user", summary="AUTOMATIC1111's page: user", operation_id="gradio_user", response_model=None)
     async def user(request: Request) -> Response:

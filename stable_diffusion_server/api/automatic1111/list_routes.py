@@ -110,8 +110,10 @@ def _add_list_route(
     queue: FairRequestQueue,
 ) -> None:
     async def listed(request: Request) -> Response:
-        async with queue.hold(caller_of(request).share):
-            return JSONResponse(await run_in_threadpool(body_of, context))  # scans the LoRA folder
+        caller = caller_of(request)
+        async with queue.hold(caller.share):
+            own = context.for_caller(caller)
+            return JSONResponse(await run_in_threadpool(body_of, own))  # scans the LoRA folder
 
     routes.add_api_route(
         f"/sdapi/v1/{name}",

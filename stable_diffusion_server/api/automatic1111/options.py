@@ -102,7 +102,10 @@ class CallerOptions:
         return self._cache_of(caller).get(caller.owner, {})
 
     def update(self, caller: Caller, changes: Mapping[str, object], context: DialectContext) -> None:
-        """Set options; `None` restores a default. Raises `InvalidInput` with all faults, and changes nothing then."""
+        """Set options; `None` restores a default. Raises `InvalidInput` with all faults, and changes nothing then.
+
+        Raises `Forbidden` for a model that the caller may not use.
+        """
         changes = {name: value for name, value in changes.items() if name != _HASH}
         faults = [(name[:100], reason) for name, value in changes.items() if (reason := _fault_of(name, value))]
         if not faults and (name := str(changes.get(_MODEL) or "").strip()):
@@ -163,7 +166,8 @@ def add_option_routes(routes: APIRouter, context: DialectContext, kept: CallerOp
     )
     async def options(request: Request) -> Response:
         """Return the options, with what this caller set."""
-        return JSONResponse(options_body(context, kept.of(caller_of(request))))
+        caller = caller_of(request)
+        return JSONResponse(options_body(context.for_caller(caller), kept.of(caller)))
 
     @routes.post(
         "/sdapi/v1/options",
@@ -179,7 +183,8 @@ def add_option_routes(routes: APIRouter, context: DialectContext, kept: CallerOp
 
         A refused option changes nothing.
         """
-        kept.update(caller_of(request), await read_json(request), context)
+        caller = caller_of(request)
+        kept.update(caller, await read_json(request), context.for_caller(caller))
         return JSONResponse(None)
 
 

@@ -15,7 +15,7 @@ from stable_diffusion_server.api.automatic1111.second_pass_params import SecondP
 from stable_diffusion_server.api.automatic1111.task_params import Img2Img, Txt2Img, with_infotext
 from stable_diffusion_server.api.base64_images import bytes_of
 from stable_diffusion_server.api.dependencies import DialectContext
-from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.errors import Forbidden, InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, range_sentence
 from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, GenerationRequest, ImageInput, Task
@@ -114,7 +114,7 @@ def _model(
     if named_model and not named:
         try:
             return model_named(named_model[:NAME_MAX], context), []
-        except InvalidInput:
+        except (InvalidInput, Forbidden):
             ignored.append(f"infotext: the model {named_model[:50]!r} is not here.")
     named = named or chosen
     return model_named(named, context) if named else None, ignored

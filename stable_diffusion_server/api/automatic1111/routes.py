@@ -125,7 +125,7 @@ class _ImageTasks:
         caller = caller_of(request)
         # On a thread: it decodes images, parses long prompts, and looks into the LoRA folder.
         options = image_options(self.options.of(caller))
-        parsed = await run_in_threadpool(parse_task, params, self.context, options)
+        parsed = await run_in_threadpool(parse_task, params, self.context.for_caller(caller), options)
         parsed = replace(parsed, generations=[scope_to_caller(caller, one) for one in parsed.generations])
         claims = await claims_of(self.dispatcher, request, parsed.generations, streams=False)
         name = params.force_task_id or f"task({uuid4().hex})"

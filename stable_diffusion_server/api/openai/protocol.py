@@ -13,7 +13,7 @@ from fastapi import Request
 from pydantic import Field
 
 from stable_diffusion_server.api.concurrency import run_if_large
-from stable_diffusion_server.api.dependencies import DialectContext
+from stable_diffusion_server.api.dependencies import DialectContext, caller_of
 from stable_diffusion_server.api.request_parsing import read_parameters
 from stable_diffusion_server.api.schemas.params import GenerationParams
 from stable_diffusion_server.api.schemas.validation import validated
@@ -224,14 +224,15 @@ class GenerateImagesParams(ImagesParams):
         return GenerationRequest(task=Task.TEXT_TO_IMAGE, **fields)
 
 
-def read_images_params(schema: type[P], context: DialectContext) -> Callable[[Request], Awaitable[P]]:
-    """Return the dependency that reads query and body of a request as parameters of `schema`.
+def read_images_params(schema: type[P], every: DialectContext) -> Callable[[Request], Awaitable[P]]:
+    """Return the dependency that reads query and body of a request as parameters of `schema`; `every` has all models.
 
     It raises `MalformedRequest`, `UnsupportedMedia`, `InvalidInput`, which names every invalid parameter, and
-    `ModelNotFound` if only the model is unknown.
+    `ModelNotFound` if only the model is unknown, or `Forbidden` if the caller may use some models only.
     """
 
     async def read(request: Request) -> P:
+        context = every.for_caller(caller_of(request))
         sent = await read_parameters(request, schema.files, schema.lists, schema.pictures, schema.ignored)
         try:
             size = _text_size({name: sent.get(name) for name in schema.pictures})  # base64 is decoded here
@@ -239,7 +240,7 @@ def read_images_params(schema: type[P], context: DialectContext) -> Callable[[Re
         except InvalidInput as error:
             name = sent.get("model")
             if len(error.faults) == 1 and isinstance(name, str) and context.find_model(name) is None:
-                raise ModelNotFound(error.detail, field="model") from error
+                raise context.refusal(name, ModelNotFound) from error
             raise
         if params.response_format is not None:
             return params

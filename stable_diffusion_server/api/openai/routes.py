@@ -137,9 +137,9 @@ def _add_model_routes(routes: APIRouter, context: DialectContext) -> None:
         response_model=None,
         responses={200: {"model": described(OpenAIModelListBody)}},
     )
-    async def models() -> Response:
-        """List the models and their aliases."""
-        return JSONResponse(responses.models_body(context))
+    async def models(request: Request) -> Response:
+        """List the models that you may use, and their aliases."""
+        return JSONResponse(responses.models_body(context.for_caller(caller_of(request))))
 
     @routes.get(
         "/models/{model:path}",
@@ -148,12 +148,12 @@ def _add_model_routes(routes: APIRouter, context: DialectContext) -> None:
         response_model=None,
         responses={200: {"model": described(OpenAIModelBody)}},
     )
-    async def model(model: str) -> Response:
+    async def model(request: Request, model: str) -> Response:
         """Return one model."""
-        spec = context.find_model(model)
-        if spec is None:
-            raise ModelNotFound(context.unknown_model(model), field="model")
-        return JSONResponse(responses.model_body(model, context))
+        own = context.for_caller(caller_of(request))
+        if own.find_model(model) is None:
+            raise own.refusal(model, ModelNotFound)
+        return JSONResponse(responses.model_body(model, own))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,8 @@ class _ImageRoutes:
 
     async def answer(self, request: Request, parameters: ImagesParams, kind: str) -> Response:
         caller = caller_of(request)
-        generations = [scope_to_caller(caller, one) for one in parameters.to_requests(self.context)]
+        context = self.context.for_caller(caller)
+        generations = [scope_to_caller(caller, one) for one in parameters.to_requests(context)]
         call = _Call(request, parameters, generations, kind)
         if parameters.stream:
             return await self._streamed(call)

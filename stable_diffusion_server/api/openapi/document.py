@@ -42,23 +42,31 @@ _FASTAPI_ERRORS = ("HTTPValidationError", "ValidationError")
 _BODY_NAME = re.compile(r"\b([A-Z]\w+)Body\b")
 
 
-def install_openapi(app: FastAPI, models: Callable[[], Mapping[str, tuple[str, ...]]], *, keys_needed: bool) -> None:
+def install_openapi(
+    app: FastAPI,
+    models: Callable[[], Mapping[str, tuple[str, ...]]],
+    *,
+    keys_needed: bool,
+    names_models: bool = True,
+) -> None:
     """Set the app's OpenAPI document; `models` returns the schedulers of each model by its name.
 
+    Without `names_models` the document lists no models.
     Caches the document until `models` returns another value, as it may after the models are loaded.
     """
     cache: list[tuple[Mapping[str, tuple[str, ...]], Schema]] = []
 
-    def document() -> Schema:
+    def current_document() -> Schema:
         current = dict(models())
         if not cache or cache[0][0] != current:
-            cache[:] = [(current, _build(app, current, keys_needed=keys_needed))]
+            document = _build(app, current, keys_needed=keys_needed, names_models=names_models)
+            cache[:] = [(current, document)]
         return cache[0][1]
 
-    app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to extend the document
+    app.openapi = current_document  # type: ignore[method-assign]  # FastAPI's own way to extend the document
 
 
-def _build(app: FastAPI, models: Mapping[str, tuple[str, ...]], *, keys_needed: bool) -> Schema:
+def _build(app: FastAPI, models: Mapping[str, tuple[str, ...]], *, keys_needed: bool, names_models: bool) -> Schema:
     document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
     components = document.setdefault("components", {})
     components["schemas"] = _component_schemas(components.get("schemas", {}))
@@ -74,7 +82,7 @@ def _build(app: FastAPI, models: Mapping[str, tuple[str, ...]], *, keys_needed: 
             if keys_needed and operation["operationId"] not in _WITHOUT_KEY:
                 operation["security"] = [{"bearer": []}, {"key": []}, {"azure": []}, {"password": []}]
             for properties in _parameters_of(operation):
-                _set_names(properties, models)
+                _set_names(properties, models, names_models=names_models)
     return _without_body_suffix(document)
 
 
@@ -117,14 +125,14 @@ def _parameters_of(operation: Schema) -> list[dict[str, Schema]]:
     return [query, *(content["schema"].get("properties", {}) for content in contents)]
 
 
-def _set_names(properties: dict[str, Schema], models: Mapping[str, tuple[str, ...]]) -> None:
+def _set_names(properties: dict[str, Schema], models: Mapping[str, tuple[str, ...]], *, names_models: bool) -> None:
     """Enumerate schedulers and models. Other dialects accept further model names, so those are not enumerated."""
     if "num_inference_steps" not in properties:
         return
     if "scheduler" in properties:
         names = sorted({name for schedulers in models.values() for name in schedulers})
         properties["scheduler"] = _enumerated(properties["scheduler"], names)
-    if "model" in properties and "size" not in properties:
+    if names_models and "model" in properties and "size" not in properties:
         properties["model"] = _enumerated(properties["model"], sorted(models))
 
 

@@ -12,6 +12,7 @@ from stable_diffusion_server.api.dependencies import caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.schemas.responses import HealthBody, ReadinessBody, described
 from stable_diffusion_server.errors import Forbidden
+from stable_diffusion_server.types import Caller
 
 _ASK = "Send an API key to read what is missing; without API_KEYS, clients on this machine can read it."
 
@@ -21,9 +22,11 @@ def health_router(
     exposition: Callable[[], bytes],
     loaded: Callable[[], Sequence[Mapping[str, object]]] = tuple,
     remarks: Callable[[], Sequence[str]] = tuple,
+    may_use: Callable[[Caller, str], bool] = lambda caller, model: True,
 ) -> APIRouter:
     """Return the routes. `missing` returns the reasons why the server is not ready; `loaded` returns its models.
 
+    `may_use` says whether a caller may use the model of a name; others are not listed.
     `remarks` returns limitations as sentences, `exposition` the text of the Prometheus metrics.
     """
     routes = APIRouter(tags=["operate"])
@@ -55,10 +58,8 @@ def health_router(
     async def readyz(request: Request) -> Response:
         reasons = await run_in_threadpool(missing)
         models = await run_in_threadpool(loaded)  # scans the LoRA folder
-        status = "not ready" if reasons else "ready"
-        body = {"status": status, "missing": reasons, "models": list(models), "remarks": list(remarks())}
-        if not _may_read_details(request):
-            body = {**{name: [] for name in body}, "status": body["status"], "missing": [_ASK] if reasons else []}
+        own = [model for model in models if may_use(caller_of(request), str(model["name"]))]
+        body = _readiness(request, reasons, own, remarks())
         return JSONResponse(body, 503 if reasons else 200, {"Retry-After": "2"} if reasons else None)
 
     @routes.get(
@@ -75,6 +76,17 @@ def health_router(
         return Response(await run_in_threadpool(exposition), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes
+
+
+def _readiness(
+    request: Request, reasons: list[str], models: Sequence[Mapping[str, object]], remarks: Sequence[str]
+) -> dict[str, object]:
+    """Return what the caller may read; remarks name models that some keys may not use."""
+    status = "not ready" if reasons else "ready"
+    if not _may_read_details(request):
+        return {"status": status, "missing": [_ASK] if reasons else [], "models": [], "remarks": []}
+    told = list(remarks) if caller_of(request).uses_all_models else []
+    return {"status": status, "missing": reasons, "models": list(models), "remarks": told}
 
 
 def _may_read_details(request: Request) -> bool:

@@ -69,7 +69,7 @@ def _checked(caller: Caller, context: DialectContext, model: str) -> str:
     check_operator(caller)
     spec = context.find_model(model)
     if spec is None:
-        raise ModelNotFound(context.unknown_model(model), field="model")
+        raise context.refusal(model, ModelNotFound)
     return spec.name
 
 

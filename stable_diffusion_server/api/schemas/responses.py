@@ -213,11 +213,12 @@ class LoadedModelBody(TypedDict):
     """A model: origin, placement, size of its weights in bytes, defaults and capabilities.
 
     `residency` is `unloaded` or `loading` for a model on demand that is not in memory; `bytes` then is the size of its
-    files.
+    files. `parts` says where each part of a model without a folder comes from, within MODELS_DIR.
     """
 
     name: str
     folder: str
+    parts: dict[str, str]
     revision: str
     device: str
     dtype: str
