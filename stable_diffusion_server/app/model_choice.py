@@ -80,13 +80,19 @@ def file_stamp(settings: Settings, spec: ModelSpec) -> tuple[object, ...]:
     folder = folder_with_models(settings)
     parts = [name for _, name in spec.checkpoint.parts] if spec.checkpoint is not None else [spec.folder]
     places = [folder / name for name in parts]
-    inside = [sorted(place.glob("*/*.safetensors")) if place.is_dir() else [place] for place in places]
     stamps = []
-    for file in (file for files in inside for file in files):
+    for file in (file for place in places for file in _weights_in(place)):
         with suppress(OSError):
             facts = file.stat()
             stamps.append((str(file), facts.st_ino, facts.st_size, facts.st_mtime_ns))
     return tuple(stamps)
+
+
+def _weights_in(place: Path) -> list[Path]:
+    """Return the weight files in a folder and its folders; of an index of shards also the files beside it."""
+    if place.is_dir():
+        return sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")])
+    return [place, *sorted(place.parent.glob("*.safetensors"))] if place.suffix == ".json" else [place]
 
 
 def _family_aliases(settings: Settings, found: Mapping[str, ModelSpec], owned: OwnedModels) -> dict[str, str]:

@@ -107,8 +107,3 @@ class _Builder:
             raise Unusable(f"{name} is a {identity.family} model for {identity.task}, which is not drawn here.")
         if identity.variant not in ("", "schnell", "dev"):
             raise Unusable(f"{name} is {identity.variant}, which is not drawn here.")
-        if identity.kind is not Kind.PIPELINE and identity.layout != "original":
-            raise Unusable(
-                f"{name} has the tensor names of {identity.layout}; put it into its folder of a diffusers model, or "
-                "take the file with the original names."
-            )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from stable_diffusion_server.pipelines.library import Kind, LibraryModel
 from stable_diffusion_server.pipelines.library.gguf_header import GGUF, holds_t5_tokenizer
 from stable_diffusion_server.pipelines.library.identity import UnreadableModel
-from stable_diffusion_server.pipelines.loading.checkpoint_layout import CLIP_G, CLIP_L, T5, VAE
+from stable_diffusion_server.pipelines.loading.checkpoint_layout import CLIP_G, CLIP_L, COMPONENTS, T5, VAE
 from stable_diffusion_server.pipelines.model_spec import CheckpointFiles
 from stable_diffusion_server.pipelines.owner_values import Unusable
 
@@ -42,9 +43,9 @@ class PartFinder:
             if part in chosen:
                 parts.append((part, chosen[part]))
             elif part not in identity.parts:
-                other = next((file for file in self.models if self._holds(file, part, identity.family)), None)
-                missing += [] if other else [_SHOWN[part]]
-                parts += [(part, path_within(other, self.models_dir))] if other else []
+                place = self._beside(part, identity.family)
+                missing += [] if place else [_SHOWN[part]]
+                parts += [(part, place)] if place else []
         if missing:
             raise Unusable(f"{model.file_name} lacks {' and '.join(missing)}; put the file into MODELS_DIR.")
         prediction = str(values.get("prediction_type", identity.prediction))
@@ -78,15 +79,32 @@ class PartFinder:
             raise Unusable(f"The spec of {model.name} names {name!r}: {' '.join(found.faults)}")
         return found
 
+    def _beside(self, part: str, family: str) -> str:
+        """The place of a part that a model of `family` lacks, empty if it is nowhere.
+
+        A file or folder of this part alone comes before diffusers folders of the family, and these before checkpoints;
+        within each the first by name.
+        """
+        usable = [file for file in self.models if not file.faults]
+        alone = (path_within(file, self.models_dir) for file in usable if self._holds(file, part, family))
+        same = [file for file in usable if file.identity.family == family]
+        folders = (
+            f"{path_within(file, self.models_dir)}/{COMPONENTS[family][part]}"
+            for file in same
+            if file.identity.kind is Kind.PIPELINE and (file.path / COMPONENTS[family][part]).is_dir()
+        )
+        checkpoints = (
+            path_within(file, self.models_dir)
+            for file in same
+            if file.identity.kind is Kind.CHECKPOINT and part in file.identity.parts
+        )
+        return next(chain(alone, folders, checkpoints), "")
+
     def _holds(self, file: LibraryModel, part: str, family: str) -> bool:
-        """Whether a file can give a model of `family` this part: the part alone, or a checkpoint of the family."""
+        """Whether a file or folder is this part alone, as models of `family` have it."""
         identity = file.identity
-        if file.faults or not file.found.ending:
-            return False
-        if identity.kind is Kind.CHECKPOINT:
-            return identity.family == family and part in identity.parts
         if part == VAE:
-            return identity.kind is Kind.VAE and family in identity.families and identity.layout == "original"
+            return identity.kind is Kind.VAE and family in identity.families
         alone = {CLIP_L: "clip-l", CLIP_G: "clip-g", T5: "t5-xxl"}[part]
         return identity.kind is Kind.TEXT_ENCODER and identity.variant == alone
 
@@ -101,7 +119,9 @@ class PartFinder:
         siblings = [
             path_within(file, self.models_dir) + "/tokenizer_2" for file in self.models if not file.found.ending
         ]
-        for place in (TOKENIZER, *sorted(siblings)):
+        component = COMPONENTS["flux"][T5]
+        own = [f"{encoder.removesuffix(component)}tokenizer_2"] if encoder.endswith(f"/{component}") else []
+        for place in (*own, TOKENIZER, *sorted(siblings)):
             if any((self.models_dir / place / name).is_file() for name in ("tokenizer.json", "spiece.model")):
                 return place
         raise Unusable(

@@ -65,6 +65,7 @@ NEVER_CALLERS = {
     "pipelines/loading/checkpoint_configs.py": "names of tensors in a file that the operator chose",
     "app/fetch_order.py": "the command line is the operator's",
     "pipelines/loading/hub_listing.py": "names of files in a repository that the operator chose",
+    "pipelines/library/shards.py": "names of files in a folder that the operator chose",
 }
 
 # Typical causes of quadratic time: unclosed brackets, separators, runs, escapes, combining marks, near matches.

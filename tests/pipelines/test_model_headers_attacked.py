@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import time
 from functools import partial
@@ -203,3 +204,61 @@ def test_a_nonsense_gguf_header_is_refused(tmp_path: Path, tensors: int, entries
     file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, entries) + rest + bytes(300))
     found = identify(file)
     assert (found.kind.value, bool(found.reason)) == ("unknown", True)
+
+
+@pytest.mark.parametrize("size", [640, 1152])
+def test_a_header_whose_length_begins_as_a_pickle_is_read(size: int, tmp_path: Path) -> None:
+    """640 is 80 02 in a file, as are the first bytes of pickles; one of 4,096 checkpoints has such a header."""
+    few = dict(list(FILES["vae-sd"].items())[:4])
+    header, data = header_bytes(few)
+    text = header[8:].ljust(size)
+    found = identify(file_with(tmp_path, text, bytes(data)))
+    assert "is of no known kind" in found.reason
+
+
+INDEXES: dict[str, tuple[object, str]] = {
+    "a climbing path": ({"a": "../../etc/passwd.safetensors"}, "no safetensors file beside it"),
+    "an absolute path": ({"a": "/etc/hosts.safetensors"}, "no safetensors file beside it"),
+    "a backslash": ({"a": "..\\x.safetensors"}, "is not there"),
+    "a NUL": ({"a": "x\0.safetensors"}, "no safetensors file beside it"),
+    "another ending": ({"a": "x.bin"}, "no safetensors file beside it"),
+    "itself": ({"a": "m.safetensors.index.json"}, "no safetensors file beside it"),
+    "a very long name": ({"a": "x" * 900 + ".safetensors"}, "cannot be read"),
+    "a list": (["x.safetensors"], "lists no files"),
+    "nothing": ({}, "lists no files"),
+    "a number": ({"a": 5}, "no safetensors file beside it"),
+    "a thousand files": ({str(n): f"{n}.safetensors" for n in range(1000)}, "which is too much"),
+    "a shard that is not there": ({"a": "gone.safetensors"}, "gone.safetensors, which is not there"),
+    "a shard that is a folder": ({"a": "folder.safetensors"}, "is a folder"),
+    "a shard that is a pipe": ({"a": "pipe.safetensors"}, "is a device or a pipe"),
+    "a shard that is no model": ({"a": "text.safetensors"}, "is not a safetensors file"),
+    "the same tensors twice": ({"a": "one.safetensors", "b": "two.safetensors"}, "twice"),
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_an_index_of_shards_names_files_beside_it_only(name: str, tmp_path: Path) -> None:
+    """Whatever it lists: a sentence, and no file elsewhere is opened."""
+    listed, sentence = INDEXES[name]
+    (tmp_path / "folder.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "text.safetensors").write_text("a text of some length")
+    for shard in ("one", "two"):
+        write_safetensors(tmp_path / f"{shard}.safetensors", {"a": (1,)})
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": listed}))
+    found = identify(index)
+    assert found.kind.value == "unknown"
+    assert sentence in found.reason
+    assert len(found.reason) < 400
+
+
+@QUICK
+@given(st.binary(max_size=400))
+def test_any_bytes_as_an_index_give_an_answer(tmp_path: Path, data: bytes) -> None:
+    """Also JSON that is nested deeper than Python can read."""
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_bytes(data)
+    assert identify(index).kind.value == "unknown"
+    index.write_text("[" * 100_000)
+    assert "is not JSON" in identify(index).reason

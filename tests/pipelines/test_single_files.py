@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import socket
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from checkpoint_stand_ins import flux_pipeline, sdxl_pipeline, write
@@ -26,6 +24,7 @@ from original_names import (
 from packed_files import gguf_file, quantize_q8_0, scaled_float8
 from PIL import Image
 from single_file_specs import T5_WORDS, flux_spec, sdxl_spec, split_flux, words_in
+from stock_pictures import assert_equal, no_network, sdxl_job, stock_pixels
 
 from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
@@ -33,24 +32,12 @@ from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.loading.packed_weights import PackedLinear
 from stable_diffusion_server.pipelines.loading.single_file import empty_checkpoint, load_checkpoint
-from stable_diffusion_server.types import DiffusionRequest
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
+__all__ = ["no_network"]  # pytest uses it for every test here
 
 FP32 = torch.float32
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    """Any socket that is opened fails the test."""
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a socket was opened")
-
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +69,6 @@ def config_folder(pipeline: Any, folder: Path) -> str:
     for file in folder.rglob("*.safetensors"):
         file.unlink()
     return str(folder)
-
-
-def sdxl_job(**changes: Any) -> DiffusionRequest:
-    """A request for SDXL."""
-    return job_for("sdxl", **{"guidance_scale": 5.0, "scheduler": "euler", **changes})
-
-
-def stock_pixels(pipeline: Any, job: DiffusionRequest, **arguments: Any) -> Any:
-    """What the stock call draws."""
-    pipeline.set_progress_bar_config(disable=True)
-    given = {"prompt": job.prompt, "num_inference_steps": job.num_inference_steps, "height": 128, "width": 128}
-    given |= {"guidance_scale": job.guidance_scale, "generator": torch.Generator().manual_seed(job.seed), **arguments}
-    return np.asarray(pipeline(**given).images[0])
-
-
-def assert_equal(ours: Any, stock: Any) -> None:
-    """The images differ by at most 2 of 255, and are pictures."""
-    assert stock.std() > 5, "a flat picture would prove nothing"
-    assert largest_difference(ours, stock) <= 2
 
 
 def stock_sdxl(file: Path, config: str, **arguments: Any) -> Any:

@@ -47,6 +47,7 @@ _BEGINNINGS = (
     (b"\x1f\x8b", "is a compressed archive and not a model"),
     (b"Rar!", "is a compressed archive and not a model"),
 )  # fmt: skip
+_PICKLED = 0x80
 _TRAINER = frozenset(
     "ss_base_model_version ss_sd_model_name ss_network_module ss_network_dim ss_network_alpha ss_v2 ss_clip_skip "
     "ss_output_name sshash_model_hash format prediction_type".split()
@@ -144,7 +145,8 @@ def read_safetensors(file: Path) -> TensorHeader:
     with opened_file(file) as (source, size):
         beginning = source.read(32)
         for lead, reason in _BEGINNINGS:
-            if beginning.startswith(lead):
+            # The length of a header of 640 bytes begins as a pickle does; a brace follows only in a header.
+            if beginning.startswith(lead) and (lead[0] != _PICKLED or beginning[8:9] != b"{"):
                 raise UnreadableModel(reason)
         length = int.from_bytes(beginning[:8], "little")
         if len(beginning) < 10 or length > _FORMAT_LIMIT or beginning[8:9] != b"{":

@@ -10,6 +10,7 @@ from typing import Any
 
 from stable_diffusion_server.pipelines.library.file_headers import is_folder, is_there, read_json_object, shown
 from stable_diffusion_server.pipelines.library.identity import FileIdentity, Kind, ModelTask, UnreadableModel
+from stable_diffusion_server.pipelines.library.shards import index_ending, indexes_of_shard, with_shards
 
 INDEX, CONFIG = "model_index.json", "config.json"
 _MAX_PARTS, _MAX_LISTED = 64, 2000
@@ -89,7 +90,7 @@ def evidence_of(folder: Path) -> tuple[Path, ...]:
     part = next((folder / name for name in ("unet", "transformer") if is_folder(folder / name)), folder)
     weights = _first_weights(part)
     known = (folder / INDEX, folder / CONFIG, folder / "scheduler" / "scheduler_config.json", part / CONFIG)
-    return (*known, weights) if weights else known
+    return (*known, *with_shards(weights)) if weights else known
 
 
 def _pipeline(folder: Path, index: dict[str, Any], identify_file: Callable[[Path], FileIdentity]) -> FileIdentity:
@@ -138,7 +139,7 @@ def _with_denoiser(
         scaled=inner.scaled,
         reason=_quantizer(config),
     )
-    # The first of several shards rarely has the names that tell a kind; the configuration says it.
+    # Shards without an index rarely have the names that tell a kind; the configuration says it.
     if inner.kind is Kind.UNKNOWN and "of no known kind" not in inner.reason and not found.reason:
         name = weights.name if weights else "its weights (*.safetensors)"
         return replace(found, reason=f"has a {part} that cannot be read: {name} {inner.reason}")
@@ -233,12 +234,19 @@ def _quantizer(config: dict[str, Any]) -> str:
 
 
 def _first_weights(folder: Path) -> Path | None:
-    """The first safetensors file in a folder by name, one in half precision before others."""
+    """The first safetensors file, or index of such files, in a folder by name; one in half precision before others."""
     try:
-        names = [file for file in sorted(folder.iterdir())[:_MAX_LISTED] if file.suffix == ".safetensors"]
+        inside = sorted(folder.iterdir())[:_MAX_LISTED]
     except OSError:
         return None
-    return next((file for file in names if ".fp16" in file.name), names[0] if names else None)
+    names = {file.name for file in inside}
+    files = [
+        file
+        for file in inside
+        if index_ending(file.name)
+        or (file.suffix == ".safetensors" and not names.intersection(indexes_of_shard(file.name)))
+    ]
+    return next((file for file in files if ".fp16" in file.name), files[0] if files else None)
 
 
 def _number(value: Any) -> int:

@@ -28,6 +28,7 @@ from stable_diffusion_server.pipelines.library.part_rules import (
     find_vae,
 )
 from stable_diffusion_server.pipelines.library.precision_rules import precision_of
+from stable_diffusion_server.pipelines.library.shards import index_ending, read_shards
 
 SAFETENSORS, GGUF = ".safetensors", ".gguf"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
@@ -56,14 +57,20 @@ def identify(path: Path) -> FileIdentity:
 
 
 def identify_file(file: Path) -> FileIdentity:
-    """What a file is, by its header. Files under 16 MB of header take milliseconds, whatever their size."""
+    """What a file is, by its header; an index of shards is what its shards are together.
+
+    Files under 16 MB of header take milliseconds, whatever their size.
+    """
     suffix = file.suffix.lower()
-    container = {SAFETENSORS: "safetensors", GGUF: "gguf"}.get(suffix, "pickle" if suffix in PICKLES else "")
+    sharded = bool(index_ending(file.name))
+    known = {SAFETENSORS: "safetensors", GGUF: "gguf", **dict.fromkeys(PICKLES, "pickle")}
+    container = "safetensors" if sharded else known.get(suffix, "")
     try:
-        if reason := refusal_of_name(file.name):
+        if not sharded and (reason := refusal_of_name(file.name)):
             with opened_file(file):
                 return FileIdentity(Kind.UNKNOWN, container=container, reason=reason)
-        header = read_safetensors(file) if container == "safetensors" else read_gguf(file)
+        read = read_shards if sharded else read_safetensors if container == "safetensors" else read_gguf
+        header = read(file)
     except UnreadableModel as error:
         return FileIdentity(Kind.UNKNOWN, container=container, reason=str(error))
     return identify_header(header)

@@ -13,6 +13,7 @@ from stable_diffusion_server.pipelines.library.identity import FileIdentity
 from stable_diffusion_server.pipelines.library.identity_cache import IdentityCache
 from stable_diffusion_server.pipelines.library.names import SHORT_HASH, LibraryModel, ModelNames, name_models
 from stable_diffusion_server.pipelines.library.scan import FoundModel, scan_folders
+from stable_diffusion_server.pipelines.library.shards import with_shards
 from stable_diffusion_server.pipelines.library.spec_file import OwnerSpec, read_spec, spec_path
 
 _MAX_PARTS = 2000
@@ -67,7 +68,7 @@ class ModelLibrary:
 
 
 def _identity(cache: IdentityCache, found: FoundModel) -> FileIdentity:
-    evidence = (found.path,) if found.ending else evidence_of(found.path)
+    evidence = with_shards(found.path) if found.ending else evidence_of(found.path)
     return cache.identity(found.path, evidence, identify)
 
 
@@ -79,7 +80,7 @@ def _spec(found: FoundModel) -> OwnerSpec:
 def _size(found: FoundModel) -> int:
     """Bytes of a file, or of the weight files in a folder and its folders. Links are followed."""
     if found.ending:
-        return _bytes_of(found.path)
+        return sum(map(_bytes_of, with_shards(found.path)))
     try:
         inner = [found.path, *(path for path in sorted(found.path.iterdir())[:_MAX_PARTS] if path.is_dir())]
         files = [file for folder in inner for file in sorted(folder.iterdir())[:_MAX_PARTS]]

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from stable_diffusion_server.pipelines.library.file_headers import is_folder
 from stable_diffusion_server.pipelines.library.folder_rules import CONFIG, INDEX
 from stable_diffusion_server.pipelines.library.identification import SUFFIXES
+from stable_diffusion_server.pipelines.library.shards import index_ending, indexes_of_shard
 
 MAX_DEPTH, MAX_ENTRIES, MAX_MODELS = 8, 200_000, 20_000
 # Folder names of ComfyUI and AUTOMATIC1111, in small letters.
@@ -32,7 +33,7 @@ class FoundModel:
         root: Number of its folder in MODELS_DIR.
         folder: The folder of ComfyUI or AUTOMATIC1111 that holds it, as written; empty if there is none.
         name: Its path below that folder, with slashes and without the ending.
-        ending: `.safetensors` …; empty for a folder.
+        ending: `.safetensors` …, `.safetensors.index.json` for a model in several files; empty for a folder.
     """
 
     path: Path
@@ -106,6 +107,9 @@ def _visit(
     inner = []
     for entry in entries:
         ending = next((suffix for suffix in SUFFIXES if entry.name.lower().endswith(suffix)), "")
+        ending = ending or index_ending(entry.name)
+        if names.intersection(indexes_of_shard(entry.name)):
+            continue  # the index stands for its shards
         if _is_folder(entry):
             known = is_pipeline and place.depth  # its folders are its parts
             if not known and place.depth < MAX_DEPTH and entry.name not in skip:

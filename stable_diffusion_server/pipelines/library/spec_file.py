@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from stable_diffusion_server.pipelines.library.file_headers import is_folder, is_there, opened_file, shown
 from stable_diffusion_server.pipelines.library.identity import UnreadableModel
+from stable_diffusion_server.pipelines.library.shards import index_ending
 
 SUFFIX = ".toml"
 _MAX_BYTES, _MAX_TEXT, _MAX_LIST = 65_536, 4000, 64
@@ -150,7 +151,8 @@ KEYS: Mapping[str, _Key] = {
 
 def spec_path(model: Path) -> Path | None:
     """The spec beside a model: `file.safetensors.toml`, or `file.toml`, or `folder.toml`; `None` without one."""
-    names = [model.name + SUFFIX] if is_folder(model) else [model.name + SUFFIX, model.stem + SUFFIX]
+    stem = model.name.removesuffix(index_ending(model.name)) if index_ending(model.name) else model.stem
+    names = [model.name + SUFFIX] if is_folder(model) else [model.name + SUFFIX, stem + SUFFIX]
     beside = (model.with_name(name) for name in names)
     return next((path for path in beside if is_there(path) and not is_folder(path)), None)
 

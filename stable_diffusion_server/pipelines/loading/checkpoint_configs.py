@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +34,34 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
         raise WeightFileError("the UNet is not laid out as SDXL's (pruned, or of another family)")
     blocks = range(inputs // (layers + 1))
     first = [1 + block * (layers + 1) for block in blocks]
-    channels = [_side(shapes, f"input_blocks.{i}.0.out_layers.3.weight", 0) for i in first]
+    channels = [side_of(shapes, f"input_blocks.{i}.0.out_layers.3.weight", 0) for i in first]
     depths = [count(shapes, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") for i in first]
+    return {
+        **unet_blocks(channels, depths, layers),
+        "in_channels": side_of(shapes, "input_blocks.0.0.weight", 1),
+        "out_channels": side_of(shapes, "out.2.weight", 0),
+        "cross_attention_dim": side_of(shapes, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
+        "use_linear_projection": len(shape_of(shapes, "middle_block.1.proj_in.weight")) == 2,
+        "projection_class_embeddings_input_dim": side_of(shapes, "label_emb.0.0.weight", 1),
+    }
+
+
+def unet_blocks(channels: Sequence[int], depths: Sequence[int], layers: int) -> dict[str, Any]:
+    """The blocks of an SDXL UNet: `channels` of each, transformer layers (`depths`) in each, `layers` of each.
+
+    Raises `WeightFileError` for another architecture.
+    """
     attends = [depth > 0 for depth in depths]
     if not attends[-1]:
         raise WeightFileError("the UNet is not laid out as SDXL's (no attention in its last block)")
     return {
         **base_configs("sdxl")["denoiser"],
-        "in_channels": _side(shapes, "input_blocks.0.0.weight", 1),
-        "out_channels": _side(shapes, "out.2.weight", 0),
-        "block_out_channels": channels,
+        "block_out_channels": list(channels),
         "layers_per_block": layers,
         "down_block_types": ["CrossAttnDownBlock2D" if attended else "DownBlock2D" for attended in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if attended else "UpBlock2D" for attended in reversed(attends)],
         "transformer_layers_per_block": [max(depth, 1) for depth in depths],
         "attention_head_dim": [width // _HEAD for width in channels],
-        "cross_attention_dim": _side(shapes, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
-        "use_linear_projection": len(shapes["middle_block.1.proj_in.weight"]) == 2,
-        "projection_class_embeddings_input_dim": _side(shapes, "label_emb.0.0.weight", 1),
     }
 
 
@@ -60,12 +70,12 @@ def transformer_config(shapes: Shapes) -> dict[str, Any]:
     base = base_configs("flux")["denoiser"]
     return {
         **base,
-        "in_channels": _side(shapes, "img_in.weight", 1),
-        "num_attention_heads": _side(shapes, "img_in.weight", 0) // int(base["attention_head_dim"]),
+        "in_channels": side_of(shapes, "img_in.weight", 1),
+        "num_attention_heads": side_of(shapes, "img_in.weight", 0) // int(base["attention_head_dim"]),
         "num_layers": count(shapes, r"double_blocks\.(\d+)\."),
         "num_single_layers": count(shapes, r"single_blocks\.(\d+)\."),
-        "joint_attention_dim": _side(shapes, "txt_in.weight", 1),
-        "pooled_projection_dim": _side(shapes, "vector_in.in_layer.weight", 1),
+        "joint_attention_dim": side_of(shapes, "txt_in.weight", 1),
+        "pooled_projection_dim": side_of(shapes, "vector_in.in_layer.weight", 1),
         "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
     }
 
@@ -78,11 +88,11 @@ def vae_config(shapes: Shapes, family: str) -> dict[str, Any]:
     blocks = range(count(shapes, r"encoder\.down\.(\d+)\."))
     return {
         **base_configs(family)["vae"],
-        "block_out_channels": [_side(shapes, f"encoder.down.{i}.block.0.conv2.weight", 0) for i in blocks],
+        "block_out_channels": [side_of(shapes, f"encoder.down.{i}.block.0.conv2.weight", 0) for i in blocks],
         "down_block_types": ["DownEncoderBlock2D" for _ in blocks],
         "up_block_types": ["UpDecoderBlock2D" for _ in blocks],
         "layers_per_block": count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
-        "latent_channels": _side(shapes, "decoder.conv_in.weight", 1),
+        "latent_channels": side_of(shapes, "decoder.conv_in.weight", 1),
         "mid_block_add_attention": "decoder.mid.attn_1.q.weight" in shapes,
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
@@ -91,7 +101,7 @@ def vae_config(shapes: Shapes, family: str) -> dict[str, Any]:
 
 def clip_config(shapes: Shapes, family: str, component: str) -> dict[str, Any]:
     """The configuration of a CLIP text encoder with the names of transformers."""
-    words, width = _shape(shapes, "text_model.embeddings.token_embedding.weight")
+    words, width = shape_of(shapes, "text_model.embeddings.token_embedding.weight")
     projection = shapes.get("text_projection.weight", (width, width))
     return {
         **base_configs(family)[component],
@@ -99,21 +109,21 @@ def clip_config(shapes: Shapes, family: str, component: str) -> dict[str, Any]:
         "hidden_size": width,
         "num_attention_heads": max(width // _HEAD, 1),
         "num_hidden_layers": count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
-        "intermediate_size": _side(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", 0),
+        "intermediate_size": side_of(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", 0),
         "projection_dim": projection[0],
     }
 
 
 def t5_config(shapes: Shapes) -> dict[str, Any]:
     """The configuration of a T5 encoder with the names of transformers."""
-    words, width = _shape(shapes, "shared.weight")
-    inner = _side(shapes, "encoder.block.0.layer.0.SelfAttention.q.weight", 0)
+    words, width = shape_of(shapes, "shared.weight")
+    inner = side_of(shapes, "encoder.block.0.layer.0.SelfAttention.q.weight", 0)
     return {
         **base_configs("flux")["text_encoder_2"],
         "vocab_size": words,
         "d_model": width,
         "d_kv": _HEAD,
-        "d_ff": _side(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0),
+        "d_ff": side_of(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0),
         "num_heads": inner // _HEAD,
         "num_layers": count(shapes, r"encoder\.block\.(\d+)\."),
     }
@@ -125,14 +135,16 @@ def count(shapes: Mapping[str, object], pattern: str) -> int:
     return max((int(match[1]) + 1 for match in found if match is not None), default=0)
 
 
-def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
+def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
+    """The shape of a tensor that must be there. Raises `WeightFileError`."""
     if name not in shapes or not shapes[name]:
         raise WeightFileError(f"{name} is missing")
     return shapes[name]
 
 
-def _side(shapes: Shapes, name: str, axis: int) -> int:
-    shape = _shape(shapes, name)
+def side_of(shapes: Shapes, name: str, axis: int) -> int:
+    """One side of the shape of a tensor that must be there. Raises `WeightFileError`."""
+    shape = shape_of(shapes, name)
     if len(shape) <= axis:
         raise WeightFileError(f"{name} has the shape {shape}")
     return shape[axis]

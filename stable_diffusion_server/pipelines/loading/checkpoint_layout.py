@@ -9,9 +9,17 @@ T = TypeVar("T")
 
 DENOISER, VAE, CLIP_L, CLIP_G, T5 = "denoiser", "vae", "clip_l", "clip_g", "t5"
 
+# Family → part → component of the pipeline, and the folder of it in a diffusers folder.
+COMPONENTS: Mapping[str, Mapping[str, str]] = {
+    "sdxl": {DENOISER: "unet", VAE: "vae", CLIP_L: "text_encoder", CLIP_G: "text_encoder_2"},
+    "flux": {DENOISER: "transformer", VAE: "vae", CLIP_L: "text_encoder", T5: "text_encoder_2"},
+}
+# Component of the pipeline → its tokenizer's folder.
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
 # Part → the prefixes of its names in a checkpoint.
 _PREFIXES = {
-    DENOISER: ("model.diffusion_model.",),
+    DENOISER: ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet."),
     VAE: ("first_stage_model.", "vae."),
     CLIP_L: ("conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer."),
     CLIP_G: ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
@@ -21,11 +29,16 @@ _PREFIXES = {
 _BARE = (
     (DENOISER, "input_blocks.0.0.weight"),
     (DENOISER, "img_in.weight"),
+    (DENOISER, "time_embedding.linear_1.weight"),
+    (DENOISER, "x_embedder.weight"),
     (VAE, "decoder.conv_in.weight"),
     (T5, "encoder.block.0.layer.0.SelfAttention.q.weight"),
     (T5, "enc.blk.0.attn_q.weight"),
+    (CLIP_G, "transformer.resblocks.0.mlp.c_fc.weight"),
 )
 _CLIP = "text_model.encoder.layers."
+# A name of each network in the names of diffusers.
+_DIFFUSERS = ("time_embedding.linear_1.weight", "x_embedder.weight", "decoder.mid_block.resnets.0.norm1.weight")
 # CLIP-L has 12 layers, CLIP-G 32.
 _LAYERS_OF_CLIP_L = 12
 
@@ -53,3 +66,8 @@ def bare_part(names: Collection[str]) -> str | None:
     if not layers:
         return None
     return CLIP_L if len(layers) <= _LAYERS_OF_CLIP_L else CLIP_G
+
+
+def has_diffusers_names(tensors: Collection[str]) -> bool:
+    """Whether a denoiser or VAE has the tensor names of diffusers, not those of its authors."""
+    return any(name in tensors for name in _DIFFUSERS)

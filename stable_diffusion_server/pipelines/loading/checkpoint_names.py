@@ -64,6 +64,8 @@ _T5_BLOCK = {
     "ffn_down": "layer.1.DenseReluDense.wo",
     "ffn_norm": "layer.1.layer_norm",
 }
+# Attention of a VAE as diffusers named it before 0.11 → today.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _T5_OUTER = {"token_embd.weight": "shared.weight", "enc.output_norm.weight": "encoder.final_layer_norm.weight"}
 
 
@@ -76,6 +78,17 @@ def unet_names(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tens
 def vae_names(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Tensors:
     """A VAE: diffusers' own table, which also flattens the attention's 1 × 1 convolutions."""
     return dict(convert_ldm_vae_checkpoint({f"vae.{name}": tensor for name, tensor in tensors.items()}, config))
+
+
+def renewed_vae_names(tensors: Mapping[str, Tensor]) -> Tensors:
+    """A VAE in the names of diffusers, whose old versions named the attention otherwise."""
+    renamed: Tensors = {}
+    for name, tensor in tensors.items():
+        start, _, leaf = name.rpartition(".")
+        block, _, layer = start.rpartition(".")
+        new = _OLD_ATTENTION.get(layer) if block.endswith("mid_block.attentions.0") else None
+        renamed[f"{block}.{new}.{leaf}" if new else name] = tensor
+    return renamed
 
 
 def clip_g_names(tensors: Mapping[str, torch.Tensor]) -> Tensors:

@@ -34,37 +34,46 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16}
 Tensors = dict[str, torch.Tensor | PackedWeight]
 
 
-def read_tensors(file: Path, *, meta: bool = False) -> Tensors:
-    """The tensors of a file by name, memory-mapped; with `meta`, only shapes and dtypes (on torch's meta device).
+def read_tensors(*files: Path, meta: bool = False) -> Tensors:
+    """The tensors of files by name, memory-mapped; with `meta`, only shapes and dtypes (on torch's meta device).
 
     Matrices in float8 and in GGUF's block formats are `PackedWeight`. Raises `WeightFileError`.
     """
-    if file.suffix == GGUF:
-        tensors = read_gguf_file(file).tensors
-        if meta:
-            return {name: _packed(tensor, _empty(tensor)) for name, tensor in tensors.items()}
-        try:
-            whole = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
-        except (OSError, RuntimeError) as error:
-            raise WeightFileError(f"{shown(file)} cannot be read") from error
-        return {
-            name: _packed(tensor, whole[tensor.start : tensor.start + tensor.size]) for name, tensor in tensors.items()
-        }
+    if files[0].suffix == GGUF:
+        return _read_gguf(files[0], meta=meta)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:  # together, since the scale of a weight may be in another shard
+        tensors.update(_read_plain(file, meta=meta))
+    return pack_float8(tensors)
+
+
+def _read_gguf(file: Path, *, meta: bool) -> Tensors:
+    tensors = read_gguf_file(file).tensors
+    if meta:
+        return {name: _packed(tensor, _empty(tensor)) for name, tensor in tensors.items()}
+    try:
+        whole = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+    except (OSError, RuntimeError) as error:
+        raise WeightFileError(f"{shown(file)} cannot be read") from error
+    return {name: _packed(tensor, whole[tensor.start : tensor.start + tensor.size]) for name, tensor in tensors.items()}
+
+
+def _read_plain(file: Path, *, meta: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file as they are stored."""
     header = read_header(file)
     if meta:
         unknown = sorted({str(facts.get("dtype")) for facts in header.values()} - _DTYPES.keys())
         if unknown:
             raise WeightFileError(f"{shown(file)} holds weights of the type {unknown[0][:20]}, which is not read")
-        return pack_float8(
-            {
-                name: torch.empty(facts["shape"], dtype=_DTYPES[facts["dtype"]], device="meta")
-                for name, facts in header.items()
-            }
-        )
+        return {
+            name: torch.empty(facts["shape"], dtype=_DTYPES[facts["dtype"]], device="meta")
+            for name, facts in header.items()
+        }
     try:
-        return pack_float8(load_file(file))
+        read: dict[str, torch.Tensor] = load_file(file)
     except (SafetensorError, OSError) as error:
         raise WeightFileError(f"{shown(file)} cannot be read ({error})") from error
+    return read
 
 
 def read_gguf_file(file: Path) -> GgufHeader:

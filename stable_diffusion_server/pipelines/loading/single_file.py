@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-import transformers
 
 from stable_diffusion_server.errors import ModelLoadError
-from stable_diffusion_server.pipelines.loading.checkpoint_configs import (
-    base_configs,
-    clip_config,
-    t5_config,
-    transformer_config,
-    unet_config,
-    vae_config,
-)
-from stable_diffusion_server.pipelines.loading.checkpoint_layout import CLIP_G, CLIP_L, DENOISER, T5, VAE, split_parts
-from stable_diffusion_server.pipelines.loading.checkpoint_names import (
-    clip_g_names,
-    t5_names,
-    transformer_names,
-    unet_names,
-    vae_names,
-)
-from stable_diffusion_server.pipelines.loading.checkpoint_tensors import Tensors, read_tensors, shapes_of
+from stable_diffusion_server.pipelines.loading.checkpoint_configs import base_configs
+from stable_diffusion_server.pipelines.loading.checkpoint_layout import CLIP_G, CLIP_L
 from stable_diffusion_server.pipelines.loading.compatibility import check_pipeline
 from stable_diffusion_server.pipelines.loading.model_files import translate_load_errors
-from stable_diffusion_server.pipelines.loading.network_assembly import assemble
-from stable_diffusion_server.pipelines.loading.packed_weights import PackedWeight
-from stable_diffusion_server.pipelines.loading.tokenizer_files import clip_tokenizer, t5_tokenizer
+from stable_diffusion_server.pipelines.loading.part_networks import files_of_place, networks_of
+from stable_diffusion_server.pipelines.loading.tokenizer_files import clip_tokenizer_of, t5_tokenizer, tokenizer_beside
 from stable_diffusion_server.pipelines.loading.weight_digest import ignore_progress
-from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError
+from stable_diffusion_server.pipelines.loading.weight_files import texts_in
 from stable_diffusion_server.pipelines.model_spec import CheckpointFiles, ModelSpec
-
-# Family → part → component of the pipeline.
-COMPONENTS: Mapping[str, Mapping[str, str]] = {
-    "sdxl": {DENOISER: "unet", VAE: "vae", CLIP_L: "text_encoder", CLIP_G: "text_encoder_2"},
-    "flux": {DENOISER: "transformer", VAE: "vae", CLIP_L: "text_encoder", T5: "text_encoder_2"},
-}
-_SHOWN = {DENOISER: "denoiser", VAE: "VAE", CLIP_L: "CLIP-L", CLIP_G: "CLIP-G", T5: "T5"}
 
 
 def load_checkpoint(
@@ -56,7 +31,7 @@ def load_checkpoint(
     """
     files = _files(spec)
     with translate_load_errors(spec.folder, models_dir):
-        parts = _networks(files, models_dir, dtype, report, meta=False)
+        parts = networks_of(files, models_dir, spec.variant, dtype, report, meta=False)
         pipeline = _PIPELINES[files.family](spec, files, models_dir, parts)
         check_pipeline(spec.folder, pipeline)
         if pipeline.vae.config.force_upcast and dtype == torch.float16:
@@ -68,17 +43,20 @@ def load_checkpoint(
 def empty_checkpoint(spec: ModelSpec, models_dir: Path) -> dict[str, torch.nn.Module]:
     """The components that `load_checkpoint` makes, by name, without weights (on torch's meta device)."""
     with translate_load_errors(spec.folder, models_dir):
-        return _networks(_files(spec), models_dir, torch.float32, ignore_progress, meta=True)
+        return networks_of(_files(spec), models_dir, spec.variant, torch.float32, ignore_progress, meta=True)
 
 
 def checkpoint_files(spec: ModelSpec, models_dir: Path) -> dict[str, Path]:
-    """The files that determine the model's images, by the part they are used for."""
-    files: dict[str, Path] = {}
-    for part, name in _files(spec).parts:
-        place = models_dir / name
-        inside = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
-        files.update({f"{part}/{file.name}" if place.is_dir() else part: file for file in inside})
-    return files
+    """The files that determine the model's images, by what they are used for. Raises `ModelLoadError`."""
+    files, found = _files(spec), dict[str, Path]()
+    with translate_load_errors(spec.folder, models_dir):
+        for part, name in files.parts:
+            place = models_dir / name
+            inside = files_of_place(place, part, spec.variant)
+            found |= {part: place} if inside == [place] else {f"{part}/{file.name}": file for file in inside}
+        for folder in _tokenizer_folders(files, models_dir):
+            found |= {f"{folder.name}/{file.name}": file for file in texts_in(folder)}
+    return found
 
 
 def _files(spec: ModelSpec) -> CheckpointFiles:
@@ -87,52 +65,15 @@ def _files(spec: ModelSpec) -> CheckpointFiles:
     return spec.checkpoint
 
 
-def _networks(
-    files: CheckpointFiles, models_dir: Path, dtype: torch.dtype, report: Callable[[float], None], *, meta: bool
-) -> dict[str, Any]:
-    """The networks by component name. A file that holds several parts is read once."""
-    places = dict(files.parts)
-
-    @functools.cache
-    def read(name: str) -> dict[str, Tensors]:
-        return split_parts(read_tensors(models_dir / name, meta=meta))
-
-    networks: dict[str, Any] = {}
-    for part, component in COMPONENTS[files.family].items():
-        place = places.get(part, places[DENOISER])
-        tensors = read(place).get(part)
-        if tensors is None:
-            raise WeightFileError(f"{Path(place).name} holds no {_SHOWN[part]}")
-        try:
-            networks[component] = _network(files.family, part, component, tensors, dtype)
-        except WeightFileError as error:
-            raise WeightFileError(f"the {_SHOWN[part]} in {Path(place).name} cannot be used: {error}") from error
-        report(len(networks) / len(COMPONENTS[files.family]))
-    return networks
+def _tokenizer_folders(files: CheckpointFiles, models_dir: Path) -> list[Path]:
+    """The folders that tokenizers are read from."""
+    beside = [tokenizer_beside(models_dir / name) for _, name in files.parts]
+    given = [models_dir / files.tokenizer] if files.tokenizer else []
+    return [folder for folder in dict.fromkeys([*beside, *given]) if folder is not None and folder.is_dir()]
 
 
-def _network(family: str, part: str, component: str, tensors: Tensors, dtype: torch.dtype) -> Any:
-    if part == DENOISER:
-        shapes = shapes_of(tensors)
-        if family == "sdxl":
-            config = unet_config(shapes)
-            return assemble(
-                diffusers.UNet2DConditionModel, config, unet_names(tensors, config), dtype, keep_packed=True
-            )
-        config = transformer_config(shapes)
-        return assemble(diffusers.FluxTransformer2DModel, config, transformer_names(tensors), dtype, keep_packed=True)
-    if part == T5:
-        named = t5_names(tensors)
-        return assemble(transformers.T5EncoderModel, t5_config(shapes_of(named)), named, dtype)
-    plain = {
-        name: tensor.unpack(dtype) if isinstance(tensor, PackedWeight) else tensor for name, tensor in tensors.items()
-    }
-    if part == VAE:
-        config = vae_config(shapes_of(plain), family)
-        return assemble(diffusers.AutoencoderKL, config, vae_names(plain, config), dtype)
-    named = clip_g_names(plain) if part == CLIP_G else dict(plain)
-    network_class = transformers.CLIPTextModelWithProjection if part == CLIP_G else transformers.CLIPTextModel
-    return assemble(network_class, clip_config(shapes_of(named), family, component), named, dtype)
+def _place(files: CheckpointFiles, models_dir: Path, part: str) -> Path:
+    return models_dir / dict(files.parts).get(part, "")
 
 
 def _sdxl(spec: ModelSpec, files: CheckpointFiles, models_dir: Path, parts: Mapping[str, Any]) -> Any:
@@ -145,8 +86,8 @@ def _sdxl(spec: ModelSpec, files: CheckpointFiles, models_dir: Path, parts: Mapp
     # Without `add_watermarker`, the pipeline would mark images wherever the package invisible-watermark is installed.
     return getattr(diffusers, spec.pipeline_class)(
         **parts,
-        tokenizer=clip_tokenizer(),
-        tokenizer_2=clip_tokenizer(pad="!"),
+        tokenizer=clip_tokenizer_of(_place(files, models_dir, CLIP_L)),
+        tokenizer_2=clip_tokenizer_of(_place(files, models_dir, CLIP_G), pad="!"),
         scheduler=diffusers.EulerDiscreteScheduler.from_config(config),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
@@ -158,7 +99,7 @@ def _flux(spec: ModelSpec, files: CheckpointFiles, models_dir: Path, parts: Mapp
     guided = parts["transformer"].config.guidance_embeds
     return getattr(diffusers, spec.pipeline_class)(
         **parts,
-        tokenizer=clip_tokenizer(),
+        tokenizer=clip_tokenizer_of(_place(files, models_dir, CLIP_L)),
         tokenizer_2=t5_tokenizer(models_dir / files.tokenizer),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_config(
             configs["scheduler" if guided else "scheduler_schnell"]

@@ -9,8 +9,9 @@ from transformers import AutoTokenizer, CLIPTokenizer, T5Tokenizer
 
 from stable_diffusion_server.pipelines.library.gguf_header import GGUF
 from stable_diffusion_server.pipelines.loading.checkpoint_configs import CONFIGS
+from stable_diffusion_server.pipelines.loading.checkpoint_layout import TOKENIZERS
 from stable_diffusion_server.pipelines.loading.checkpoint_tensors import read_gguf_file
-from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError, shown
+from stable_diffusion_server.pipelines.loading.weight_files import INDEX, WeightFileError, shown
 
 _MERGES = CONFIGS / "clip_tokenizer" / "merges.txt"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -33,6 +34,21 @@ def clip_tokenizer(pad: str = _END) -> Any:
     )
 
 
+def tokenizer_beside(place: Path) -> Path | None:
+    """The tokenizer's folder of a text encoder in a diffusers folder; `None` for one that is elsewhere."""
+    folder = place.parent / TOKENIZERS.get(place.name, "")
+    return folder if place.name in TOKENIZERS and (place.parent / INDEX).is_file() and folder.is_dir() else None
+
+
+def clip_tokenizer_of(encoder: Path, pad: str = _END) -> Any:
+    """The tokenizer of a CLIP: that of the diffusers folder that it is in, else the package's.
+
+    Raises `WeightFileError`.
+    """
+    folder = tokenizer_beside(encoder)
+    return clip_tokenizer(pad) if folder is None else _tokenizer_in(CLIPTokenizer, folder)
+
+
 def t5_tokenizer(place: Path) -> Any:
     """T5's tokenizer in a folder (tokenizer.json or spiece.model), or in a GGUF file of its encoder.
 
@@ -40,8 +56,12 @@ def t5_tokenizer(place: Path) -> Any:
     """
     if place.suffix == GGUF and place.is_file():
         return _t5_in_gguf(place)
+    return _tokenizer_in(AutoTokenizer, place)
+
+
+def _tokenizer_in(tokenizer_class: Any, place: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True)
+        return tokenizer_class.from_pretrained(place, local_files_only=True)
     except Exception as error:  # the libraries have no class of their own for unreadable files
         raise WeightFileError(f"{shown(place)} holds no tokenizer that can be read ({type(error).__name__})") from error
 

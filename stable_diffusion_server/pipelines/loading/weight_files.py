@@ -16,13 +16,16 @@ TEXTS = (".json", ".txt", ".model", ".jinja")
 INDEX = "model_index.json"
 # First part of the names of weight files, by the library that writes them.
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
+# The variant of weight files in half precision.
+HALF = "fp16"
 
 _HEADER_LIMIT = 100_000_000
 _POINTER = b"version https://git-lfs"
+_PICKLE = b"\x80\x02"
 _LEADS = (
     (_POINTER, "is a pointer of git-lfs and not the file itself; `git lfs pull` in its folder fetches it"),
     (b"PK\x03\x04", "is a pickle under another name; only safetensors files are read"),
-    (b"\x80\x02", "is a pickle under another name; only safetensors files are read"),
+    (_PICKLE, "is a pickle under another name; only safetensors files are read"),
     (b"GGUF", "is a GGUF file under another name; only safetensors files are read"),
     (b"<!DOC", "is a web page and not weights"),
     (b"<html", "is a web page and not weights"),
@@ -85,8 +88,11 @@ def check_pipeline_folder(folder: Path, variant: str | None = "fp16") -> None:
 
 
 def weight_files(folder: Path, stem: str, variant: str | None) -> WeightFiles:
-    """The weight files of a component, preferably those of `variant`. Raises `WeightFileError` naming what it found."""
-    for wanted in dict.fromkeys((variant, None)):
+    """The weight files of a component: those of `variant`, else the plain ones, else those in half precision.
+
+    Raises `WeightFileError` naming what it found.
+    """
+    for wanted in dict.fromkeys((variant, None, HALF)):
         for name in _names(stem, wanted):
             file = folder / name
             if file.is_file() or file.is_symlink():
@@ -133,7 +139,8 @@ def read_header(file: Path) -> Mapping[str, Any]:
         with file.open("rb") as source:
             start = source.read(len(_POINTER))
             for lead, reason in _LEADS:
-                if start.startswith(lead):
+                # The length of a header of 640 bytes begins as a pickle does; a brace follows only in a header.
+                if start.startswith(lead) and (lead != _PICKLE or start[8:9] != b"{"):
                     raise WeightFileError(f"{shown(file)} {reason}")
             length = int.from_bytes(start[:8], "little")
             source.seek(8)

@@ -20,6 +20,7 @@ FIGURES = {
 }
 _FACTS = {
     "folder": "Weights",
+    "parts": "Parts",
     "revision": "Revision",
     "device": "Device",
     "residency": "Placement",
@@ -77,7 +78,7 @@ def _card(model: Mapping[str, Any]) -> str:
     rows = {
         label: _format_fact(name, model[name])
         for name, label in _FACTS.items()
-        if model.get(name) not in (None, "", [])
+        if model.get(name) not in (None, "", [], {})
     }
     default = " (draws where none is named)" if model.get("usual") else ""
     return f'<div class="sds-card"><h3>{escape(str(model["name"]))}{default}</h3>{progress.facts(rows)}</div>'
@@ -88,6 +89,8 @@ def _format_fact(name: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{part} from {place}" for part, place in value.items())
     return _figure(name, value) if isinstance(value, int | float) else str(value)
 
 

@@ -1,0 +1,66 @@
+"""Configurations of denoisers and VAEs with the tensor names of diffusers, from shapes, where no config.json is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stable_diffusion_server.pipelines.loading.checkpoint_configs import (
+    Shapes,
+    base_configs,
+    count,
+    shape_of,
+    side_of,
+    unet_blocks,
+)
+from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError
+
+_MIDDLE = "mid_block.attentions.0"
+
+
+def diffusers_unet_config(shapes: Shapes) -> dict[str, Any]:
+    """The configuration of an SDXL UNet. Raises `WeightFileError` for another architecture."""
+    blocks = range(count(shapes, r"down_blocks\.(\d+)\."))
+    if not blocks:
+        raise WeightFileError("the UNet is not laid out as SDXL's (no down_blocks)")
+    channels = [side_of(shapes, f"down_blocks.{i}.resnets.0.conv1.weight", 0) for i in blocks]
+    depths = [count(shapes, rf"down_blocks\.{i}\.attentions\.0\.transformer_blocks\.(\d+)\.") for i in blocks]
+    return {
+        **unet_blocks(channels, depths, count(shapes, r"down_blocks\.0\.resnets\.(\d+)\.")),
+        "in_channels": side_of(shapes, "conv_in.weight", 1),
+        "out_channels": side_of(shapes, "conv_out.weight", 0),
+        "cross_attention_dim": side_of(shapes, f"{_MIDDLE}.transformer_blocks.0.attn2.to_k.weight", 1),
+        "use_linear_projection": len(shape_of(shapes, f"{_MIDDLE}.proj_in.weight")) == 2,
+        "projection_class_embeddings_input_dim": side_of(shapes, "add_embedding.linear_1.weight", 1),
+    }
+
+
+def diffusers_transformer_config(shapes: Shapes) -> dict[str, Any]:
+    """The configuration of a Flux transformer."""
+    base = base_configs("flux")["denoiser"]
+    embedders = "time_text_embed"
+    return {
+        **base,
+        "in_channels": side_of(shapes, "x_embedder.weight", 1),
+        "num_attention_heads": side_of(shapes, "x_embedder.weight", 0) // int(base["attention_head_dim"]),
+        "num_layers": count(shapes, r"transformer_blocks\.(\d+)\."),
+        "num_single_layers": count(shapes, r"single_transformer_blocks\.(\d+)\."),
+        "joint_attention_dim": side_of(shapes, "context_embedder.weight", 1),
+        "pooled_projection_dim": side_of(shapes, f"{embedders}.text_embedder.linear_1.weight", 1),
+        "guidance_embeds": f"{embedders}.guidance_embedder.linear_1.weight" in shapes,
+    }
+
+
+def diffusers_vae_config(shapes: Shapes, family: str) -> dict[str, Any]:
+    """The configuration of a VAE; the scale of its latents is that of the family, since the file does not tell it."""
+    blocks = range(count(shapes, r"encoder\.down_blocks\.(\d+)\."))
+    return {
+        **base_configs(family)["vae"],
+        "block_out_channels": [side_of(shapes, f"encoder.down_blocks.{i}.resnets.0.conv2.weight", 0) for i in blocks],
+        "down_block_types": ["DownEncoderBlock2D" for _ in blocks],
+        "up_block_types": ["UpDecoderBlock2D" for _ in blocks],
+        "layers_per_block": count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "latent_channels": side_of(shapes, "decoder.conv_in.weight", 1),
+        "mid_block_add_attention": "decoder.mid_block.attentions.0.group_norm.weight" in shapes,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+    }

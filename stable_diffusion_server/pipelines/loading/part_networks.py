@@ -1,0 +1,174 @@
+"""Builds the networks of a model from the files or folders that its parts are in."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+import transformers
+
+from stable_diffusion_server.pipelines.library.identity import UnreadableModel
+from stable_diffusion_server.pipelines.library.shards import index_ending, shards_of
+from stable_diffusion_server.pipelines.loading.checkpoint_configs import (
+    clip_config,
+    t5_config,
+    transformer_config,
+    unet_config,
+    vae_config,
+)
+from stable_diffusion_server.pipelines.loading.checkpoint_layout import (
+    CLIP_G,
+    CLIP_L,
+    COMPONENTS,
+    DENOISER,
+    T5,
+    VAE,
+    has_diffusers_names,
+    split_parts,
+)
+from stable_diffusion_server.pipelines.loading.checkpoint_names import (
+    clip_g_names,
+    renewed_vae_names,
+    t5_names,
+    transformer_names,
+    unet_names,
+    vae_names,
+)
+from stable_diffusion_server.pipelines.loading.checkpoint_tensors import Tensors, read_tensors, shapes_of
+from stable_diffusion_server.pipelines.loading.diffusers_configs import (
+    diffusers_transformer_config,
+    diffusers_unet_config,
+    diffusers_vae_config,
+)
+from stable_diffusion_server.pipelines.loading.network_assembly import assemble
+from stable_diffusion_server.pipelines.loading.packed_weights import PackedWeight
+from stable_diffusion_server.pipelines.loading.weight_files import (
+    DIFFUSERS,
+    SAFETENSORS,
+    TRANSFORMERS,
+    WeightFileError,
+    check_part,
+    files_of_part,
+    read_json,
+    shown,
+)
+from stable_diffusion_server.pipelines.model_spec import CheckpointFiles
+
+_SHOWN = {DENOISER: "denoiser", VAE: "VAE", CLIP_L: "CLIP-L", CLIP_G: "CLIP-G", T5: "T5"}
+_CLASSES: Mapping[tuple[str, str], Any] = {
+    ("sdxl", DENOISER): diffusers.UNet2DConditionModel,
+    ("flux", DENOISER): diffusers.FluxTransformer2DModel,
+    **{(family, VAE): diffusers.AutoencoderKL for family in COMPONENTS},
+    **{(family, CLIP_L): transformers.CLIPTextModel for family in COMPONENTS},
+    ("sdxl", CLIP_G): transformers.CLIPTextModelWithProjection,
+    ("flux", T5): transformers.T5EncoderModel,
+}
+
+
+class _Recipe(NamedTuple):
+    """The configuration of a network and its tensors by the network's own names."""
+
+    config: Mapping[str, Any]
+    tensors: Tensors
+
+
+def networks_of(
+    files: CheckpointFiles,
+    models_dir: Path,
+    variant: str | None,
+    dtype: torch.dtype,
+    report: Callable[[float], None],
+    *,
+    meta: bool,
+) -> dict[str, Any]:
+    """The networks by component name, with `meta` without weights. A file that holds several parts is read once.
+
+    Of a folder the weights of `variant` are read if it has them. Raises `WeightFileError`.
+    """
+    places = dict(files.parts)
+
+    @functools.cache
+    def read(name: str) -> dict[str, Tensors]:
+        return split_parts(read_tensors(*_weights_in(models_dir / name), meta=meta))
+
+    networks: dict[str, Any] = {}
+    components = COMPONENTS[files.family]
+    for part, component in components.items():
+        place, network_class = places.get(part, places[DENOISER]), _CLASSES[files.family, part]
+        is_folder = (models_dir / place).is_dir()
+        tensors = None if is_folder else read(place).get(part)
+        if tensors is None and not is_folder:
+            raise WeightFileError(f"{Path(place).name} holds no {_SHOWN[part]}")
+        try:
+            if tensors is None:
+                recipe = _recipe_of_folder(models_dir / place, network_class, part, variant, meta=meta)
+            else:
+                recipe = _recipe(files.family, part, component, tensors, dtype)
+            networks[component] = assemble(network_class, *recipe, dtype, keep_packed=part == DENOISER)
+        except WeightFileError as error:
+            raise WeightFileError(f"the {_SHOWN[part]} in {Path(place).name} cannot be used: {error}") from error
+        report(len(networks) / len(components))
+    return networks
+
+
+def files_of_place(place: Path, part: str, variant: str | None) -> list[Path]:
+    """The files that a part is read from, configurations included. Raises `WeightFileError`."""
+    if place.is_dir():
+        return files_of_part(place, _stem(part), variant)
+    return [place, *(_weights_in(place) if index_ending(place.name) else ())]
+
+
+def _weights_in(place: Path) -> list[Path]:
+    """The files with tensors: the file itself, or the shards that an index lists."""
+    if not index_ending(place.name):
+        return [place]
+    try:
+        return shards_of(place)
+    except UnreadableModel as error:
+        raise WeightFileError(f"{shown(place)} {error}") from error
+
+
+def _stem(part: str) -> str:
+    return DIFFUSERS if part in (DENOISER, VAE) else TRANSFORMERS
+
+
+def _recipe_of_folder(place: Path, network_class: Any, part: str, variant: str | None, *, meta: bool) -> _Recipe:
+    """The recipe of a folder with a config.json, as diffusers and transformers write it."""
+    found = check_part(place, _stem(part), variant)
+    config = read_json(place / "config.json")
+    listed = config.get("architectures")
+    named = config.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else "network")
+    if named != network_class.__name__:
+        raise WeightFileError(f"{shown(place)} holds a {named}, and a {network_class.__name__} is needed"[:300])
+    tensors = read_tensors(*(file for file in found.files if file.suffix == SAFETENSORS), meta=meta)
+    return _Recipe(config, renewed_vae_names(tensors) if part == VAE else tensors)
+
+
+def _recipe(family: str, part: str, component: str, tensors: Tensors, dtype: torch.dtype) -> _Recipe:
+    """The recipe of a part of a file: the configuration follows from the shapes."""
+    if part == T5:
+        named = t5_names(tensors)
+        return _Recipe(t5_config(shapes_of(named)), named)
+    of_diffusers = has_diffusers_names(tensors)
+    if part == DENOISER and of_diffusers:
+        read_config = diffusers_unet_config if family == "sdxl" else diffusers_transformer_config
+        return _Recipe(read_config(shapes_of(tensors)), tensors)
+    if part == DENOISER and family == "sdxl":
+        config = unet_config(shapes_of(tensors))
+        return _Recipe(config, unet_names(tensors, config))
+    if part == DENOISER:
+        return _Recipe(transformer_config(shapes_of(tensors)), transformer_names(tensors))
+    plain = {
+        name: tensor.unpack(dtype) if isinstance(tensor, PackedWeight) else tensor for name, tensor in tensors.items()
+    }
+    if part == VAE and of_diffusers:
+        return _Recipe(diffusers_vae_config(shapes_of(plain), family), renewed_vae_names(plain))
+    if part == VAE:
+        config = vae_config(shapes_of(plain), family)
+        return _Recipe(config, vae_names(plain, config))
+    named = clip_g_names(plain) if part == CLIP_G else dict(plain)
+    return _Recipe(clip_config(shapes_of(named), family, component), named)
