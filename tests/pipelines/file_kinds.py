@@ -101,6 +101,53 @@ def _bare_unet(folder: Path) -> Built:
     return Built("unet", sdxl(), spec)
 
 
+def _of_diffusers(**saved: Any) -> Callable[[Path], Built]:
+    """UNet and VAE as `save_pretrained` names their tensors, without configurations; the rest from an SDXL folder."""
+
+    def build(folder: Path) -> Built:
+        other = sdxl(6)
+        other.save_pretrained(folder / "merge")
+        for network, name in ((sdxl().unet, "unet"), (sdxl().vae, "vae")):
+            network.save_pretrained(folder / name, **saved)
+            (folder / name / "config.json").unlink()
+        parts = {**other.components, "unet": sdxl().unet, "vae": sdxl().vae}
+        return Built(
+            "unet/diffusion_pytorch_model", diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+        )
+
+    return build
+
+
+def _unet_folder(folder: Path) -> Built:
+    sdxl(6).save_pretrained(folder / "merge")
+    sdxl().unet.save_pretrained(folder / "mine", variant="fp16")
+    parts = {**sdxl(6).components, "unet": sdxl().unet}
+    return Built("mine", diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False))
+
+
+def _flux_of_diffusers(write_it: Callable[[Path], Any]) -> Callable[[Path], Built]:
+    """A transformer beside a Flux folder, which gives it VAE, text encoders and tokenizers."""
+
+    def build(folder: Path) -> Built:
+        other = flux_pipeline(4, tokenizer=WORDS)
+        other.save_pretrained(folder / "schnell")
+        write_it(folder)
+        stock = diffusers.FluxPipeline(**{**other.components, "transformer": flux().transformer})
+        return Built("mine", stock)
+
+    return build
+
+
+def _flux_shards(folder: Path) -> None:
+    flux().transformer.save_pretrained(folder, max_shard_size="2MB")
+    (folder / "config.json").unlink()
+    for file in folder.glob("diffusion_pytorch_model*"):
+        text = file.name.replace("diffusion_pytorch_model", "mine")
+        file.rename(folder / text)
+    index = folder / "mine.safetensors.index.json"
+    index.write_text(index.read_text().replace("diffusion_pytorch_model", "mine"))
+
+
 def _with_vae(folder: Path) -> Built:
     other = sdxl(9).vae
     write(folder / "model.safetensors", sdxl_tensors(sdxl()))
@@ -197,6 +244,7 @@ def _gguf_t5(folder: Path) -> Built:
     return Built("flux", stock, split_flux(flux(), folder, "flux.safetensors", t5="t5.gguf"))
 
 
+_OF_DIFFUSERS = "unet/diffusion_pytorch_model.safetensors"
 _KARRAS = {"use_karras_sigmas": True}
 _FLUX = "flux.safetensors"
 LOADED = (
@@ -205,6 +253,9 @@ LOADED = (
     Kind("SDXL v-prediction with zero SNR (markers)", "model.safetensors", _v_prediction),
     Kind("SDXL inpainting, 9 channels", "model.safetensors", _inpainting),
     Kind("SDXL UNet, VAE, CLIP-L and CLIP-G apart", "unet.safetensors", _bare_unet),
+    Kind("SDXL UNet and VAE in the names of diffusers", _OF_DIFFUSERS, _of_diffusers()),
+    Kind("the same in shards", f"{_OF_DIFFUSERS}.index.json", _of_diffusers(max_shard_size="4MB")),
+    Kind("SDXL UNet as a folder, fp16 variant", "mine", _unet_folder),
     Kind("SDXL checkpoint with another VAE (spec)", "model.safetensors", _with_vae),
     Kind("SDXL diffusers folder of any name", "my merge", _folder()),
     Kind("SDXL folder, fp16 variant", "my merge", _folder(variant="fp16")),
@@ -218,7 +269,12 @@ LOADED = (
     Kind("Flux dev checkpoint", "model.safetensors", _flux_checkpoint(guided=True)),
     Kind("Flux diffusers folder", "my flux", _flux_folder),
     Kind("Flux transformer, VAE, CLIP-L and T5 apart", _FLUX, _split(_plain, _FLUX)),
-    Kind("the same, transformer in fp8 e4m3", _FLUX, _split(_float8, _FLUX)),
+    Kind("Flux transformer alone, beside a Flux folder", "mine.safetensors", _flux_of_diffusers(
+        lambda folder: write(folder / "mine.safetensors", transformer_tensors(flux().transformer)))),
+    Kind("the same in the names of diffusers", "mine.safetensors", _flux_of_diffusers(
+        lambda folder: write(folder / "mine.safetensors", flux().transformer.state_dict()))),
+    Kind("the same in shards", "mine.safetensors.index.json", _flux_of_diffusers(_flux_shards)),
+    Kind("Flux in parts, transformer in fp8 e4m3", _FLUX, _split(_float8, _FLUX)),
     Kind("the same, scaled fp8 (`scale_weight`)", _FLUX, _split(_scaled("scale_weight"), _FLUX)),
     Kind("the same, scaled fp8 (`weight_scale`)", _FLUX, _split(_scaled("weight_scale"), _FLUX)),
     Kind("the same, scaled fp8 by row", _FLUX, _split(_scaled("rows"), _FLUX)),
@@ -280,6 +336,21 @@ def _folder_quantized(folder: Path) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "bnb"}}))
 
 
+def _pipe(folder: Path) -> None:
+    os.mkfifo(folder / "model.safetensors")
+
+
+def _shard_lacks(folder: Path) -> None:
+    _flux_shards(folder)
+    max(folder.glob("mine-*.safetensors")).unlink()
+
+
+def _part_of_another_class(folder: Path) -> None:
+    _unet_folder(folder)
+    config = folder / "merge" / "vae" / "config.json"
+    config.write_text(config.read_text().replace("AutoencoderKL", "AutoencoderTiny"))
+
+
 def _misspelt(folder: Path) -> None:
     _checkpoint(torch.float16)(folder)
     (folder / "model.toml").write_text("stpes = 4\n")
@@ -295,6 +366,9 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
     "a web page": _damaged(lambda data: b"<!DOCTYPE html>"),
     "a pointer of git-lfs": _damaged(lambda data: b"version https://git-lfs.github.com/spec/v1\n"),
     "a link that leads nowhere": _unreadable,
+    "a named pipe": _pipe,
+    "a shard that is missing": _shard_lacks,
+    "a part of another class in the folder beside it": _part_of_another_class,
     "SDXL checkpoint without VAE": _without("first_stage_model."),
     "SDXL checkpoint without CLIP-G": _without("conditioner.embedders.1."),
     "SDXL checkpoint that lacks a layer": _without("model.diffusion_model.middle_block.0.out_layers.3"),
