@@ -174,7 +174,7 @@ class ConcurrentDenoiser(FakeDenoiser):
     together: threading.Barrier | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def enter_worker(self, lanes: int) -> None:
+    def share_cores(self, lanes: int) -> None:
         self.lanes_told.append(lanes)
 
     def _within(self, what: str, by: int) -> None:

@@ -30,7 +30,8 @@ class ShapeProfile:
     """Step times of one shape, and the largest batch size known to be worthwhile.
 
     `cap` is the current limit: `base`, the accepted size, or a size under test. `ceiling` is the limit by memory,
-    `max_batch` the configured limit.
+    `max_batch` the configured limit. `costs` are by batch size and number of CPU threads, since only steps of equal
+    threads compare.
     """
 
     label: str
@@ -41,7 +42,7 @@ class ShapeProfile:
     cap: int
     base: int
     times: dict[int, deque[float]] = field(default_factory=dict)
-    costs: dict[int, deque[float]] = field(default_factory=dict)
+    costs: dict[tuple[int, int], deque[float]] = field(default_factory=dict)
     overhead: float | None = None
     patience: int = 0
     steps_to_retest: int = RETEST_STEPS
@@ -59,29 +60,29 @@ class ShapeProfile:
             return None
         return _lower_quartile(self.times[min(self.sizes(), key=lambda n: abs(n - size))])
 
-    def add(self, size: int, seconds: float, cost: float) -> None:
+    def add(self, size: int, seconds: float, cost: float, threads: int = 0) -> None:
         """Record a step. The first step of a size includes warm-up and is not counted."""
         if size not in self.times:
-            self.times[size], self.costs[size] = deque(maxlen=MAX_SAMPLES), deque(maxlen=MAX_SAMPLES)
+            self.times[size] = deque(maxlen=MAX_SAMPLES)
         else:
             self.times[size].append(seconds)
-            self.costs[size].append(cost)
+            self.costs.setdefault((size, threads), deque(maxlen=MAX_SAMPLES)).append(cost)
         if size == self.ceiling < self.max_batch:
             self.steps_to_recovery -= 1
             if self.steps_to_recovery <= 0:
                 self.ceiling = min(2 * self.ceiling, self.max_batch)
                 self.steps_to_recovery = RECOVERY_STEPS * 2**self.out_of_memory_errors
 
-    def is_measured(self, size: int) -> bool:
+    def is_measured(self, size: int, threads: int = 0) -> bool:
         """Whether there are enough samples of a size to compare it."""
-        return len(self.times.get(size, ())) >= MIN_SAMPLES
+        return len(self.costs.get((size, threads), ())) >= MIN_SAMPLES
 
-    def tune(self, size: int, more_wait: bool) -> None:
+    def tune(self, size: int, more_wait: bool, threads: int = 0) -> None:
         """After a step of `size`: compare the size under test, or start to test another size."""
-        if size != self.cap or not self.is_measured(size):
+        if size != self.cap or not self.is_measured(size, threads):
             return
         if self.cap != self.base:
-            self._compare()
+            self._compare(threads)
         elif more_wait:
             self.patience -= 1
             self.steps_to_retest -= 1
@@ -93,12 +94,12 @@ class ShapeProfile:
 
     def _test(self, size: int) -> None:
         self.times.pop(size, None)
-        self.costs.pop(size, None)
+        self.costs = {key: costs for key, costs in self.costs.items() if key[0] != size}
         self.cap, self.steps_to_retest = size, RETEST_STEPS
 
-    def _compare(self) -> None:
+    def _compare(self, threads: int) -> None:
         worthwhile = False
-        if (base := self.costs.get(self.base)) and (cap := self.costs.get(self.cap)):
+        if (base := self.costs.get((self.base, threads))) and (cap := self.costs.get((self.cap, threads))):
             now, before = _lower_quartile(cap) / self.cap, _lower_quartile(base) / self.base
             # A smaller batch has less latency, so it may take slightly more time per image.
             worthwhile = now < WORTHWHILE * before if self.cap > self.base else WORTHWHILE * now < before
@@ -153,17 +154,18 @@ class BatchSizeTuner:
             return self._profile_of(request).cap
 
     def record_step(
-        self, request: DiffusionRequest, size: int, seconds: float, cost: float, *, more_wait: bool
+        self, request: DiffusionRequest, size: int, seconds: float, cost: float, *, more_wait: bool, threads: int = 0
     ) -> None:
         """Record a step of a batch of `size`; `more_wait` says whether more compatible requests were waiting.
 
-        Sizes are compared by `cost`: the seconds, or the CPU seconds of the worker's own thread.
+        Sizes are compared by `cost`: the seconds, or the CPU seconds of the worker's own thread. `threads` is the
+        number of CPU threads that computed it, 0 if another device did.
         """
         with self._lock:
             profile = self._profile_of(request)
-            profile.add(size, seconds, cost)
+            profile.add(size, seconds, cost, threads)
             if self._learn:
-                profile.tune(size, more_wait)
+                profile.tune(size, more_wait, threads)
             else:
                 profile.cap = profile.base = profile.ceiling
 

@@ -11,6 +11,7 @@ from typing import Any, Generic
 
 from stable_diffusion_server.concurrency import describe_caller, may_hold_more
 from stable_diffusion_server.engine.batch_tuner import BatchSizeTuner, StepTimings
+from stable_diffusion_server.engine.core_sharing import CoreSharing
 from stable_diffusion_server.engine.events import EventDispatcher
 from stable_diffusion_server.engine.interface import Denoiser, EngineResult, EngineState, P
 from stable_diffusion_server.engine.scheduler import OccupancyCallback, Scheduler
@@ -24,8 +25,9 @@ class Engine(Generic[P]):
     """Runs requests on a device. Requests of one shape share batches (continuous batching per denoising step).
 
     The first engine thread calls `load`, then `on_loaded` with the denoiser, before the engine accepts requests, then
-    `on_ready`. `workers` is the number of threads that run batches in parallel; 0 takes the
-    denoiser's own choice. With `learn`, batches grow from one request as far as that is faster, up to `max_batch`.
+    `on_ready`. `workers` is the number of threads that run batches in parallel; 0 takes the denoiser's own choice, and
+    divides the cores among the workers as `CoreSharing` does. With `learn`, batches grow from one request as far as
+    that is faster, up to `max_batch`.
     The engine calls `on_device_lost` when only a new process can use the device again, and `on_occupancy`, on its
     threads, whenever the set of requests on the device changes. A request waits `switch_patience` seconds for its
     model before requests of loaded models wait for it.
@@ -212,12 +214,14 @@ class Engine(Generic[P]):
 
     def _load_denoiser(self) -> Denoiser[Any, P]:
         denoiser = self._load()
-        self._workers = self._workers or denoiser.best_workers
+        chosen, self._workers = self._workers > 0, self._workers or denoiser.best_workers
         if self._workers > 1 and denoiser.unshareable:
             raise ModelLoadError(f"ENGINE_WORKERS={self._workers} is not possible: {denoiser.unshareable}")
-        if self._workers > 1:
-            denoiser.enter_worker(self._workers)
-        self._scheduler.use_models(denoiser)
+        # Cores are divided as needed only where nobody chose the number of workers, and there are cores to divide.
+        sharing = CoreSharing(self._workers, fixed=chosen or denoiser.cpu_threads < 2, is_large=denoiser.is_large)
+        if self._workers > 1 and chosen:
+            denoiser.share_cores(self._workers)
+        self._scheduler.use_models(denoiser, sharing)
         self._on_loaded(denoiser)
         return denoiser
 

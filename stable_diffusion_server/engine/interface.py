@@ -100,8 +100,12 @@ class DenoiserCapabilities(Protocol):
         """Use less memory from now on. Returns false if that is not possible."""
         return False
 
-    def enter_worker(self, workers: int) -> None:
-        """Prepare the calling thread, which is one of `workers` worker threads."""
+    def is_large(self, model: str) -> bool:
+        """Whether the model probably uses all cores of a CPU for one request. Does not block; from any thread."""
+        return False
+
+    def share_cores(self, shares: int) -> None:
+        """Compute on the calling thread with one of so many equal shares of the CPU's cores from now on."""
 
 
 class Denoiser(DenoiserCapabilities, Protocol[S, P_co]):

@@ -11,6 +11,8 @@ from typing import Generic
 import structlog
 
 from stable_diffusion_server.engine.batch_tuner import BatchSizeTuner
+from stable_diffusion_server.engine.core_sharing import CoreSharing
+from stable_diffusion_server.engine.device_health import DeviceHealth
 from stable_diffusion_server.engine.events import EventDispatcher
 from stable_diffusion_server.engine.interface import DenoiserCapabilities, EngineResult, EngineState, P
 from stable_diffusion_server.engine.model_switching import Choice, ModelSwitcher
@@ -22,9 +24,6 @@ from stable_diffusion_server.types import EngineEventKind
 # Arguments: the labels of the requests on the device, and whether one of them uses the device exclusively.
 OccupancyCallback = Callable[[list[str], bool], object]
 
-# After this many non-finite results in a row, the device counts as lost.
-MAX_NOT_FINITE = 6
-
 _log = structlog.get_logger(__name__)
 
 
@@ -32,7 +31,8 @@ class Scheduler(Generic[P]):
     """Gives workers their next requests and settles the results. Thread-safe.
 
     `state` and `reason` say whether the engine runs and why not. `on_device` maps the tickets on the device to their
-    running requests, `None` until prepared. The lock of `changed` guards all of them.
+    running requests, `None` until prepared; `sharing` divides the cores among the workers, which are known by their
+    threads, and `health` counts results that are not finite. The lock of `changed` guards all of them.
     """
 
     def __init__(
@@ -52,15 +52,16 @@ class Scheduler(Generic[P]):
         self.on_device: dict[Ticket[P], RunningRequest[P] | None] = {}
         self.switcher: ModelSwitcher[P] = ModelSwitcher(switch_patience)
         self.on_demand = False
+        self.sharing = CoreSharing()
         self._unloads: dict[str, list[Future[None]]] = {}
         self._on_device_lost = on_device_lost
         self._on_occupancy = on_occupancy
-        self._not_finite = 0
-        self._not_finite_with_loras = 0
+        self.health = DeviceHealth()
 
-    def use_models(self, models: DenoiserCapabilities) -> None:
-        """Use the denoiser that holds the models."""
+    def use_models(self, models: DenoiserCapabilities, sharing: CoreSharing) -> None:
+        """Use the denoiser that holds the models, on cores divided in this way."""
         self.switcher.attach(models)
+        self.sharing = sharing
         self.on_demand = models.on_demand
 
     def enter(self, state: EngineState, reason: str) -> None:
@@ -72,6 +73,8 @@ class Scheduler(Generic[P]):
     def wait_for_work(self) -> bool:
         """Block until a request can go to the device. Returns false if the worker has to end."""
         with self.changed:
+            if self.sharing.rest(threading.get_ident()):
+                self.changed.notify_all()  # another worker may wait until it can have all cores
             self.changed.wait_for(self._has_work_or_ends)
             return not self._ends()
 
@@ -90,9 +93,10 @@ class Scheduler(Generic[P]):
         return None if first is None else Choice(first)
 
     def _is_blocked(self, ticket: Ticket[P]) -> bool:
-        """Whether the ticket must wait: it, or a ticket on the device, needs the device exclusively."""
-        exclusive = ticket.exclusive or any(running.exclusive for running in self.on_device)
-        return exclusive and bool(self.on_device)
+        """Whether the ticket must wait: it, or a ticket on the device, needs the device or all cores for itself."""
+        if self.on_device and (ticket.exclusive or any(running.exclusive for running in self.on_device)):
+            return True
+        return not self.sharing.may_start(threading.get_ident(), ticket.request)
 
     def admit(self, ticket: Ticket[P]) -> None:
         """Add a ticket to the queue and report its position."""
@@ -117,6 +121,7 @@ class Scheduler(Generic[P]):
                 ticket = None if choice is None or choice.loads else choice.ticket
             if ticket is None or self._is_blocked(ticket):
                 return None
+            self.sharing.start(threading.get_ident(), ticket.request)
             self.queue.take(ticket)
             self.on_device[ticket] = ticket.suspended
             self.report_occupancy()
@@ -215,7 +220,7 @@ class Scheduler(Generic[P]):
     def succeed(self, running: RunningRequest[P], product: P) -> None:
         """Settle a request with its product."""
         ticket = running.ticket
-        self._not_finite = self._not_finite_with_loras = 0
+        self.health.record_success()
         self.tuner.record_overhead(ticket.request, running.timings["prepare"] + running.timings["decode"])
         self.leave(ticket)
         if ticket.succeed(EngineResult(product, running.timings, running.batched, ticket.attempts)):
@@ -232,31 +237,14 @@ class Scheduler(Generic[P]):
                 self.report_positions()
 
     def fail(self, ticket: Ticket[P], error: Exception) -> None:
-        """Settle a request with an error. Raises `DeviceLost` after `MAX_NOT_FINITE` non-finite results in a row.
-
-        Requests with LoRAs do not count, since the LoRA may be the cause; see `suspects_loras`.
-        """
+        """Settle a request with an error. Raises `DeviceLost` after too many non-finite results in a row."""
         self.leave(ticket)
         if ticket.fail(error):
             self.events.dispatch(EngineEventKind.FAILED, ticket, cause=_kind_of(error))
         elif ticket.result.cancelled():
             self.events.dispatch(EngineEventKind.CANCELLED, ticket)
-        if isinstance(error, NotFinite) and ticket.request.loras:
-            self._not_finite_with_loras += 1
-        elif isinstance(error, NotFinite):
-            self._not_finite += 1
-            if self._not_finite >= MAX_NOT_FINITE:
-                raise DeviceLost("The device gives numbers that are not finite, whatever is drawn.") from error
-
-    def suspects_loras(self) -> bool:
-        """Whether `MAX_NOT_FINITE` results with LoRAs in a row were not finite; true once, then the count restarts.
-
-        The caller runs a request without LoRAs to find out whether the device is the cause.
-        """
-        if self._not_finite_with_loras < MAX_NOT_FINITE:
-            return False
-        self._not_finite_with_loras = 0
-        return True
+        if isinstance(error, NotFinite):
+            self.health.record_not_finite(error, loras=bool(ticket.request.loras))
 
     def fail_all(self, *, running: bool, lost: ServerError | None = None) -> None:
         """Fail all requests that were not started, and with `running` also all others, with `NotReady`.

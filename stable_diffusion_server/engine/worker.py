@@ -42,9 +42,9 @@ class EngineWorker(Generic[P]):
         self._denoiser = denoiser
         # Tokenizers are not thread-safe, so only one worker prepares at a time.
         self._prepare_lock = prepare_lock
-        self._workers = workers
-        # If each worker computes on one CPU thread, its CPU time excludes the load of other processes.
-        self._cost_clock = time.thread_time if 0 < denoiser.cpu_threads < 2 * workers else time.perf_counter
+        self._cpu_threads = denoiser.cpu_threads
+        # PyTorch starts the threads of several workers with the number that another one set last.
+        self._shares = 1 if workers == 1 else 0
         self._previews = PreviewScheduler(denoiser)
         self._loader = ModelLoader(scheduler, denoiser)
         self._batch: list[RunningRequest[P]] = []
@@ -53,8 +53,6 @@ class EngineWorker(Generic[P]):
     def run(self) -> None:
         """Run batches until the engine stops. Shuts the engine down on an error that no single request caused."""
         try:
-            if self._workers > 1:
-                self._denoiser.enter_worker(self._workers)
             while self._scheduler.wait_for_work():
                 if not (self._scheduler.on_demand and self._loader.change_models()):
                     self._run_batch()
@@ -136,6 +134,7 @@ class EngineWorker(Generic[P]):
         scheduler = self._scheduler
         ticket.attempts += 1
         started = time.perf_counter()
+        self._take_cores()
         try:
             with self._prepare_lock:
                 state = self._denoiser.prepare(ticket.request)
@@ -154,9 +153,20 @@ class EngineWorker(Generic[P]):
         scheduler.events.dispatch(EngineEventKind.STARTED, ticket, state, eta_seconds=eta)
         return running
 
+    def _take_cores(self) -> int:
+        """Take this worker's share of the cores. Returns its number of CPU threads, 0 if another device computes."""
+        with self._scheduler.changed:
+            shares = self._scheduler.sharing.shares_for(threading.get_ident())
+        if shares != self._shares:
+            self._shares = shares
+            self._denoiser.share_cores(shares)
+        return max(1, self._cpu_threads // shares) if self._cpu_threads else 0
+
     def _step(self) -> None:
-        batch = self._batch
-        started, cost_before = time.perf_counter(), self._cost_clock()
+        batch, threads = self._batch, self._take_cores()
+        # With one CPU thread, its CPU time excludes the load of other processes.
+        cost_clock = time.thread_time if threads == 1 else time.perf_counter
+        started, cost_before = time.perf_counter(), cost_clock()
         try:
             self._denoiser.step([running.state for running in batch])
         except DeviceLost:
@@ -169,10 +179,17 @@ class EngineWorker(Generic[P]):
             self._batch = []
             self._step_failed(batch, error)
             return
-        seconds, cost = time.perf_counter() - started, self._cost_clock() - cost_before
+        seconds, cost = time.perf_counter() - started, cost_clock() - cost_before
         self._scheduler.tuner.record_step(
-            batch[0].ticket.request, len(batch), seconds, cost, more_wait=self._scheduler.could_grow(batch)
+            batch[0].ticket.request,
+            len(batch),
+            seconds,
+            cost,
+            more_wait=self._scheduler.could_grow(batch),
+            threads=threads,
         )
+        with self._scheduler.changed:
+            self._scheduler.sharing.record_step(threading.get_ident(), self._shares, seconds / len(batch))
         for running in batch:
             running.timings["denoise"] += seconds
             running.attributed_step_seconds += seconds / len(batch)
@@ -232,13 +249,14 @@ class EngineWorker(Generic[P]):
         if self._scheduler.drop_if_settled(running):
             return
         started = time.perf_counter()
+        self._take_cores()
         try:
             product = self._retry_with_less_memory(lambda: self._denoiser.finish(running.state))
         except DeviceLost:
             raise
         except Exception as error:  # as in _step
             self._scheduler.fail(running.ticket, error)
-            if self._scheduler.suspects_loras():
+            if self._scheduler.health.suspects_loras():
                 self._try_without_loras(running.ticket.request)
             return
         running.timings["decode"] = time.perf_counter() - started

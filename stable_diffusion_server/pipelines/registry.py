@@ -29,6 +29,9 @@ from stable_diffusion_server.types import DiffusionRequest
 
 __all__ = ["LoadOptions", "LoadedFamily", "LoadedModelInfo", "Registry", "load"]
 
+# Bytes of weights from which one request uses all cores of a CPU well: the embedded models have 60 MB, SDXL 7 GB.
+_LARGE = 1_000_000_000
+
 _log = structlog.get_logger(__name__)
 
 
@@ -184,9 +187,13 @@ class Registry:
         devices = {model.device for model in self.loaded} or {str(self._device)}
         return self._threads if devices == {"cpu"} else 0
 
-    def enter_worker(self, workers: int) -> None:
-        """Divide the CPU threads among the engine threads; each calls this, since PyTorch's setting is per thread."""
-        torch.set_num_threads(max(1, self._threads // workers))
+    def is_large(self, model: str) -> bool:
+        """Whether a model's tensors are large enough to be divided among cores, by the bytes of its weights."""
+        return self.residents.size_of(model) >= _LARGE
+
+    def share_cores(self, shares: int) -> None:
+        """Compute with one of so many shares of the CPU threads; PyTorch's setting is that of the calling thread."""
+        torch.set_num_threads(max(1, self._threads // shares))
 
     def shrink(self) -> bool:
         """Use less memory from now on; false when no family can."""

@@ -9,7 +9,7 @@ from fakes import Canvas, FakeDenoiser, FakePixels, until
 from squares import DeviceLostDenoiser, EngineOf, OutOfMemoryDenoiser, job, open_gate
 
 from stable_diffusion_server.engine import EngineState
-from stable_diffusion_server.engine.scheduler import MAX_NOT_FINITE
+from stable_diffusion_server.engine.device_health import MAX_NOT_FINITE
 from stable_diffusion_server.errors import DeviceLost, NotFinite, NotReady, OutOfMemory
 
 

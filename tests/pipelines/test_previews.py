@@ -106,7 +106,7 @@ def test_the_registry_offers_what_the_engine_asks_for(registry: Any) -> None:
     """Previews, a number of workers, and no objection to workers on the CPU in full precision."""
     assert registry.unshareable == ""
     before = torch.get_num_threads()
-    registry.enter_worker(1)
+    registry.share_cores(1)
     assert torch.get_num_threads() >= 1
     torch.set_num_threads(before)
     state = registry.prepare(job_for("flux"))
