@@ -73,7 +73,9 @@ class Rig:
         torch.manual_seed(0)
         pipeline = self.make()
         quantize_parts(
-            [getattr(pipeline, name) for name in self.facts.quantizable_parts if name != CONTROL], quantization
+            [getattr(pipeline, name) for name in self.facts.quantizable_parts if name != CONTROL],
+            quantization,
+            self.device,
         )
         apply_optimizations(pipeline, None, self.device, performance)
         return KINDS[self.facts.name](pipeline, self.facts)

@@ -44,6 +44,7 @@ def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
         models=loaded.asked,
         hub=hub,
         digests=WeightDigests(settings.data_dir / "weights.json"),
+        cpu_dtypes=registry.CpuDtypes(settings.data_dir / "cpu-dtypes.json", settings.cpu_dtype),
         mapped=settings.mmap_weights,
         loras=loaded.loras,
         controlnet_lora=settings.controlnet_lora,

@@ -9,7 +9,10 @@ MAX_NOT_FINITE = 6
 
 
 class DeviceHealth:
-    """Non-finite results in a row. Those of requests with LoRAs count apart, since the LoRA may be the cause."""
+    """Non-finite results in a row. Those of requests with LoRAs count apart, since the LoRA may be the cause.
+
+    Its caller holds a lock.
+    """
 
     def __init__(self) -> None:
         self._plain = 0

@@ -104,6 +104,7 @@ _SDXL_BASE = ModelSpec(
     lcm_folder="lcm-lora-sdxl",
     lcm_repo="latent-consistency/lcm-lora-sdxl",
     dtype="float16",
+    measured_dtype=True,
     variant="fp16",
 )
 _PROTEUS = replace(_SDXL_BASE, folder="ProteusV0.2", repo="dataautogpt3/ProteusV0.2", revision="proteus-0.2")
@@ -134,6 +135,7 @@ _FLUX_SCHNELL = ModelSpec(
     quantizable_parts=("transformer", "text_encoder_2", "control"),
     dtype="bfloat16",
     cpu_dtype="bfloat16",  # 24 GB; fp32 would be 48
+    measured_dtype=True,
 )
 
 _EMBEDDED: dict[str, ModelSpec] = {spec.name: spec for spec in (_EMBEDDED_SDXL, _EMBEDDED_FLUX)}
@@ -220,6 +222,13 @@ def with_lcm(spec: ModelSpec) -> ModelSpec:
 def with_quantization(spec: ModelSpec, quantize: str) -> ModelSpec:
     """The spec with the quantization in its revision, since quantized weights generate other images."""
     return spec if quantize in ("auto", "none") else replace(spec, revision=f"{spec.revision}+{quantize}")
+
+
+def with_cpu_dtype(spec: ModelSpec, dtype: str) -> ModelSpec:
+    """The spec with another dtype on the CPU, also in its revision, since it generates other images."""
+    if dtype == spec.cpu_dtype:
+        return spec
+    return replace(spec, cpu_dtype=dtype, measured_dtype=False, revision=f"{spec.revision}+{dtype}")
 
 
 def spec_of(model: str, models: Mapping[str, ModelSpec] = MODELS) -> ModelSpec:

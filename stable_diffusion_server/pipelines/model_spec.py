@@ -65,7 +65,8 @@ class ModelSpec:
     `revision` identifies the weights in digests and metadata. `weights` and `control_weights` are the SHA-256 digests
     of the files the revision stands for; for other files `with_weights` adds their digest to the revision.
 
-    `dtype` and `cpu_dtype` name the torch dtype on an accelerator and on the CPU, `variant` the preferred weight files,
+    `dtype` and `cpu_dtype` name the torch dtype on an accelerator and on the CPU; with `measured_dtype`, the CPU takes
+    the faster one of float32 and bfloat16 (see `CpuDtypes`). `variant` names the preferred weight files,
     `denoiser_part` the pipeline component that predicts the noise, and `quantizable_parts` the components that
     QUANTIZE converts. `takes_controlnet_lora` and `takes_dfloat11` say whether CONTROLNET_LORA and DF11_MODEL_PATH
     apply to the model.
@@ -103,6 +104,7 @@ class ModelSpec:
     builtin_loras: tuple[tuple[str, float], ...] = ()
     dtype: str = "float32"
     cpu_dtype: str = "float32"
+    measured_dtype: bool = False
     variant: str | None = None
     denoiser_part: str = "unet"
     guidance_rescale: float = 0.0

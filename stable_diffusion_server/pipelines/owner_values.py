@@ -80,7 +80,7 @@ def with_owner_values(spec: ModelSpec, model: LibraryModel, find: Callable[[str,
             raise Unusable(f"The spec of {model.name} names the scheduler {scheduler!r}; there are {names}.")
         changes["default_scheduler"] = scheduler
     if "dtype" in values:
-        changes |= {"dtype": values["dtype"], "cpu_dtype": values["dtype"]}
+        changes |= {"dtype": values["dtype"], "cpu_dtype": values["dtype"], "measured_dtype": False}
     changes |= {"quantize": values.get("quantization", ""), "offload": values.get("placement", "")}
     changes |= {"preload": values.get("preload", False), "pinned": values.get("pin", False), "file_bytes": model.size}
     changes["builtin_loras"] = tuple((find(name, Kind.LORA), weight) for name, weight in values.get("loras", ()))

@@ -20,6 +20,7 @@ from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraph
 from stable_diffusion_server.pipelines.base import DecodedImage, PipelineState
 from stable_diffusion_server.pipelines.family import FamilyClass, LoadedFamily, LoadedModelInfo
 from stable_diffusion_server.pipelines.loading.components import quieten_libraries
+from stable_diffusion_server.pipelines.loading.cpu_dtype import CpuDtypes
 from stable_diffusion_server.pipelines.loading.footprint import WORKING_BYTES, choose_device, free_memory, memory_of
 from stable_diffusion_server.pipelines.loading.loader import LoadOptions, weight_bytes_of
 from stable_diffusion_server.pipelines.loading.placement import USABLE, Residency
@@ -27,7 +28,7 @@ from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.pipelines.residency import MemoryBudget, ResidentModels
 from stable_diffusion_server.types import DiffusionRequest
 
-__all__ = ["LoadOptions", "LoadedFamily", "LoadedModelInfo", "Registry", "load"]
+__all__ = ["CpuDtypes", "LoadOptions", "LoadedFamily", "LoadedModelInfo", "Registry", "load"]
 
 # Bytes of weights from which one request uses all cores of a CPU well: the embedded models have 60 MB, SDXL 7 GB.
 _LARGE = 1_000_000_000
@@ -284,7 +285,7 @@ def _residents(models_dir: Path, device: torch.device, options: LoadOptions) -> 
 
     def measure(spec: ModelSpec) -> int:
         try:
-            return weight_bytes_of(spec, models_dir, device, options.hub)
+            return weight_bytes_of(spec, models_dir, device, options)
         except ModelLoadError as error:
             options.on_failed(spec.name, error.detail)
             raise

@@ -338,7 +338,6 @@ def test_a_missing_lcm_lora_is_reported_at_load(tmp_path: Path) -> None:
 
 def test_adapters_go_on_weights_of_one_byte_too(loras: Path) -> None:
     """QUANTIZE=int8 and a LoRA together still paint green, and do not change jobs without it."""
-    pytest.importorskip("optimum.quanto")
     options = LoadOptions(models={"sdxl": MODELS["sdxl"]}, lora_dir=loras, quantize="int8")
     registry = load(MODELS_DIR, "cpu", 1, options)
     before = draw(registry, job_for("sdxl"))

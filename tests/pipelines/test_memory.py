@@ -91,7 +91,7 @@ def bytes_apart(name: str) -> int:
 def test_weights_of_one_byte_draw_nearly_the_same_picture(
     quantize: Quantize, least: float, families: dict[str, Any]
 ) -> None:
-    """A third of the denoiser's memory with optimum-quanto; torchao leaves convolutions alone.
+    """A third of the denoiser's memory, or less; torchao leaves convolutions alone.
 
     Every task still works.
     """
@@ -236,4 +236,4 @@ def test_a_missing_quantizer_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setitem(sys.modules, "optimum", None)  # as on a machine without that package
     with pytest.raises(ModelLoadError, match="pip install optimum-quanto"):
-        load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": replace(MODELS["flux"])}, quantize="int8"))
+        load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": replace(MODELS["flux"])}, quantize="float8"))

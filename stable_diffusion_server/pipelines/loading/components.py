@@ -24,6 +24,7 @@ from stable_diffusion_server.pipelines.loading.model_files import (
     model_folder,
     translate_load_errors,
 )
+from stable_diffusion_server.pipelines.loading.packed_weights import UNPACKED, WeightStorage
 from stable_diffusion_server.pipelines.loading.placement import CONTROL
 from stable_diffusion_server.pipelines.loading.single_file import empty_checkpoint, load_checkpoint
 from stable_diffusion_server.pipelines.loading.weight_digest import ignore_progress
@@ -48,18 +49,19 @@ def load_pipeline(
     hub: HubClient | None = None,
     move: bool = True,
     report: Callable[[float], None] = ignore_progress,
+    storage: WeightStorage = UNPACKED,
 ) -> Any:
     """The diffusers pipeline of a model, in its dtype for `device`, and moved there unless `move` is false.
 
     Its weights require no gradients: for layers that do, PyTorch multiplies small batches in another order, which
     changes the rounding. Downloads a missing folder if there is a `hub`. Raises `ModelLoadError` when files are
     missing, damaged or of another class, or when the components do not fit each other. `report` receives the share of
-    the components that is loaded.
+    the components that is loaded. `storage` applies to single files.
     """
     quieten_libraries()
     dtype = dtype_of(spec, device)
     if spec.checkpoint is not None:
-        pipeline = load_checkpoint(spec, models_dir, dtype, report)
+        pipeline = load_checkpoint(spec, models_dir, dtype, report, storage)
         pipeline.scheduler.register_to_config(**dict(spec.scheduler_options))
         return pipeline.to(device) if move else pipeline
     folder = model_folder(spec, models_dir, hub=hub)
@@ -105,14 +107,16 @@ def load_controlnet(
     return network.to(device) if move else network
 
 
-def empty_pipeline(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None = None) -> dict[str, torch.nn.Module]:
+def empty_pipeline(
+    spec: ModelSpec, models_dir: Path, *, hub: HubClient | None = None, storage: WeightStorage = UNPACKED
+) -> dict[str, torch.nn.Module]:
     """The model's components by name, without weights (on torch's meta device), from configurations or file headers.
 
     Its ControlNet is the component `control`, if it has one. Raises `ModelLoadError` when configurations are missing
     or of another class.
     """
     single = spec.checkpoint is not None
-    parts = empty_checkpoint(spec, models_dir) if single else _empty_folder(spec, models_dir, hub)
+    parts = empty_checkpoint(spec, models_dir, storage) if single else _empty_folder(spec, models_dir, hub)
     try:
         edges = control_folder(spec, models_dir, hub=hub)
         if edges is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,8 +11,9 @@ import structlog
 import torch
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
-from stable_diffusion_server.pipelines.acceleration.apply import apply_optimizations
+from stable_diffusion_server.pipelines.acceleration.apply import Optimization, apply_optimizations, optimizations_of
 from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraphRunner
+from stable_diffusion_server.pipelines.acceleration.onednn import linear
 from stable_diffusion_server.pipelines.catalog import MODELS, with_quantization, with_weights
 from stable_diffusion_server.pipelines.conditioning.controlnet import check_grid
 from stable_diffusion_server.pipelines.conditioning.lora import LoraManager, add_to_controlnet
@@ -20,13 +21,15 @@ from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolde
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import LIMIT_BYTES
 from stable_diffusion_server.pipelines.loading.compatibility import check_controlnet
 from stable_diffusion_server.pipelines.loading.components import empty_pipeline, load_controlnet, load_pipeline
+from stable_diffusion_server.pipelines.loading.cpu_dtype import CpuDtypes
 from stable_diffusion_server.pipelines.loading.footprint import dtype_of, footprint_of, free_memory
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.model_files import control_files, lcm_file, lora_file, model_files
 from stable_diffusion_server.pipelines.loading.offload import apply_residency, copy_out_of_files
-from stable_diffusion_server.pipelines.loading.packed_weights import is_packed
+from stable_diffusion_server.pipelines.loading.packed_weights import UNPACKED, PackedLinear, WeightStorage, is_packed
 from stable_diffusion_server.pipelines.loading.placement import (
     CONTROL,
+    Footprint,
     Offload,
     Placement,
     Quantization,
@@ -53,11 +56,12 @@ _DIGESTED, _READ, _COPIED = 0.2, 0.8, 0.95
 class LoadOptions:
     """What to load and how. `models` are specs by name (see `catalog.choose_models`); `hub` downloads missing ones.
 
-    `digests` identify weights. With `mapped`, weights stay memory-mapped. `lora_dir`, or the shared `loras`, holds the
-    LoRAs that requests may name. `controlnet_lora` is added to the ControlNet and `dfloat11` are compressed weights,
-    for models that take them. `offload` and `quantize` override what free memory decides; `performance` names the
-    optimizations of resident, unquantized weights. `attention_slicing`, `vae_slicing` and `vae_tiling` save memory and
-    change images slightly. Each model caches up to `prompt_cache_bytes` of prompt embeddings.
+    `digests` identify weights, and `cpu_dtypes` chooses the dtype on a CPU. With `mapped`, weights stay memory-mapped,
+    those of 16 bits also where fp32 is computed. `lora_dir`, or the shared `loras`, holds the LoRAs that requests may
+    name. `controlnet_lora` is added to the ControlNet and `dfloat11` are compressed weights, for models that take them.
+    `offload` and `quantize` override what free memory decides; `performance` names the optimizations of resident,
+    unquantized weights. `attention_slicing`, `vae_slicing` and `vae_tiling` save memory and change images slightly.
+    Each model caches up to `prompt_cache_bytes` of prompt embeddings.
 
     `on_demand` names the models that are loaded when a request needs them; `pinned` ones are not unloaded for others.
     `memory` is the number of bytes that the weights of all models may take; without it, the free memory decides, less
@@ -68,6 +72,7 @@ class LoadOptions:
     models: Mapping[str, ModelSpec] = field(default_factory=lambda: MODELS)
     hub: HubClient | None = None
     digests: WeightDigests = field(default_factory=WeightDigests)
+    cpu_dtypes: CpuDtypes = field(default_factory=CpuDtypes)
     mapped: bool = False
     lora_dir: Path | None = None
     loras: LoraFolder | None = None
@@ -116,13 +121,44 @@ class PlacedModel:
     remarks: list[str] = field(default_factory=list)
 
 
-def weight_bytes_of(spec: ModelSpec, models_dir: Path, device: torch.device, hub: HubClient | None = None) -> int:
+def weight_bytes_of(spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> int:
     """The bytes that the weights of a model take on a device, from its configurations or headers.
 
     Raises `ModelLoadError`.
     """
-    parts = empty_pipeline(spec, models_dir, hub=hub)
-    return sum(footprint_of(spec, parts, dtype_of(spec, device)).parts.values())
+    return sum(_measured(spec, models_dir, device, options)[1].parts.values())
+
+
+def _measured(
+    spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions
+) -> tuple[ModelSpec, Footprint]:
+    """The spec with its dtype on this device, and the bytes that the model needs."""
+    storage = _storage(spec, device, options, _quantize(spec, options))
+    parts = empty_pipeline(spec, models_dir, hub=options.hub, storage=storage)
+    if device.type == "cpu":
+        spec = options.cpu_dtypes.choose(spec, parts)
+    return spec, footprint_of(spec, parts, dtype_of(spec, device))
+
+
+def _quantize(spec: ModelSpec, options: LoadOptions) -> Quantize:
+    return cast(Quantize, spec.quantize) or options.quantize
+
+
+def _storage(spec: ModelSpec, device: torch.device, options: LoadOptions, quantize: str) -> WeightStorage:
+    """What stays packed in the memory of a CPU."""
+    if device.type != "cpu":
+        return UNPACKED
+    return WeightStorage(options.mapped, spec.quantizable_parts if quantize == Quantization.INT8 else ())
+
+
+def _place(spec: ModelSpec, footprint: Footprint, device: torch.device, options: LoadOptions) -> Placement:
+    return place(
+        free_memory(device),
+        footprint,
+        accelerated=device.type != "cpu",
+        offload=cast(Offload, spec.offload) or options.offload,
+        quantize=_quantize(spec, options),
+    )
 
 
 def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> PlacedModel:
@@ -131,15 +167,8 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
     Raises `ModelLoadError`. A ControlNet that cannot be used is left out, with a remark.
     """
     hub = options.hub
-    quantize = cast(Quantize, spec.quantize) or options.quantize
-    footprint = footprint_of(spec, empty_pipeline(spec, models_dir, hub=hub), dtype_of(spec, device))
-    placement = place(
-        free_memory(device),
-        footprint,
-        accelerated=device.type != "cpu",
-        offload=cast(Offload, spec.offload) or options.offload,
-        quantize=quantize,
-    )
+    spec, footprint = _measured(spec, models_dir, device, options)
+    placement = _place(spec, footprint, device, options)
     always = [(lcm_file(spec, folder, models_dir, hub=hub), weight) for folder, weight in spec.builtin_loras]
     own = model_files(spec, models_dir, hub=hub) if spec.checkpoint is None else checkpoint_files(spec, models_dir)
     files = {
@@ -154,6 +183,7 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
         hub=hub,
         move=False,
         report=lambda share: options.report(_DIGESTED + (_READ - _DIGESTED) * share),
+        storage=_storage(spec, device, options, placement.quantization),
     )
     remarks: list[str] = []
     controlnet, control = _control(spec, models_dir, device, options, pipeline, remarks)
@@ -168,13 +198,13 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
         )
     except InvalidInput as error:  # a built-in LoRA, not a request's
         raise ModelLoadError(error.detail) from error
-    known = spec if quantize != "auto" else with_quantization(spec, placement.quantization)
+    known = spec if _quantize(spec, options) != "auto" else with_quantization(spec, placement.quantization)
     known = with_weights(known, weights, control)
     if controlnet is None:
         known = replace(known, control_folder=None)
     parts = {**pipeline.components, CONTROL: controlnet}
     plain = [parts[name] for name in spec.quantizable_parts if parts[name] is not None and not is_packed(parts[name])]
-    quantize_parts(plain, placement.quantization)
+    quantize_parts(plain, placement.quantization, device)
     if spec.takes_dfloat11 and options.dfloat11:
         load_dfloat11(pipeline.transformer, options.dfloat11, device)
     if not options.mapped and (device.type == "cpu" or placement.residency is not Residency.RESIDENT):
@@ -216,7 +246,8 @@ def _optimize(
     """Apply the optimizations of the settings; the CUDA graph runners that were created."""
     graphs: list[CudaGraphRunner] = []
     denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
-    fast = placement.quantization in COMPUTED_FAST and not is_packed(denoiser)
+    packed, on_cpu = is_packed(denoiser), device.type == "cpu"
+    fast = on_cpu if packed else placement.quantization in COMPUTED_FAST
     if placement.residency == Residency.RESIDENT and fast:
         graphs = apply_optimizations(
             pipeline,
@@ -224,8 +255,10 @@ def _optimize(
             device,
             options.performance,
             steady=options.lora_folder.folder is None,
-            traced=not options.loads_on_demand,
+            traced=not options.loads_on_demand and not packed,
         )
+    if on_cpu and Optimization.ONEDNN in optimizations_of(options.performance):
+        _multiply_by_onednn([*pipeline.components.values(), controlnet])
     if options.attention_slicing:
         pipeline.enable_attention_slicing()
     if options.vae_slicing:
@@ -233,3 +266,12 @@ def _optimize(
     if options.vae_tiling:
         pipeline.vae.enable_tiling()
     return graphs
+
+
+def _multiply_by_onednn(parts: Iterable[Any]) -> None:
+    """Let packed layers compute in fp32 as the others do."""
+    for part in parts:
+        if isinstance(part, torch.nn.Module) and part.dtype == torch.float32:
+            for layer in part.modules():
+                if isinstance(layer, PackedLinear):
+                    layer.multiply = linear

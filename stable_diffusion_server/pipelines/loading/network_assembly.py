@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
@@ -10,8 +10,15 @@ import torch
 from accelerate import init_empty_weights
 from transformers.initialization import no_init_weights
 
-from stable_diffusion_server.pipelines.loading.packed_weights import PackedLinear, PackedWeight
+from stable_diffusion_server.pipelines.loading.packed_weights import (
+    PackedWeight,
+    can_be_packed,
+    packed_layer,
+)
 from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError
+
+# Bytes that are converted between two calls of `release`.
+_RELEASED = 128 * 2**20
 
 # Names of tensors that older files hold and networks compute themselves.
 _COMPUTED = ("position_ids", "logit_scale")
@@ -24,8 +31,13 @@ def assemble(
     dtype: torch.dtype,
     *,
     keep_packed: bool = False,
+    pack: Callable[[torch.Tensor], PackedWeight | None] | None = None,
+    release: Callable[[], None] = lambda: None,
 ) -> Any:
     """A network with these weights in `dtype`; with `keep_packed`, linear layers keep packed weights.
+
+    `pack` packs the weights of linear layers and convolutions that are not packed yet, unless it returns `None`.
+    `release` is called now and then, when tensors were converted that are not needed any more.
 
     Raises `WeightFileError` when weights are missing, left over, or of another shape: they would otherwise be random,
     or ignored.
@@ -40,13 +52,25 @@ def assemble(
     _check(network, given)
     plain: dict[str, torch.Tensor] = {}
     packed: dict[str, PackedWeight] = {}
+    converted = 0
     for name, tensor in given.items():
-        if not isinstance(tensor, PackedWeight):
-            plain[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        elif keep_packed and type(network.get_submodule(name.rpartition(".")[0])) is torch.nn.Linear:
-            packed[name] = tensor
+        path, _, leaf = name.rpartition(".")
+        layer = network.get_submodule(path)
+        if isinstance(tensor, PackedWeight):
+            if keep_packed and type(layer) is torch.nn.Linear:
+                packed[name] = tensor
+            else:
+                plain[name] = tensor.unpack(dtype)
+            continue
+        smaller = pack(tensor) if pack is not None and leaf == "weight" and can_be_packed(layer) else None
+        if smaller is not None:
+            packed[name] = smaller
         else:
-            plain[name] = tensor.unpack(dtype)
+            plain[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        converted += tensor.nbytes
+        if converted >= _RELEASED:
+            converted = 0
+            release()
     network.load_state_dict(plain, strict=False, assign=True)
     for name, weight in packed.items():
         _replace(network, name.rpartition(".")[0], weight)
@@ -83,7 +107,6 @@ def _check(network: Any, given: Mapping[str, Any]) -> None:
 
 
 def _replace(network: Any, path: str, weight: PackedWeight) -> None:
-    """Put a packed layer in the place of a linear one; its bias is already there."""
+    """Put a packed layer in the place of a plain one; its bias is already there."""
     parent, _, leaf = path.rpartition(".")
-    bias = network.get_submodule(path).bias
-    setattr(network.get_submodule(parent), leaf, PackedLinear(weight, None if bias is None else bias.data))
+    setattr(network.get_submodule(parent), leaf, packed_layer(network.get_submodule(path), weight))

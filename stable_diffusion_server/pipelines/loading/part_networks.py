@@ -38,14 +38,14 @@ from stable_diffusion_server.pipelines.loading.checkpoint_names import (
     unet_names,
     vae_names,
 )
-from stable_diffusion_server.pipelines.loading.checkpoint_tensors import Tensors, read_tensors, shapes_of
+from stable_diffusion_server.pipelines.loading.checkpoint_tensors import Tensors, forget_pages, read_tensors, shapes_of
 from stable_diffusion_server.pipelines.loading.diffusers_configs import (
     diffusers_transformer_config,
     diffusers_unet_config,
     diffusers_vae_config,
 )
 from stable_diffusion_server.pipelines.loading.network_assembly import assemble
-from stable_diffusion_server.pipelines.loading.packed_weights import PackedWeight
+from stable_diffusion_server.pipelines.loading.packed_weights import UNPACKED, PackedWeight, WeightStorage
 from stable_diffusion_server.pipelines.loading.weight_files import (
     DIFFUSERS,
     SAFETENSORS,
@@ -82,12 +82,14 @@ def networks_of(
     variant: str | None,
     dtype: torch.dtype,
     report: Callable[[float], None],
+    storage: WeightStorage = UNPACKED,
     *,
     meta: bool,
 ) -> dict[str, Any]:
     """The networks by component name, with `meta` without weights. A file that holds several parts is read once.
 
-    Of a folder the weights of `variant` are read if it has them. Raises `WeightFileError`.
+    Of a folder the weights of `variant` are read if it has them. `storage` says what is packed of the denoiser and of
+    CLIP. Raises `WeightFileError`.
     """
     places = dict(files.parts)
 
@@ -104,15 +106,28 @@ def networks_of(
         if tensors is None and not is_folder:
             raise WeightFileError(f"{Path(place).name} holds no {_SHOWN[part]}")
         try:
+            mapped = [] if meta else files_of_place(models_dir / place, part, variant)
             if tensors is None:
                 recipe = _recipe_of_folder(models_dir / place, network_class, part, variant, meta=meta)
             else:
                 recipe = _recipe(files.family, part, component, tensors, dtype)
-            networks[component] = assemble(network_class, *recipe, dtype, keep_packed=part == DENOISER)
+            networks[component] = assemble(
+                network_class,
+                *recipe,
+                dtype,
+                keep_packed=part == DENOISER,
+                pack=storage.packing(component, dtype) if part in (DENOISER, CLIP_L, CLIP_G) else None,
+                release=functools.partial(_forget, mapped),
+            )
         except WeightFileError as error:
             raise WeightFileError(f"the {_SHOWN[part]} in {Path(place).name} cannot be used: {error}") from error
         report(len(networks) / len(components))
     return networks
+
+
+def _forget(files: list[Path]) -> None:
+    for file in files:
+        forget_pages(file)
 
 
 def files_of_place(place: Path, part: str, variant: str | None) -> list[Path]:

@@ -8,26 +8,31 @@ from typing import Any
 import torch
 
 from stable_diffusion_server.errors import ModelLoadError
+from stable_diffusion_server.pipelines.loading.packed_weights import pack_layers, to_int8
 from stable_diffusion_server.pipelines.loading.placement import Quantization
 
 # The first compute capability of NVIDIA GPUs with float8 products.
 FLOAT8_CAPABILITY = (8, 9)
 
 
-def quantize_parts(modules: Iterable[torch.nn.Module], quantization: Quantization) -> None:
-    """Quantize the weights of `modules` to one byte each, except LoRAs.
+def quantize_parts(modules: Iterable[torch.nn.Module], quantization: Quantization, device: torch.device) -> None:
+    """Quantize the weights of `modules` to one byte each, except LoRAs. On the CPU, int8 needs no package.
 
     Raises `ModelLoadError` when the package is not installed or the machine does not support the format.
     """
-    match quantization:
-        case Quantization.NONE:
-            return
-        case Quantization.INT8 | Quantization.FLOAT8:
-            quantize = _by_quanto(quantization)
-        case Quantization.TORCHAO_INT8 | Quantization.TORCHAO_FLOAT8 | Quantization.TORCHAO_FLOAT8_DYNAMIC:
-            quantize = _by_torchao(quantization)
+    if quantization is Quantization.NONE:
+        return
+    quantize = _quantizer(quantization, device)
     for module in modules:
         quantize(module)
+
+
+def _quantizer(quantization: Quantization, device: torch.device) -> Callable[[torch.nn.Module], None]:
+    if quantization is Quantization.INT8 and device.type == "cpu":
+        return lambda module: pack_layers(module, to_int8)
+    if quantization in (Quantization.INT8, Quantization.FLOAT8):
+        return _by_quanto(quantization)
+    return _by_torchao(quantization)
 
 
 def load_dfloat11(transformer: torch.nn.Module, path: str, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from stable_diffusion_server.pipelines.loading.checkpoint_configs import base_co
 from stable_diffusion_server.pipelines.loading.checkpoint_layout import CLIP_G, CLIP_L
 from stable_diffusion_server.pipelines.loading.compatibility import check_pipeline
 from stable_diffusion_server.pipelines.loading.model_files import translate_load_errors
+from stable_diffusion_server.pipelines.loading.packed_weights import UNPACKED, WeightStorage
 from stable_diffusion_server.pipelines.loading.part_networks import files_of_place, networks_of
 from stable_diffusion_server.pipelines.loading.tokenizer_files import clip_tokenizer_of, t5_tokenizer, tokenizer_beside
 from stable_diffusion_server.pipelines.loading.weight_digest import ignore_progress
@@ -22,16 +23,20 @@ from stable_diffusion_server.pipelines.model_spec import CheckpointFiles, ModelS
 
 
 def load_checkpoint(
-    spec: ModelSpec, models_dir: Path, dtype: torch.dtype, report: Callable[[float], None] = ignore_progress
+    spec: ModelSpec,
+    models_dir: Path,
+    dtype: torch.dtype,
+    report: Callable[[float], None] = ignore_progress,
+    storage: WeightStorage = UNPACKED,
 ) -> Any:
     """The pipeline of the files in `spec.checkpoint`, with its weights in `dtype`, on the CPU. Opens no socket.
 
-    Float8 and GGUF weights of the denoiser stay packed. `report` receives the share of the components that is loaded.
-    Raises `ModelLoadError`.
+    Float8 and GGUF weights of the denoiser stay packed, others as `storage` says. `report` receives the share of the
+    components that is loaded. Raises `ModelLoadError`.
     """
     files = _files(spec)
     with translate_load_errors(spec.folder, models_dir):
-        parts = networks_of(files, models_dir, spec.variant, dtype, report, meta=False)
+        parts = networks_of(files, models_dir, spec.variant, dtype, report, storage, meta=False)
         pipeline = _PIPELINES[files.family](spec, files, models_dir, parts)
         check_pipeline(spec.folder, pipeline)
         if pipeline.vae.config.force_upcast and dtype == torch.float16:
@@ -40,10 +45,12 @@ def load_checkpoint(
     return pipeline
 
 
-def empty_checkpoint(spec: ModelSpec, models_dir: Path) -> dict[str, torch.nn.Module]:
+def empty_checkpoint(
+    spec: ModelSpec, models_dir: Path, storage: WeightStorage = UNPACKED
+) -> dict[str, torch.nn.Module]:
     """The components that `load_checkpoint` makes, by name, without weights (on torch's meta device)."""
     with translate_load_errors(spec.folder, models_dir):
-        return networks_of(_files(spec), models_dir, spec.variant, torch.float32, ignore_progress, meta=True)
+        return networks_of(_files(spec), models_dir, spec.variant, torch.float32, ignore_progress, storage, meta=True)
 
 
 def checkpoint_files(spec: ModelSpec, models_dir: Path) -> dict[str, Path]:
