@@ -40,6 +40,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "pipelines")]
 from original_names import sdxl_tensors  # noqa: E402  # from the tests, whose folder was added above
 
 SIDE, STEPS, GUIDANCE = 512, 3, 5.0
+# Seconds for a request; a machine that does something else beside takes long.
+_TIMEOUT = 3600
 # Random numbers that all weights are cut from.
 _NUMBERS = 1 << 24
 _SHALLOW = {"transformer_layers_per_block": [1, 1, 1], "block_out_channels": [320, 640, 640]}
@@ -99,7 +101,12 @@ def of_server(file: Path, environment: Mapping[str, str], side: int) -> tuple[st
     """Start the server with this checkpoint alone, draw once, and read its timings."""
     processes: list[subprocess.Popen[bytes]] = []
     given = {"MODELS": "local", "MODELS_DIR": str(file.parent), "TEXT_TO_IMAGE_MODEL": file.stem, "MIN_SIDE": "64"}
-    unset = {"ENGINE_WORKERS": "0", "CPU_THREADS": "0", "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+    unset = {
+        "ENGINE_WORKERS": "0",
+        "CPU_THREADS": "0",
+        "MAX_TIMEOUT": str(_TIMEOUT),
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+    }
     entry = Entry(None, Tuning(1, 1, 1), {**unset, **given, **environment})
     with tempfile.TemporaryDirectory() as home:
         try:
@@ -114,7 +121,7 @@ def of_server(file: Path, environment: Mapping[str, str], side: int) -> tuple[st
                 }
                 order |= {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "scheduler": "euler"}
                 began = time.perf_counter()
-                answer = server.client.post("/create_and_upload_image", json=order)
+                answer = server.client.post("/create_and_upload_image", json=order, timeout=_TIMEOUT)
                 whole = time.perf_counter() - began
             step = answer.raise_for_status().json()["timings"]["denoise"] / STEPS
         finally:
