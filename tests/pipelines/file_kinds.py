@@ -111,9 +111,7 @@ def _of_diffusers(**saved: Any) -> Callable[[Path], Built]:
             network.save_pretrained(folder / name, **saved)
             (folder / name / "config.json").unlink()
         parts = {**other.components, "unet": sdxl().unet, "vae": sdxl().vae}
-        return Built(
-            "unet/diffusion_pytorch_model", diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
-        )
+        return Built("diffusion_pytorch_model", diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False))
 
     return build
 
