@@ -70,6 +70,9 @@ def test_models_take_turns_in_memory(start: Callable[..., TestClient]) -> None:
     at_start = residency(client)
     assert at_start["first"] == "resident"
     assert at_start["second"] == at_start["third"] == at_start["embedded-flux"] == "unloaded"
+    titles = [model["title"] for model in client.get("/sdapi/v1/sd-models").json()]
+    assert "second" in titles, "no hash of a file that nobody read"
+    assert any(title.startswith("first [") for title in titles)
     drawn = {}
     for name in ("first", "second", "third", "drei", "third.safetensors"):
         answer = client.get("/create_and_upload_image", params={**SIZE, "model": name})

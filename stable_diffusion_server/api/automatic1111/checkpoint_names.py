@@ -15,8 +15,8 @@ _SHORT_HASHES = (10, 8)
 
 
 def title_of(spec: ModelSpec) -> str:
-    """Return the title of a model in AUTOMATIC1111's clients."""
-    return f"{spec.name} [{spec.revision}]"
+    """Return the title of a model in AUTOMATIC1111's clients; as there, without a revision before the first load."""
+    return spec.name if spec.unread else f"{spec.name} [{spec.revision}]"
 
 
 def model_named(name: str, context: DialectContext, field: str = "override_settings") -> str:
