@@ -24,7 +24,7 @@ def of(model: str, prompt: str = "a", **more: Any) -> DiffusionRequest:
 
 
 @dataclass
-class Shelf(FakeDenoiser):
+class ModelMemory(FakeDenoiser):
     """Has room for so many models; unloads the least recently used. Fails if a model is used that is not there."""
 
     room: int = 2
@@ -79,105 +79,106 @@ class Shelf(FakeDenoiser):
 
 
 @pytest.fixture
-def shelf() -> Any:
+def memory() -> Any:
     """Room for two models; steps and loads wait until their gates are open."""
-    made = Shelf(gate=threading.Event(), load_gate=threading.Event())
+    made = ModelMemory(gate=threading.Event(), load_gate=threading.Event())
     yield made
     for gate in (made.gate, made.load_gate):
         assert gate is not None
         gate.set()
 
 
-def open_all(shelf: Shelf) -> None:
+def open_all(memory: ModelMemory) -> None:
     """Let steps and loads continue."""
-    open_gate(shelf)
-    assert shelf.load_gate is not None
-    shelf.load_gate.set()
+    open_gate(memory)
+    assert memory.load_gate is not None
+    memory.load_gate.set()
 
 
 def test_a_model_is_loaded_for_the_first_request_that_names_it(engine_of: EngineOf) -> None:
     """The load is reported by its share; a second request finds the model there."""
-    shelf, seen = Shelf(), list[EngineEvent]()
-    engine = engine_of(shelf)
+    memory, seen = ModelMemory(), list[EngineEvent]()
+    engine = engine_of(memory)
     engine.submit(of("a"), watch=seen.append).result.result(10)
     engine.submit(of("a")).result.result(10)
-    assert shelf.did == ["+a"]
+    assert memory.did == ["+a"]
     assert [event.loaded for event in seen if event.kind is EngineEventKind.LOADING] == [0.0, 0.0, 0.25, 0.5, 0.75]
     assert [event.kind for event in seen].index(EngineEventKind.LOADING) < [e.kind for e in seen].index(
         EngineEventKind.STARTED
     )
 
 
-def test_requests_of_a_loaded_model_go_before_a_switch(engine_of: EngineOf, shelf: Shelf) -> None:
+def test_requests_of_a_loaded_model_go_before_a_switch(engine_of: EngineOf, memory: ModelMemory) -> None:
     """Memory for one, alternating requests, patience without end: each model is loaded once."""
-    shelf.room = 1
-    engine = engine_of(shelf, switch_patience=1e9)
+    memory.room = 1
+    engine = engine_of(memory, switch_patience=1e9)
     tickets = [engine.submit(of("ab"[n % 2], f"{n}")) for n in range(12)]
-    open_all(shelf)
+    open_all(memory)
     for ticket in tickets:
         ticket.result.result(10)
-    assert shelf.loads == ["a", "b"]
+    assert memory.loads == ["a", "b"]
 
 
 def test_an_overdue_request_waits_for_those_that_a_load_was_for_and_no_others(
-    engine_of: EngineOf, shelf: Shelf
+    engine_of: EngineOf, memory: ModelMemory
 ) -> None:
     """Without patience: what arrives for `a` after its load does not go before `b`, and nothing thrashes."""
-    shelf.room = 1
-    engine = engine_of(shelf, switch_patience=0.0, max_batch=1)
+    memory.room = 1
+    engine = engine_of(memory, switch_patience=0.0, max_batch=1)
     first = [engine.submit(of("a", f"early {n}")) for n in range(3)]
     until(lambda: engine.running == 0 and engine.waiting == 3)
-    assert shelf.load_gate is not None
-    shelf.load_gate.set()
+    assert memory.load_gate is not None
+    memory.load_gate.set()
     until(lambda: engine.running == 1)
     waits = engine.submit(of("b", "waits"))
     late = [engine.submit(of("a", f"late {n}")) for n in range(3)]
-    open_all(shelf)
+    open_all(memory)
     for ticket in [*first, waits, *late]:
         ticket.result.result(10)
-    order = [request.prompt for request in shelf.prepared]
+    order = [request.prompt for request in memory.prepared]
     assert order == ["early 0", "early 1", "early 2", "waits", "late 0", "late 1", "late 2"]
-    assert shelf.loads == ["a", "b", "a"]
+    assert memory.loads == ["a", "b", "a"]
 
 
 def test_sixty_mixed_requests_of_three_models_switch_seldom_and_starve_nobody(engine_of: EngineOf) -> None:
     """Memory for two of three models: every request is done, with few loads, whatever the patience."""
     for patience in (0.0, 1e9):
-        shelf = Shelf(room=2)
-        engine = engine_of(shelf, queue_limit=100, switch_patience=patience)
+        memory = ModelMemory(room=2, gate=threading.Event(), load_gate=threading.Event())
+        engine = engine_of(memory, queue_limit=100, switch_patience=patience)
         names = [str(name) for name in np.random.default_rng(7).choice(list("abc"), 60)]
         tickets = [engine.submit(of(name, f"{name} {n}", steps=2)) for n, name in enumerate(names)]
+        open_all(memory)  # all have arrived before the first load ends: the loads depend on no speed
         for ticket in tickets:
             ticket.result.result(20)
-        assert sorted(f"{job.model}" for job in shelf.prepared) == sorted(names)
-        assert all(job.prompt.startswith(job.model) for job in shelf.finished)
-        assert len(shelf.loads) <= 8, shelf.did
+        assert sorted(f"{job.model}" for job in memory.prepared) == sorted(names)
+        assert all(job.prompt.startswith(job.model) for job in memory.finished)
+        assert len(memory.loads) <= 8, memory.did
 
 
-def test_a_model_with_a_parked_request_stays(engine_of: EngineOf, shelf: Shelf) -> None:
+def test_a_model_with_a_parked_request_stays(engine_of: EngineOf, memory: ModelMemory) -> None:
     """A long request gives way to another model after its time slice, and keeps its own model in memory meanwhile."""
-    engine = engine_of(shelf, switch_patience=0.0)
+    engine = engine_of(memory, switch_patience=0.0)
     long = engine.submit(of("a", "long", steps=80))
     until(lambda: engine.waiting == 1)
-    assert shelf.load_gate is not None
-    shelf.load_gate.set()
+    assert memory.load_gate is not None
+    memory.load_gate.set()
     until(lambda: engine.running == 1)
     others = [engine.submit(of(name, name, steps=1)) for name in "bcd"]
-    open_all(shelf)
+    open_all(memory)
     for ticket in [long, *others]:
         ticket.result.result(20)
     assert long.result.result(0).attempts == 1
-    assert "-a" not in shelf.did[: shelf.did.index("+d")] or len(shelf.batches) > 80
-    assert sorted(request.prompt for request in shelf.finished) == ["b", "c", "d", "long"]
+    assert "-a" not in memory.did[: memory.did.index("+d")] or len(memory.batches) > 80
+    assert sorted(request.prompt for request in memory.finished) == ["b", "c", "d", "long"]
 
 
-def test_a_model_that_cannot_be_loaded_fails_its_own_requests_only(engine_of: EngineOf, shelf: Shelf) -> None:
+def test_a_model_that_cannot_be_loaded_fails_its_own_requests_only(engine_of: EngineOf, memory: ModelMemory) -> None:
     """The sentence reaches each request of the broken model; the others are drawn."""
-    shelf.broken["broken"] = ModelLoadError("broken.safetensors ends too early.")
-    engine = engine_of(shelf, switch_patience=0.0)
+    memory.broken["broken"] = ModelLoadError("broken.safetensors ends too early.")
+    engine = engine_of(memory, switch_patience=0.0)
     good = [engine.submit(of(name, name)) for name in "abc"]
     bad = [engine.submit(of("broken", f"{n}")) for n in range(3)]
-    open_all(shelf)
+    open_all(memory)
     for ticket in good:
         ticket.result.result(10)
     for ticket in bad:
@@ -186,50 +187,50 @@ def test_a_model_that_cannot_be_loaded_fails_its_own_requests_only(engine_of: En
     engine.submit(of("a")).result.result(10)
 
 
-def test_a_load_ends_when_nobody_waits_for_it_any_more(engine_of: EngineOf, shelf: Shelf) -> None:
+def test_a_load_ends_when_nobody_waits_for_it_any_more(engine_of: EngineOf, memory: ModelMemory) -> None:
     """Two requests wait; after both are cancelled the load stops at its next report, and the next model is loaded."""
-    engine = engine_of(shelf)
+    engine = engine_of(memory)
     first, second = engine.submit(of("a")), engine.submit(of("a"))
     until(lambda: engine.waiting == 2)
     first.result.cancel()
     second.result.cancel()
     third = engine.submit(of("b"))
-    open_all(shelf)
+    open_all(memory)
     third.result.result(10)
-    assert shelf.loads == ["b"]
+    assert memory.loads == ["b"]
     with pytest.raises(CancelledError):
         first.result.result(0)
 
 
 def test_a_load_without_a_picture_is_done_when_the_model_is_there(engine_of: EngineOf) -> None:
     """`load_model` waits in the queue as any request, counts as no job, and fails with the sentence."""
-    shelf, seen = Shelf(), list[EngineEvent]()
-    shelf.broken["broken"] = ModelLoadError("It is broken.")
-    engine = engine_of(shelf, observe=seen.append)
+    memory, seen = ModelMemory(), list[EngineEvent]()
+    memory.broken["broken"] = ModelLoadError("It is broken.")
+    engine = engine_of(memory, observe=seen.append)
     engine.load_model("a").result.result(10)
     engine.load_model("a").result.result(10)
     with pytest.raises(ModelLoadError):
         engine.load_model("broken").result.result(10)
-    assert shelf.did == ["+a"]
+    assert memory.did == ["+a"]
     assert not seen
     assert engine.waiting == engine.running == 0
 
 
-def test_a_model_is_unloaded_when_no_request_uses_it(engine_of: EngineOf, shelf: Shelf) -> None:
+def test_a_model_is_unloaded_when_no_request_uses_it(engine_of: EngineOf, memory: ModelMemory) -> None:
     """Unloading waits for the request on the device, and the next request loads the model again."""
-    engine = engine_of(shelf)
-    assert shelf.load_gate is not None
-    shelf.load_gate.set()
+    engine = engine_of(memory)
+    assert memory.load_gate is not None
+    memory.load_gate.set()
     ticket = engine.submit(of("a"))
     until(lambda: engine.running == 1)
     unloaded = engine.unload_model("a")
     assert not unloaded.done()
-    open_all(shelf)
+    open_all(memory)
     ticket.result.result(10)
     unloaded.result(10)
-    assert shelf.did == ["+a", "-a"]
+    assert memory.did == ["+a", "-a"]
     engine.submit(of("a")).result.result(10)
-    assert shelf.loads == ["a", "a"]
+    assert memory.loads == ["a", "a"]
 
 
 def test_models_that_are_all_loaded_at_the_start_stay(engine_of: EngineOf) -> None:
@@ -240,11 +241,11 @@ def test_models_that_are_all_loaded_at_the_start_stay(engine_of: EngineOf) -> No
         engine.unload_model("sdxl")
 
 
-def test_unloading_ends_with_the_engine(engine_of: EngineOf, shelf: Shelf) -> None:
+def test_unloading_ends_with_the_engine(engine_of: EngineOf, memory: ModelMemory) -> None:
     """Whoever waits for an unloading hears that the server goes down."""
-    engine = engine_of(shelf)
-    assert shelf.load_gate is not None
-    shelf.load_gate.set()
+    engine = engine_of(memory)
+    assert memory.load_gate is not None
+    memory.load_gate.set()
     engine.submit(of("a"))
     until(lambda: engine.running == 1)
     unloaded = engine.unload_model("a")
