@@ -56,6 +56,7 @@ VAE = {
     "block_out_channels": [128, 256, 512, 512],
     "layers_per_block": 2,
     "latent_channels": 4,
+    "sample_size": 1024,
     "scaling_factor": 0.13025,
 }
 UNET = {
@@ -74,6 +75,20 @@ UNET = {
 }
 CONTROL = {name: value for name, value in UNET.items() if name not in ("sample_size", "up_block_types")} | {
     "_class_name": "ControlNetModel"
+}
+FLUX_CONTROL = {
+    "_class_name": "FluxControlNetModel",
+    "in_channels": 64,
+    "num_layers": 2,
+    "num_single_layers": 0,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": [16, 56, 56],
+    "conditioning_embedding_channels": 16,
+    "patch_size": 2,
 }
 FLUX_VAE = VAE | {
     "latent_channels": 16,
@@ -107,8 +122,8 @@ def write_configurations(folder: Path, facts: ModelSpec) -> None:
     shutil.copytree(embedded, folder / facts.folder, ignore=shutil.ignore_patterns("*.safetensors"))
     for part, configuration in CONFIGURATIONS[facts.name].items():
         write_config(folder / facts.folder / part, configuration)
-    if facts.name == "sdxl" and facts.control_folder is not None:
-        write_config(folder / facts.control_folder, CONTROL)
+    if facts.control_folder is not None:
+        write_config(folder / facts.control_folder, CONTROL if facts.name == "sdxl" else FLUX_CONTROL)
 
 
 def write_config(folder: Path, configuration: dict[str, Any]) -> None:

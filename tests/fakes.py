@@ -54,6 +54,7 @@ class FakePixels:
 
     pixels: NDArray[np.uint8]
     redecoded: bool = False
+    tiled: bool = False
 
 
 @dataclass

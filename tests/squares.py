@@ -61,14 +61,16 @@ def gated() -> Iterator[FakeDenoiser]:
 class OutOfMemoryDenoiser(FakeDenoiser):
     """Memory for so many canvases per step, and so many per finish; counts the requests to free memory.
 
-    Each shrink frees memory for one more canvas in decoding, `shrinks` times.
+    Freeing memory makes room for one canvas more in a step, `frees` times; each shrink of a canvas makes one more
+    decoding of it fit, `shrinks` times.
     """
 
     fits: int = 2
     decodes_with: int = 0
     shrinks: int = 0
+    frees: int = 0
     released: int = 0
-    shrunk: int = 0
+    shrunk_by_state: dict[int, int] = field(default_factory=dict)
     third_step_fails: bool = False
 
     def step(self, states: Sequence[Canvas]) -> None:
@@ -80,20 +82,20 @@ class OutOfMemoryDenoiser(FakeDenoiser):
         super().step(states)
 
     def finish(self, state: Canvas) -> FakePixels:
-        if self.shrunk < self.decodes_with:
+        if self.shrunk_by_state.get(id(state), 0) < self.decodes_with:
             raise OutOfMemory("no memory to decode")
         return super().finish(state)
 
     def release_memory(self) -> None:
         self.released += 1
+        if self.frees:
+            self.frees -= 1
+            self.fits += 1
 
-    def shrink(self) -> bool:
-        if self.shrinks == 0:
-            return False
-        self.shrinks -= 1
-        self.shrunk += 1
-        self.fits = max(1, self.fits)
-        return True
+    def shrink(self, state: Canvas) -> bool:
+        shrunk = self.shrunk_by_state.get(id(state), 0)
+        self.shrunk_by_state[id(state)] = min(shrunk + 1, self.shrinks)
+        return shrunk < self.shrinks
 
 
 @dataclass

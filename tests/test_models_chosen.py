@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.app.model_state import ModelState
-from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.settings import Settings, SettingsError
 
 pytestmark = pytest.mark.slow
 
@@ -137,3 +137,29 @@ def test_an_adapter_is_known_by_the_name_of_its_file(run_app: Making, tmp_path: 
     for name in ("other", "../loras/pastel", "pastel.safetensors"):
         refused: Any = running_app.draw(prompt="a red disc", lora=name)
         assert (refused.status_code, refused.json()["field"]) == (422, "lora")
+
+
+@pytest.mark.parametrize(
+    ("shares", "default", "order"),
+    [
+        ("", "sdxl", ["sdxl", "flux"]),
+        ("", "flux", ["flux", "sdxl"]),
+        ("flux=0.7,sdxl=0.3", "sdxl", ["flux", "sdxl"]),
+        ("embedded-flux", "sdxl", ["flux", "sdxl"]),
+    ],
+)
+def test_the_order_in_which_models_are_placed_is_a_setting(
+    shares: str, default: str, order: list[str], tmp_path: Path
+) -> None:
+    """MODEL_SHARES, by name or alias, comes before the default, and this before the others."""
+    names = tuple(shares.split(",")) if shares else ()
+    settings = settings_in(tmp_path, models="embedded", model_shares=names, text_to_image_model=default)
+    state = ModelState.of(settings)
+    assert list(state.in_order(settings)) == order
+    assert [*state.shares(settings)] == (order if "sdxl" in shares else order[:1] if shares else [])
+
+
+def test_a_share_for_a_model_that_is_not_there_is_a_mistake_in_the_settings(tmp_path: Path) -> None:
+    """The sentence has the names; those of the families are allowed, as everywhere."""
+    with pytest.raises(SettingsError, match=r"MODEL_SHARES names 'fluxx', which is not one of .*flux"):
+        ModelState.of(settings_in(tmp_path, models="embedded", model_shares=("fluxx=0.5",)))

@@ -106,14 +106,15 @@ def _family_aliases(settings: Settings, found: Mapping[str, ModelSpec], owned: O
 
 
 def check_model_names(settings: Settings, names: Collection[str]) -> None:
-    """Raise `SettingsError` if TEXT_TO_IMAGE_MODEL or MODEL_ALIASES names a model that is not among `names`.
+    """Raise `SettingsError` if TEXT_TO_IMAGE_MODEL, MODEL_SHARES or MODEL_ALIASES names a model not among `names`.
 
     The names of the families are allowed, also where no model of the family is there.
     """
-    known = sorted({*MODELS, *REAL_MODELS, *names})
-    shown = ", ".join(known)
+    shown = ", ".join(known := sorted({*MODELS, *REAL_MODELS, *names}))
     if settings.text_to_image_model not in known:
         raise SettingsError(f"TEXT_TO_IMAGE_MODEL {settings.text_to_image_model!r} is not one of {shown}.")
+    if unknown := [name for name in settings.shares() if name not in known]:
+        raise SettingsError(f"MODEL_SHARES names {unknown[0][:100]!r}, which is not one of {shown}.")
     for alias in settings.model_aliases:
         if "=" in alias and alias.partition("=")[2] not in known:
             raise SettingsError(f"MODEL_ALIASES {alias!r} names a model other than {shown}.")

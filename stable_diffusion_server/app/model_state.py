@@ -75,15 +75,28 @@ class ModelState:
         return cls(unread, default_model=default, asked=asked, unusable=dict(refused), loras=loras, notes=notes)
 
     @property
+    def default(self) -> ModelSpec:
+        """The model of requests that name none."""
+        return self.facts.get(self.default_model) or next(iter(self.facts.values()))
+
+    def shares(self, settings: Settings) -> dict[str, float | None]:
+        """Return the shares in MODEL_SHARES of the models that are here, by their own names."""
+        return {self.facts[name].name: share for name, share in settings.shares().items() if name in self.facts}
+
+    def in_order(self, settings: Settings) -> dict[str, ModelSpec]:
+        """Return the models in the order in which they are placed: those of MODEL_SHARES, the default, the others."""
+        first = [*self.shares(settings), self.default.name]
+        return {name: self.asked[name] for name in dict.fromkeys([*first, *self.asked]) if name in self.asked}
+
+    @property
     def on_demand(self) -> frozenset[str]:
         """The models that are loaded when a request needs them.
 
         At the start are loaded: the catalogue's models under their own names, the default, and what its owner wants.
         """
-        default = self.facts.get(self.default_model) or next(iter(self.facts.values()))
         return frozenset(
             name for name, facts in self.asked.items() if name not in REAL_MODELS and not facts.preload
-        ) - {default.name}
+        ) - {self.default.name}
 
     def started(self, loaded: Mapping[str, ModelSpec], faults: Mapping[str, str]) -> None:
         """Record what was loaded at the start, and why other models could not be; the rest waits for its first use."""

@@ -40,8 +40,9 @@ def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
     hub = HubClient(settings.revisions(), settings.data_dir / "hub.json") if settings.models == "hub" else None
     if hub is not None:
         loaded.progress = lambda: hub.progress
+    shares = loaded.shares(settings)
     options = registry.LoadOptions(
-        models=loaded.asked,
+        models=loaded.in_order(settings),
         hub=hub,
         digests=WeightDigests(settings.data_dir / "weights.json"),
         cpu_dtypes=registry.CpuDtypes(settings.data_dir / "cpu-dtypes.json", settings.cpu_dtype),
@@ -60,6 +61,8 @@ def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
         pinned=frozenset(name for name, facts in loaded.asked.items() if facts.pinned),
         memory=None if settings.model_memory == "auto" else settings.model_memory,
         largest_pixels=settings.max_side**2,
+        max_batch=settings.max_batch,
+        shares={name: share for name, share in shares.items() if share is not None},
         on_loaded=loaded.loaded,
         on_failed=loaded.failed,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 from stable_diffusion_server.concurrency import moving_average
@@ -147,11 +147,13 @@ class BatchSizeTuner:
         # In order of use, because the estimates need that order; cachetools.LRUCache does not expose it.
         self._profiles: OrderedDict[Hashable, ShapeProfile] = OrderedDict()
         self._lock = threading.Lock()
+        # How many requests of a size there is memory for; the engine sets it with its denoiser.
+        self.memory_limit: Callable[[DiffusionRequest], int] = lambda request: max_batch
 
     def cap(self, request: DiffusionRequest) -> int:
         """Return the maximum number of requests of this shape that may share a forward pass."""
         with self._lock:
-            return self._profile_of(request).cap
+            return self._cap_of(request)
 
     def record_step(
         self, request: DiffusionRequest, size: int, seconds: float, cost: float, *, more_wait: bool, threads: int = 0
@@ -200,11 +202,14 @@ class BatchSizeTuner:
                 if ticket.load_only:
                     etas.append(None)
                     continue
-                cap = self._profile_of(ticket.request).cap
+                cap = self._cap_of(ticket.request)
                 own = self._seconds_for(ticket.request, ticket.steps_left, cap)
                 etas.append(None if own is None else before + own)
                 before += (own or 0.0) / cap
             return etas
+
+    def _cap_of(self, request: DiffusionRequest) -> int:
+        return min(self._profile_of(request).cap, self.memory_limit(request))
 
     def _seconds_for(self, request: DiffusionRequest, steps: int, size: int) -> float | None:
         profile, scale = self._profiles.get(request.shape), 1.0

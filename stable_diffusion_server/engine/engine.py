@@ -233,6 +233,7 @@ class Engine(Generic[P]):
         except BaseException as error:  # /readyz has to report any error
             scheduler.shut_down(error, "The models could not be loaded.")
             return
+        scheduler.tuner.memory_limit = denoiser.batch_limit
         prepare_lock = threading.Lock()
         workers = [EngineWorker(scheduler, denoiser, prepare_lock, self._workers) for _ in range(self._workers)]
         with scheduler.changed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -96,8 +97,12 @@ class DenoiserCapabilities(Protocol):
     def release_memory(self) -> None:
         """Free cached device memory that no request uses."""
 
-    def shrink(self) -> bool:
-        """Use less memory from now on. Returns false if that is not possible."""
+    def batch_limit(self, request: DiffusionRequest) -> int:
+        """Return how many requests of this size there is memory for in a forward pass. Any thread may call it."""
+        return sys.maxsize
+
+    def shrink(self, state: Any) -> bool:
+        """Use less memory to finish this state. Returns false if that is not possible."""
         return False
 
     def is_large(self, model: str) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import structlog
 
@@ -22,8 +22,6 @@ from stable_diffusion_server.types import DiffusionRequest, EngineEventKind
 TIME_SLICE, BACKGROUND_TIME_SLICE = 32, 8
 # Maximum number of starts of a request, after failures of its batch or of the device.
 MAX_ATTEMPTS = 10
-
-T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
@@ -214,7 +212,7 @@ class EngineWorker(Generic[P]):
             running.pictured = running.pictured and wanted
             return None
         try:
-            picture = self._retry_with_less_memory(lambda: self._denoiser.finish(running.state))
+            picture = self._retry_with_less_memory(running.state, shrink=False)
         except DeviceLost:
             raise
         except Exception as error:  # the request itself goes on
@@ -234,11 +232,11 @@ class EngineWorker(Generic[P]):
         self._scheduler.requeue((running.ticket for running in batch), error)
 
     def _out_of_memory(self, tickets: Sequence[Ticket[P]], batch_size: int, error: OutOfMemory) -> None:
-        """Restart in batches of half the size; restart a single request with less memory for decoding."""
+        """Restart in batches of half the size; restart a single request once, with the memory that was freed."""
         request = tickets[0].request
         self._scheduler.tuner.record_out_of_memory(request, batch_size)
         self._denoiser.release_memory()
-        retry = batch_size > 1 or self._denoiser.shrink()
+        retry = batch_size > 1 or tickets[0].attempts == 1
         _log.warning("out of memory", batch_size=batch_size, retry=retry, size=f"{request.width}x{request.height}")
         failed = [ticket for ticket in tickets if not retry or ticket.attempts >= MAX_ATTEMPTS]
         for ticket in failed:
@@ -251,7 +249,7 @@ class EngineWorker(Generic[P]):
         started = time.perf_counter()
         self._take_cores()
         try:
-            product = self._retry_with_less_memory(lambda: self._denoiser.finish(running.state))
+            product = self._retry_with_less_memory(running.state, shrink=True)
         except DeviceLost:
             raise
         except Exception as error:  # as in _step
@@ -278,14 +276,14 @@ class EngineWorker(Generic[P]):
         except Exception as error:  # not evidence against the device; no caller waits for this trial
             _log.warning("the trial without LoRAs failed", exc_info=error)
 
-    def _retry_with_less_memory(self, attempt: Callable[[], T]) -> T:
-        """Retry while memory can be freed, so that a finished state is not lost."""
+    def _retry_with_less_memory(self, state: Any, *, shrink: bool) -> P:
+        """Finish a state; after memory was freed again, and then, with `shrink`, with less memory for this state."""
         released = False
         while True:
             try:
-                return attempt()
+                return self._denoiser.finish(state)
             except OutOfMemory:
                 self._denoiser.release_memory()
-                if released and not self._denoiser.shrink():
+                if released and not (shrink and self._denoiser.shrink(state)):
                     raise
                 released = True

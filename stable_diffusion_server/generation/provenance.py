@@ -21,6 +21,7 @@ NOT_RECORDED = frozenset(
 RECORDED_WARNINGS = {
     "prompt-shortened": "The prompt was shortened; the picture says to what.",
     "redecoded": "The decoder overflowed and ran again in full precision.",
+    "tiled": "The device was short of memory; the picture was made in tiles, which differs faintly.",
     "redrawn-not-finite": "The numbers were not finite; it was drawn with another seed.",
     "redrawn-black": "The picture was black; it was drawn once more with another seed.",
     "redrawn-bumpy": "The picture was too bumpy; it was drawn again, the best is kept.",

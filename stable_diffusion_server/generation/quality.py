@@ -34,6 +34,10 @@ class DecodedPixels(Protocol):
     def redecoded(self) -> bool:
         """Whether the decoder had to run again in full precision."""
 
+    @property
+    def tiled(self) -> bool:
+        """Whether it was encoded or decoded in tiles, since the device had less memory than at other times."""
+
 
 P = TypeVar("P", bound=DecodedPixels)
 

@@ -102,13 +102,15 @@ def result_of_generated(
 def generation_warnings(
     resolved: ResolvedRequest, layout: ImageLayout, request: DiffusionRequest, image: CheckedImage[DecodedPixels]
 ) -> list[RequestWarning]:
-    """Return warnings about a shortened prompt (`request` has the shortened one) and a repeated decoding."""
+    """Return warnings about a shortened prompt (`request` has the shortened one) and about decoding."""
     warnings = []
     if request.prompt != layout.request.prompt:
         limit = resolved.parameters.spec.text_tokens
         warnings.append(RequestWarning("prompt-shortened", f"{request.model} reads {limit} tokens; see prompt_used."))
     if image.product.redecoded:
         warnings.append(RequestWarning("redecoded", "The decoder overflowed and ran again in full precision."))
+    if image.product.tiled:
+        warnings.append(RequestWarning("tiled", RECORDED_WARNINGS["tiled"]))
     return warnings
 
 

@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 from stable_diffusion_server.errors import DeviceLost, NotFinite, OutOfMemory
 from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras
+from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
 from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
 C = TypeVar("C")
-
-# Smallest tile side in latent pixels; in smaller tiles most pixels would belong to the overlap.
-_SMALLEST_TILE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,8 @@ class PipelineState(Generic[C]):
     `latents` are 1 × …, `segments` the remaining ones, `index` the number of steps done, `segment_start` the index at
     which the present segment began; `conditioning` is what the family computed from the prompt. `inpaint` and `control`
     may be used together. `predicted_original` is the scheduler's latest estimate of the final latents, if it gives one.
-    `loras` are the LoRAs of the request; they stay loaded while the state exists.
+    `loras` are the LoRAs of the request; they stay loaded while the state exists. `tiling` is that of the VAE for this
+    request, if it found too little memory for the usual one.
     """
 
     request: DiffusionRequest
@@ -91,6 +90,7 @@ class PipelineState(Generic[C]):
     segment_start: int = 0
     predicted_original: torch.Tensor | None = None
     loras: ActiveLoras = ()
+    tiling: VaeTiling | None = None
 
     @property
     def steps(self) -> int:
@@ -146,10 +146,14 @@ class PipelineState(Generic[C]):
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """A finished image: `pixels` uint8, height × width × 3; `redecoded` when the VAE had to run again in fp32."""
+    """A finished image: `pixels` uint8, height × width × 3.
+
+    `redecoded` when the VAE had to run again in fp32, `tiled` when it ran in tiles for lack of memory at that moment.
+    """
 
     pixels: NDArray[np.uint8]
     redecoded: bool
+    tiled: bool = False
 
 
 @contextmanager
@@ -194,10 +198,27 @@ def latent_mask(mask: ImageArray, like: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.interpolate(binary, size=like.shape[-2:]).to(like.dtype)
 
 
-def encode(vae: Any, image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A sample of the VAE's unscaled latents (1 × channels × h × w) of floats in 0..1. Draws from `generator`."""
-    latents: torch.Tensor = vae.encode((2 * image - 1).to(vae.dtype)).latent_dist.sample(generator)
-    return latents
+def encode(
+    vae: Any, image: torch.Tensor, generator: torch.Generator, tiling: VaeTiling = WHOLE
+) -> tuple[torch.Tensor, VaeTiling | None]:
+    """A sample of the VAE's unscaled latents (1 × channels × h × w) of floats in 0..1. Draws from `generator`.
+
+    Also returns the tiling for this request if `tiling` needs more memory than there is; otherwise `None`.
+    """
+    pixels = (2 * image - 1).to(vae.dtype)
+    tried, smaller = tiling, None
+    while True:
+        try:
+            with tried.applied(vae, image.shape[-2] * image.shape[-1]):
+                distribution = vae.encode(pixels).latent_dist
+            break
+        except torch.OutOfMemoryError:
+            smaller = tried.smaller()
+            if smaller is None:
+                raise
+        tried = smaller  # outside the handler, whose traceback holds the tensors of the failed attempt
+    latents: torch.Tensor = distribution.sample(generator)
+    return latents, smaller
 
 
 def decode(vae: Any, latents: torch.Tensor) -> DecodedImage:
@@ -225,18 +246,6 @@ def decode(vae: Any, latents: torch.Tensor) -> DecodedImage:
 def _is_finite(image: torch.Tensor) -> bool:
     """Whether all numbers are finite. Minimum and maximum are NaN if any number is, at a third of isfinite's cost."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(image))).all())
-
-
-def shrink_tiles(vae: Any) -> bool:
-    """Decode in tiles from now on, or in tiles half as wide; false when they are as small as they can be."""
-    if not vae.use_tiling:
-        vae.enable_tiling()
-        return True
-    if vae.tile_latent_min_size <= _SMALLEST_TILE:
-        return False
-    vae.tile_latent_min_size //= 2
-    vae.tile_sample_min_size //= 2
-    return True
 
 
 def _decode_in_fp32(vae: Any, latents: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from stable_diffusion_server.pipelines.base import (
     DecodedImage,
     PipelineState,
     decode,
-    shrink_tiles,
+    encode,
     translate_torch_errors,
 )
 from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
@@ -28,12 +29,15 @@ from stable_diffusion_server.pipelines.loading.loader import LoadOptions, Placed
 from stable_diffusion_server.pipelines.loading.offload import OffloadedModel
 from stable_diffusion_server.pipelines.loading.placement import CONTROL, Residency
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
+from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
+from stable_diffusion_server.types import DiffusionRequest
 
 
 class DiffusersFamily(Family):
     """Generates images with the components of a loaded diffusers `pipeline`.
 
-    `controlnet` may be `None`; requests with edges are then refused.
+    `controlnet` may be `None`; requests with edges are then refused. `tiling` says which images its VAE encodes and
+    decodes in tiles.
     """
 
     def __init__(
@@ -43,12 +47,15 @@ class DiffusersFamily(Family):
         controlnet: Any = None,
         loras: LoraManager | None = None,
         prompt_cache: PromptCache | None = None,
+        tiling: VaeTiling = WHOLE,
     ) -> None:
         self.pipeline = pipeline
         self.spec = spec
         self.controlnet = controlnet
         self.loras = loras or LoraManager(pipeline)
         self.prompt_cache = PromptCache() if prompt_cache is None else prompt_cache
+        self.tiling = tiling
+        self._smaller_tiling: VaeTiling | None = None
         self._previewer = LatentPreviewer(pipeline.vae, self._vae_latents)
 
     @classmethod
@@ -56,7 +63,7 @@ class DiffusersFamily(Family):
         """Load the pipeline of `spec` and place it. Raises `ModelLoadError`, `ModelTooLarge` when it does not fit."""
         placed = place_model(spec, models_dir, device, options)
         prompt_cache = PromptCache(options.prompt_cache_bytes)
-        family = cls(placed.pipeline, placed.spec, placed.controlnet, placed.loras, prompt_cache)
+        family = cls(placed.pipeline, placed.spec, placed.controlnet, placed.loras, prompt_cache, placed.tiling)
         resident = placed.placement.residency is Residency.RESIDENT
         return LoadedFamily(
             family=family,
@@ -70,6 +77,7 @@ class DiffusersFamily(Family):
             # The hooks of offloaded weights move them one by one, so that they cannot be shared.
             networks=_networks(placed),
             token_counter=family.token_counter(),
+            placement=placed.placement,
         )
 
     @functools.cached_property
@@ -78,21 +86,46 @@ class DiffusersFamily(Family):
         device: torch.device = self.pipeline._execution_device
         return device
 
+    def prepare(self, request: DiffusionRequest) -> PipelineState[Any]:
+        """Encode the prompt and the input images, draw the noise, set the timesteps.
+
+        An input image that finds too little memory is encoded in tiles, and the result is decoded in tiles too.
+        """
+        self._smaller_tiling = None
+        state = self._prepared(request)
+        state.tiling = self._smaller_tiling
+        return state
+
+    @abstractmethod
+    def _prepared(self, request: DiffusionRequest) -> PipelineState[Any]:
+        """The state of a request before its first step."""
+
+    def _encoded(self, image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """A sample of the VAE's unscaled latents (1 × channels × h × w) of floats in 0..1."""
+        latents, smaller = encode(self.pipeline.vae, image, generator, self._smaller_tiling or self.tiling)
+        self._smaller_tiling = smaller or self._smaller_tiling
+        return latents
+
     def finish(self, state: PipelineState[Any]) -> DecodedImage:
         """Decode the latents; before the last step, the prediction of the final ones. Raises `NotFinite`."""
         predicted = None if state.done else state.predicted_original
         with translate_torch_errors():
-            return decode(
-                self.pipeline.vae, self._vae_latents(state, state.latents if predicted is None else predicted)
-            )
+            latents = self._vae_latents(state, state.latents if predicted is None else predicted)
+            tiling = state.tiling or self.tiling
+            with tiling.applied(self.pipeline.vae, state.request.width * state.request.height):
+                image = decode(self.pipeline.vae, latents)
+        return replace(image, tiled=state.tiling is not None)
 
     def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
         """A small image of the state, made without decoding: height × width × 3."""
         return self._previewer.preview(state)
 
-    def shrink(self) -> bool:
-        """Decode in smaller tiles from now on; false when they are as small as they can be."""
-        return shrink_tiles(self.pipeline.vae)
+    def shrink(self, state: PipelineState[Any]) -> bool:
+        """Decode this request in tiles, or in smaller ones; false when they are as small as they can be."""
+        smaller = (state.tiling or self.tiling).smaller()
+        if smaller is not None:
+            state.tiling = smaller
+        return smaller is not None
 
     @abstractmethod
     def token_counter(self) -> Callable[[str], int]:

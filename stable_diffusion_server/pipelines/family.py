@@ -16,6 +16,7 @@ from stable_diffusion_server.pipelines.base import DecodedImage, PipelineState
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.loading.loader import LoadOptions
 from stable_diffusion_server.pipelines.loading.offload import OffloadedModel
+from stable_diffusion_server.pipelines.loading.placement import Placement
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.types import DiffusionRequest
 
@@ -38,8 +39,8 @@ class Family(Protocol):
     def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
         """A small image of the state, made without decoding: height × width × 3."""
 
-    def shrink(self) -> bool:
-        """Use less memory from now on; false when it cannot."""
+    def shrink(self, state: PipelineState[Any]) -> bool:
+        """Use less memory for this state from now on; false when it cannot."""
 
     def count_tokens(self, prompt: str) -> int:
         """Length of the prompt in the encoder's tokens, special tokens included. Thread-safe."""
@@ -72,7 +73,7 @@ class LoadedFamily:
 
     `prompt_cache`, `cuda_graphs` and `offloaded` are set if the family has them; the registry reports their size,
     clears the graphs and moves the weights. `networks` are its components with weights, by name. `token_counter` counts
-    tokens as the family does, but does not hold the networks in memory.
+    tokens as the family does, but does not hold the networks in memory. `placement` says what drawing takes.
     """
 
     family: Family
@@ -83,6 +84,7 @@ class LoadedFamily:
     offloaded: OffloadedModel | None = None
     networks: Mapping[str, torch.nn.Module] = field(default_factory=dict)
     token_counter: Callable[[str], int] | None = None
+    placement: Placement | None = None
 
 
 class FamilyClass(Protocol):

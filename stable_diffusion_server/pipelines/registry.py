@@ -21,11 +21,11 @@ from stable_diffusion_server.pipelines.base import DecodedImage, PipelineState
 from stable_diffusion_server.pipelines.family import FamilyClass, LoadedFamily, LoadedModelInfo
 from stable_diffusion_server.pipelines.loading.components import quieten_libraries
 from stable_diffusion_server.pipelines.loading.cpu_dtype import CpuDtypes
-from stable_diffusion_server.pipelines.loading.footprint import WORKING_BYTES, choose_device, free_memory, memory_of
-from stable_diffusion_server.pipelines.loading.loader import LoadOptions, weight_bytes_of
+from stable_diffusion_server.pipelines.loading.footprint import choose_device, free_memory, memory_of
+from stable_diffusion_server.pipelines.loading.loader import LoadOptions, measure_model
 from stable_diffusion_server.pipelines.loading.placement import USABLE, Residency
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
-from stable_diffusion_server.pipelines.residency import MemoryBudget, ResidentModels
+from stable_diffusion_server.pipelines.residency import MemoryBudget, ModelNeed, ResidentModels
 from stable_diffusion_server.types import DiffusionRequest
 
 __all__ = ["CpuDtypes", "LoadOptions", "LoadedFamily", "LoadedModelInfo", "Registry", "load"]
@@ -190,16 +190,20 @@ class Registry:
 
     def is_large(self, model: str) -> bool:
         """Whether a model's tensors are large enough to be divided among cores, by the bytes of its weights."""
-        return self.residents.size_of(model) >= _LARGE
+        return self.residents.need_of(model).weights >= _LARGE
 
     def share_cores(self, shares: int) -> None:
         """Compute with one of so many shares of the CPU threads; PyTorch's setting is that of the calling thread."""
         torch.set_num_threads(max(1, self._threads // shares))
 
-    def shrink(self) -> bool:
-        """Use less memory from now on; false when no family can."""
-        shrunk = [loaded.family.shrink() for loaded in self.residents.loaded]  # every family, so no short circuit
-        return any(shrunk)
+    def batch_limit(self, request: DiffusionRequest) -> int:
+        """The most requests of this size in a forward pass that the placement of the model has memory for."""
+        pixels = self.residents.batch_pixels(request.model)
+        return max(1, pixels // (request.width * request.height))
+
+    def shrink(self, state: PipelineState[Any]) -> bool:
+        """Use less memory for this state from now on; false when its family cannot."""
+        return self.residents[state.request.model].family.shrink(state)
 
     def release_memory(self) -> None:
         """Free what no request uses: offloaded weights, CUDA graphs, allocator caches."""
@@ -238,16 +242,18 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
         torch.set_num_threads(cpu_threads)
     device = choose_device(device_name)
     options = options or LoadOptions()
-    options = replace(options, loras=options.lora_folder)
+    options = replace(options, loras=options.lora_folder, free_at_start=free_memory(device))
     quieten_libraries()  # before a family is imported: the libraries warn about optional packages on import
     residents = _residents(models_dir, device, options)
     errors: dict[str, ModelLoadError] = {}
     for name in (name for name in options.models if name not in options.on_demand):
         spec = options.models[name]
         try:
-            size = residents.measure(name) if options.loads_on_demand else 0
-            if size == 0 or not residents.loaded or residents.has_room_for(name, None):
-                residents.add(_family_class(spec).load(spec, models_dir, device, options))
+            if options.loads_on_demand:
+                residents.measure(name)
+            if not (options.loads_on_demand and residents.loaded) or residents.has_room_for(name, None):
+                beside = replace(options, turn=residents.turn)
+                residents.add(_family_class(spec).load(spec, models_dir, device, beside))
         except ModelLoadError as error:
             errors[name] = error
             _log.error("a model cannot be loaded", model=name, folder=spec.folder, why=error.detail)
@@ -269,12 +275,12 @@ def _residents(models_dir: Path, device: torch.device, options: LoadOptions) -> 
     """The models of `options`, none of them loaded."""
     budget = MemoryBudget(options.memory or 0, measured=False)
     if options.memory is None:
-        working = WORKING_BYTES * options.largest_pixels
-        budget = MemoryBudget(max(0, int(USABLE * free_memory(device)) - working))
+        budget = MemoryBudget(int(USABLE * (options.free_at_start or 0)))
 
     def load_one(spec: ModelSpec, progress: Callable[[float], None]) -> LoadedFamily:
         try:
-            loaded = _family_class(spec).load(spec, models_dir, device, replace(options, report=progress))
+            wanted = replace(options, report=progress, turn=residents.turn)
+            loaded = _family_class(spec).load(spec, models_dir, device, wanted)
         except ModelTooLarge:  # may fit another time
             raise
         except ModelLoadError as error:
@@ -283,14 +289,16 @@ def _residents(models_dir: Path, device: torch.device, options: LoadOptions) -> 
         options.on_loaded(loaded.spec)
         return loaded
 
-    def measure(spec: ModelSpec) -> int:
+    def measure(spec: ModelSpec) -> ModelNeed:
         try:
-            return weight_bytes_of(spec, models_dir, device, options)
+            measured = measure_model(spec, models_dir, device, options)
+            return ModelNeed.of(measured.footprint(replace(options.work, max_batch=1)))
         except ModelLoadError as error:
             options.on_failed(spec.name, error.detail)
             raise
 
-    return ResidentModels(options.models, budget, load_one, measure, options.pinned)
+    residents = ResidentModels(options.models, budget, load_one, measure, options.pinned)
+    return residents  # `load_one` reads it
 
 
 def _family_class(spec: ModelSpec) -> FamilyClass:

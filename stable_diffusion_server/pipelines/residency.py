@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ import torch
 from stable_diffusion_server.errors import ModelLoadError, ModelTooLarge
 from stable_diffusion_server.pipelines.family import LoadedFamily
 from stable_diffusion_server.pipelines.loading.footprint import return_memory
-from stable_diffusion_server.pipelines.loading.placement import gigabytes
+from stable_diffusion_server.pipelines.loading.placement import (
+    CONTROL,
+    Footprint,
+    Placement,
+    Quantization,
+    Residency,
+    gigabytes,
+)
 from stable_diffusion_server.pipelines.loading.shared_weights import share_equal_weights, storages_of
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
@@ -25,11 +33,29 @@ Progress = Callable[[float], None]
 class MemoryBudget:
     """The bytes that the weights of all models may take. `measured`: it follows from the free memory.
 
-    A measured budget is an estimate: a model that exceeds it alone is tried, and placed as the memory allows.
+    A measured budget also holds what drawing takes, by one model at a time. It is an estimate: a model that exceeds it
+    alone is tried, and placed as the memory allows.
     """
 
     limit: int
     measured: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNeed:
+    """Bytes that a model takes on the device: its `weights` at rest, and in a `turn` of drawing so many more.
+
+    Of those, `moved` are for weights that wait elsewhere.
+    """
+
+    weights: int
+    turn: int = 0
+    moved: int = 0
+
+    @classmethod
+    def of(cls, footprint: Footprint) -> ModelNeed:
+        """The need of a model whose weights all stay on the device."""
+        return cls(footprint.at_rest(Residency.RESIDENT), footprint.in_turn(Residency.RESIDENT))
 
 
 def _load_nothing(spec: ModelSpec, progress: Progress) -> LoadedFamily:
@@ -39,7 +65,7 @@ def _load_nothing(spec: ModelSpec, progress: Progress) -> LoadedFamily:
 class ResidentModels:
     """The models of a device: `specs` of all by name, and the loaded ones in the order of their last use.
 
-    `load` loads one, `measure` returns the bytes of its weights without loading them. `pinned` models are not unloaded
+    `load` loads one, `measure` returns what it needs without loading it. `pinned` models are not unloaded
     for others. The engine's thread changes it; `is_loaded`, `has_room_for` and `count_tokens` may be called from any.
     """
 
@@ -48,7 +74,7 @@ class ResidentModels:
         specs: Mapping[str, ModelSpec],
         budget: MemoryBudget = MemoryBudget(0),
         load: Callable[[ModelSpec, Progress], LoadedFamily] = _load_nothing,
-        measure: Callable[[ModelSpec], int] = lambda spec: 0,
+        measure: Callable[[ModelSpec], ModelNeed] = lambda spec: ModelNeed(0),
         pinned: Collection[str] = (),
     ) -> None:
         self.specs = dict(specs)
@@ -59,7 +85,7 @@ class ResidentModels:
         self._measure = measure
         self._loaded: OrderedDict[str, LoadedFamily] = OrderedDict()
         self._storages: dict[str, dict[tuple[str, int], int]] = {}
-        self._sizes: dict[str, int] = {}
+        self._needs: dict[str, ModelNeed] = {}
         self._counters: dict[str, Callable[[str], int]] = {}
 
     def __getitem__(self, model: str) -> LoadedFamily:
@@ -79,21 +105,31 @@ class ResidentModels:
         return model in self._loaded
 
     def bytes_used(self, models: Collection[str] | None = None) -> int:
-        """Bytes of the weights of some loaded models, or of all; shared memory counts once."""
+        """Bytes of the weights of some loaded models, or of all, that stay on the device; shared memory counts once."""
         storages = dict(self._storages)
         chosen = storages if models is None else [model for model in models if model in storages]
         return sum({place: size for model in chosen for place, size in storages[model].items()}.values())
 
-    def size_of(self, model: str) -> int:
-        """Bytes of the weights of a model, as measured last; those of its files before it was first loaded."""
-        known = self._sizes.get(model)
-        return self.specs[model].file_bytes if known is None and model in self.specs else known or 0
+    def batch_pixels(self, model: str) -> int:
+        """The most pixels of all images in a forward pass that a model has memory for. From any thread."""
+        family = self._loaded.get(model)
+        return sys.maxsize if family is None or family.placement is None else family.placement.batch_pixels
 
-    def measure(self, model: str) -> int:
-        """Bytes of the weights of a model, from its configurations or headers. Raises `ModelLoadError`."""
-        if model not in self._sizes:
-            self._sizes[model] = self._measure(self.specs[model])
-        return self._sizes[model]
+    @property
+    def turn(self) -> int:
+        """The most bytes that drawing with one of the loaded models takes on the device."""
+        return max((self._needs[name].turn for name in [*self._loaded]), default=0)
+
+    def need_of(self, model: str) -> ModelNeed:
+        """What a model needs, as measured last; the bytes of its files before that."""
+        known = self._needs.get(model)
+        return ModelNeed(self.specs[model].file_bytes if model in self.specs else 0) if known is None else known
+
+    def measure(self, model: str) -> ModelNeed:
+        """What a model needs, from its configurations or headers. Raises `ModelLoadError`."""
+        if model not in self._needs:
+            self._needs[model] = self._measure(self.specs[model])
+        return self._needs[model]
 
     def has_room_for(self, model: str, busy: Collection[str] | None) -> bool:
         """Whether a model fits beside the `busy` and the pinned ones; with `None`, beside all loaded ones.
@@ -103,7 +139,7 @@ class ResidentModels:
         stay = [*self._loaded] if busy is None else [name for name in [*self._loaded] if self._stays(name, busy)]
         if busy is not None and not any(name in busy for name in stay):
             return True
-        return self.bytes_used(stay) + self.size_of(model) <= self.budget.limit
+        return self._fits(stay, self.need_of(model))
 
     def load(self, model: str, busy: Collection[str], progress: Progress) -> bool:
         """Load a model, after unloading others that are neither `busy` nor pinned, if it needs their memory.
@@ -115,14 +151,14 @@ class ResidentModels:
         spec = self.specs.get(model)
         if spec is None:
             raise ModelLoadError(f"{model} is not in MODELS_DIR any more.")
-        size = self.measure(model)
+        need = self.measure(model)
         stay = [name for name in self._loaded if self._stays(name, busy)]
-        if self.bytes_used(stay) + size > self.budget.limit:
+        if not self._fits(stay, need):
             if any(name in busy for name in stay):
                 return False
             if stay or not self.budget.measured:
-                raise ModelTooLarge(self._too_large(model, size, stay))
-        while self._loaded and self.bytes_used() + size > self.budget.limit and self._unload_oldest(busy):
+                raise ModelTooLarge(self._too_large(model, need, stay))
+        while self._loaded and not self._fits([*self._loaded], need) and self._unload_oldest(busy):
             pass
 
         def report(share: float) -> None:
@@ -144,8 +180,9 @@ class ResidentModels:
         freed = share_equal_weights(family.networks, [other.networks for other in self._loaded.values()])
         if freed:
             _log.info("weights are shared with other models", model=name, bytes=freed)
-        self._storages[name] = storages_of(family.networks.values())
-        self._sizes[name] = self.bytes_used([name])
+        self._storages[name] = storages_of(_at_rest(family))
+        placement = family.placement or Placement(Residency.RESIDENT, Quantization.NONE, 0)
+        self._needs[name] = ModelNeed(self.bytes_used([name]), placement.turn, placement.moved)
         self._counters[name] = family.token_counter or (lambda prompt: family.family.count_tokens(prompt))
         self._loaded[name] = family
 
@@ -166,7 +203,8 @@ class ResidentModels:
     def replace_specs(self, specs: Mapping[str, ModelSpec]) -> None:
         """Take other models than before as the ones that can be loaded; the loaded ones stay. From any thread."""
         changed = [name for name, spec in specs.items() if self.specs.get(name) != spec]
-        self._sizes = {name: size for name, size in self._sizes.items() if name in specs and name not in changed}
+        kept = {name for name in specs if name not in changed} | {*self._loaded}
+        self._needs = {name: need for name, need in self._needs.items() if name in kept}
         self.pinned = frozenset(name for name, spec in specs.items() if spec.pinned)
         self.specs = dict(specs)
 
@@ -184,7 +222,7 @@ class ResidentModels:
                     raise
             except (torch.OutOfMemoryError, MemoryError) as error:
                 if not self._unload_oldest(busy):
-                    need = gigabytes(self.size_of(spec.name))
+                    need = gigabytes(self.need_of(spec.name).weights)
                     raise ModelTooLarge(f"{spec.name} needs {need} for its weights, which are not free.") from error
 
     def _unload_oldest(self, busy: Collection[str]) -> bool:
@@ -197,7 +235,22 @@ class ResidentModels:
     def _stays(self, model: str, busy: Collection[str]) -> bool:
         return model in busy or model in self.pinned
 
-    def _too_large(self, model: str, size: int, stay: Collection[str]) -> str:
+    def _fits(self, stay: Collection[str], need: ModelNeed) -> bool:
+        """Whether a model fits beside loaded ones."""
+        needs = [need, *(self._needs[name] for name in stay)]
+        turn = max(one.turn if self.budget.measured else one.moved for one in needs)
+        return self.bytes_used(stay) + need.weights + turn <= self.budget.limit
+
+    def _too_large(self, model: str, need: ModelNeed, stay: Collection[str]) -> str:
         limit = f"MODEL_MEMORY allows {gigabytes(self.budget.limit)}"
+        drawing = f" and {gigabytes(need.turn)} to draw" if self.budget.measured else ""
         kept = f", of which {gigabytes(self.bytes_used(stay))} hold pinned models ({', '.join(stay)})" if stay else ""
-        return f"{model} needs {gigabytes(size)} for its weights, and {limit}{kept}."
+        return f"{model} needs {gigabytes(need.weights)} for its weights{drawing}, and {limit}{kept}."
+
+
+def _at_rest(family: LoadedFamily) -> list[torch.nn.Module]:
+    """The networks that stay on the device between requests; of an offloaded model, at most the ControlNet."""
+    if family.offloaded is None or family.placement is None:
+        return [*family.networks.values()]
+    stays = family.placement.residency is not Residency.GROUP
+    return [network for name, network in family.networks.items() if stays and name == CONTROL]

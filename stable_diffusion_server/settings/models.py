@@ -68,6 +68,14 @@ class ModelSettings(SettingsGroup):
             "picture needs."
         ),
     )
+    model_shares: Names = Field(
+        (),
+        description=(
+            "Models in the order in which they are placed at the start, with the share of the device's free memory "
+            "that each may take for its weights and for drawing: `flux=0.7,sdxl=0.3`. A name without a share takes "
+            "what is free. Empty: TEXT_TO_IMAGE_MODEL first."
+        ),
+    )
     model_switch_patience: float = Field(
         30.0,
         ge=0,
@@ -179,6 +187,17 @@ class ModelSettings(SettingsGroup):
                 raise ValueError(f"{size!r} is not a width and a height in pixels, such as 1024x768")
         return value
 
+    @field_validator("model_shares")
+    @classmethod
+    def _are_shares(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = [entry.partition("=")[0].strip() for entry in value]
+        shares = [_share_of(entry) for entry in value]
+        if "" in names or len({*names}) < len(names):
+            raise ValueError("each entry names another model, such as flux=0.7")
+        if sum(share for share in shares if share is not None) > 1 + 1e-9:
+            raise ValueError("the shares together are more than 1")
+        return value
+
     @field_validator("hub_revisions")
     @classmethod
     def _are_revisions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -199,6 +218,20 @@ class ModelSettings(SettingsGroup):
         """Return WARMUP_SIZES as (width, height) pairs, in pixels."""
         return [(int(width), int(height)) for width, _, height in (size.partition("x") for size in self.warmup_sizes)]
 
+    def shares(self) -> dict[str, float | None]:
+        """Return the models of MODEL_SHARES in their order, with their shares; `None` without one."""
+        return {entry.partition("=")[0].strip(): _share_of(entry) for entry in self.model_shares}
+
     def revisions(self) -> dict[str, str]:
         """Return the revision of each repository named in HUB_REVISIONS."""
         return {repo: revision for repo, _, revision in (entry.partition("@") for entry in self.hub_revisions)}
+
+
+def _share_of(entry: str) -> float | None:
+    """Return the share in an entry of MODEL_SHARES, above 0 and at most 1; `None` without one."""
+    _, separator, text = entry.partition("=")
+    if not separator:
+        return None
+    if not re.fullmatch(r"\s*(0?\.\d{1,6}|1(\.0{1,6})?)\s*", text) or float(text) == 0:
+        raise ValueError(f"{entry!r} does not end in a share above 0 and at most 1, such as flux=0.7")
+    return float(text)

@@ -122,3 +122,13 @@ def test_figures_are_one_for_each_label() -> None:
             tuner.record_step(job("square", loras=loras), 2, 0.25, 0.25, more_wait=False)
     assert [figure.label for figure in tuner.step_timings()] == ["sdxl 64x64", "sdxl 64x64 with adapters"]
     assert tuner.step_timings()[0].step_seconds == {2: 0.25}
+
+
+def test_memory_caps_batches_whatever_is_faster() -> None:
+    """The placement of a model has room for so many of a size; the cap follows it at once, also in the estimates."""
+    tuner = BatchSizeTuner(8)
+    assert tuner.cap(job("a square")) == 8
+    tuner.memory_limit = lambda request: 3
+    assert tuner.cap(job("a square")) == 3
+    tuner.memory_limit = lambda request: 99
+    assert tuner.cap(job("a square")) == 8

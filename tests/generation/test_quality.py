@@ -30,6 +30,7 @@ class Product:
 
     pixels: NDArray[np.uint8]
     redecoded: bool = False
+    tiled: bool = False
 
 
 class Easel:

@@ -92,8 +92,8 @@ def test_guards_retries_and_failures_are_counted_by_their_cause(run_app: Callabl
 
 
 def test_what_is_started_again_is_counted(run_app: Callable[..., RunningApp]) -> None:
-    """The device had no memory for the step until its tiles were smaller; the request succeeded."""
-    running_app = run_app(OutOfMemoryDenoiser(fits=0, shrinks=1))
+    """The device had no memory for the step until some was freed; the request succeeded."""
+    running_app = run_app(OutOfMemoryDenoiser(fits=0, frees=1))
     assert running_app.draw(prompt="a red square").status_code == 200
     assert running_app.metric('sds_job_retries_total{cause="out-of-memory"}') == 1
 

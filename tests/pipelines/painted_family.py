@@ -92,7 +92,7 @@ class PaintedFamily:
         pixels = np.broadcast_to(shade.astype(np.uint8), (state.request.height, state.request.width, 3))
         return np.ascontiguousarray(pixels)
 
-    def shrink(self) -> bool:
+    def shrink(self, state: PaintedState) -> bool:
         return False
 
     def count_tokens(self, prompt: str) -> int:

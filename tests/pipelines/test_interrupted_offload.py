@@ -20,9 +20,10 @@ from drawing import MODELS_DIR, disc_mask, draw, job_for, scene
 from stable_diffusion_server.engine import Engine, EngineState
 from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.pipelines.loading import loader
+from stable_diffusion_server.pipelines.loading import loader, measurement
 from stable_diffusion_server.pipelines.loading.components import load_pipeline
 from stable_diffusion_server.pipelines.loading.offload import OffloadedModel, apply_residency
+from stable_diffusion_server.pipelines.loading.packed_weights import PackedLinear, PackedWeight
 from stable_diffusion_server.pipelines.loading.placement import (
     Footprint,
     Placement,
@@ -101,7 +102,7 @@ def placed(one_thread: None) -> tuple[Any, Travels]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(loader, "apply_residency", settled)
-        patched.setattr(loader, "place", lambda *free, **more: Placement(Residency.MODEL, Quantization.NONE, 0))
+        patched.setattr(measurement, "place", lambda *free, **more: Placement(Residency.MODEL, Quantization.NONE, 0))
         made: Any = load(MODELS_DIR, "cpu", 1, LoadOptions(models=FACTS))
     assert not made.resident
     return made, travels
@@ -277,3 +278,14 @@ def test_quantized_weights_that_cannot_travel_by_layers_are_refused_by_name(
         place(10**9, footprint, accelerated=accelerated, offload="sequential", quantize=quantize)
     if accelerated:
         assert place(5 * 10**6, footprint, accelerated=True, quantize=quantize).residency is Residency.GROUP
+
+
+def test_packed_weights_travel_layer_by_layer() -> None:
+    """OFFLOAD=sequential takes fp8 and GGUF files: their weights are plain bytes, unlike quanto's and torchao's."""
+    raw = torch.randn(8, 16).to(torch.float8_e4m3fn).view(torch.uint8)
+    layer = PackedLinear(PackedWeight(raw, "F8_E4M3", torch.tensor([[2.0]])), torch.zeros(8))
+    network, given = torch.nn.Sequential(layer), torch.randn(2, 16)
+    expected = network(given)
+    cpu_offload(network, execution_device=CPU)
+    assert all(parameter.is_meta for parameter in network.parameters())
+    assert torch.equal(network(given), expected)

@@ -292,3 +292,15 @@ def test_invalid_descriptions_are_reported_as_no_file_of_this_kind(header: bytes
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 16)
     with pytest.raises(ModelLoadError, match=r"broken\.safetensors is not a safetensors file"):
         read_header(file)
+
+
+def test_the_largest_files_that_may_fit_a_denoiser_are_added_up(tmp_path: Path) -> None:
+    """What the memory of a model has to hold besides: by header, so many of them, and nothing without a folder."""
+    for number in (1, 2, 3):
+        lora_file(tmp_path / f"n{number}.safetensors", b"x" * number)
+    sizes = sorted(file.stat().st_size for file in tmp_path.iterdir())
+    folder = LoraFolder(tmp_path)
+    assert folder.largest_bytes("unet", 2) == sum(sizes[1:])
+    assert folder.largest_bytes("unet", 8) == sum(sizes)
+    assert folder.largest_bytes("another", 8) == 0
+    assert LoraFolder(None).largest_bytes("unet", 8) == 0

@@ -16,7 +16,7 @@ from stable_diffusion_server.errors import ModelLoadError, ModelTooLarge
 from stable_diffusion_server.pipelines.catalog import MODELS, with_quantization
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
-from stable_diffusion_server.pipelines.loading import loader
+from stable_diffusion_server.pipelines.loading import measurement
 from stable_diffusion_server.pipelines.loading.components import load_controlnet, load_pipeline
 from stable_diffusion_server.pipelines.loading.footprint import bytes_of
 from stable_diffusion_server.pipelines.loading.offload import apply_residency
@@ -165,13 +165,13 @@ def test_offloading_on_the_cpu_is_refused_at_load() -> None:
 
 def test_a_model_that_does_not_fit_is_refused_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine too small for one model: a sentence with the numbers, and the other model alone is loaded."""
-    footprint = loader.footprint_of
+    footprint = measurement.footprint_of
 
-    def too_large(facts: ModelSpec, parts: Any, dtype: torch.dtype) -> Footprint:
-        true = footprint(facts, parts, dtype)
+    def too_large(facts: ModelSpec, *arguments: Any, **more: Any) -> Footprint:
+        true = footprint(facts, *arguments, **more)
         return replace(true, parts={"unet": 10**15}) if facts.revision == "real" else true
 
-    monkeypatch.setattr(loader, "footprint_of", too_large)
+    monkeypatch.setattr(measurement, "footprint_of", too_large)
     real = replace(MODELS["flux"], revision="real")
     drawing = load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": real, "sdxl": MODELS["sdxl"]}))
     assert drawing.models == {"sdxl": MODELS["sdxl"]}

@@ -1,8 +1,7 @@
-"""Previews without VAE decoding, the prompt cache, decoding in smaller tiles."""
+"""Previews without VAE decoding, the prompt cache, and what the registry offers the engine."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from drawing import disc_mask, draw, job_for, psnr, scene
 from PIL import Image
 
-from stable_diffusion_server.pipelines.base import shrink_tiles
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.registry import LoadedFamily, Registry
 
@@ -80,16 +78,6 @@ def test_encoded_prompts_are_kept_within_their_bytes() -> None:
     assert made == ["a", "b", "c", "d", "b"]
     of("too large", 1000)
     assert kept.bytes <= 1200
-
-
-def test_tiles_shrink_until_they_are_small(sdxl: Any) -> None:
-    """First tiling is enabled, then the tile width is halved each time; the image stays nearly the same."""
-    vae = copy.deepcopy(sdxl.pipeline.vae)
-    latents = torch.randn(1, vae.config.latent_channels, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        whole = vae.decode(latents).sample
-        assert [shrink_tiles(vae), shrink_tiles(vae), shrink_tiles(vae)] == [True, True, False]
-        assert vae.decode(latents).sample.shape == whole.shape
 
 
 @pytest.mark.parametrize(("threads", "adaptable", "lanes"), [(1, False, 1), (2, False, 2), (8, False, 2), (8, True, 1)])

@@ -7,7 +7,8 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -21,8 +22,11 @@ from single_file_specs import sdxl_spec
 
 from stable_diffusion_server.engine import Engine, EngineState, LoadStopped
 from stable_diffusion_server.errors import ModelChanged, ModelLoadError, ModelStays, ModelTooLarge
+from stable_diffusion_server.pipelines.family import LoadedFamily
+from stable_diffusion_server.pipelines.loading.placement import Placement, Quantization, Residency
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.pipelines.registry import LoadOptions, Registry, load
+from stable_diffusion_server.pipelines.residency import MemoryBudget, ModelNeed, ResidentModels
 from stable_diffusion_server.types import DiffusionRequest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -250,3 +254,62 @@ def test_memory_does_not_grow_with_switches(folder: Path, size: int) -> None:
     assert len(registry.loaded) == 1
     assert max(used[-5:]) <= 1.02 * max(used[4:9]), [f"{size / 1e6:.0f}" for size in used]
     assert torch.get_num_threads() == 1
+
+
+def offloaded(name: str, weights: int, control: int, residency: Residency, turn: int, moved: int) -> LoadedFamily:
+    """A loaded model whose weights wait in RAM, without anything that could draw."""
+    info = SimpleNamespace(residency=residency.value, name=name)
+    networks = {
+        "unet": torch.nn.Linear(weights // 4, 1, bias=False),
+        "control": torch.nn.Linear(control // 4, 1, bias=False),
+    }
+    placement = Placement(residency, Quantization.NONE, weights + turn, turn, moved)
+    family: Any = SimpleNamespace(count_tokens=len)
+    held: Any = SimpleNamespace(release=lambda: None)
+    spec = specs(name)[name]
+    return LoadedFamily(family, spec, cast(Any, info), offloaded=held, networks=networks, placement=placement)
+
+
+@pytest.mark.parametrize(
+    ("residency", "rests"), [(Residency.MODEL, 400), (Residency.SEQUENTIAL, 400), (Residency.GROUP, 0)]
+)
+def test_weights_that_wait_in_ram_do_not_count_on_the_device(residency: Residency, rests: int) -> None:
+    """Only the ControlNet of an offloaded model stays there; its turn counts once, beside the weights of the others."""
+    residents = ResidentModels(specs("a", "c"), MemoryBudget(10_000), measure=lambda spec: ModelNeed(6000, 1000))
+    residents.add(offloaded("a", 40_000, 400, residency, turn=3000, moved=2500))
+    assert residents.bytes_used() == rests
+    assert residents.turn == 3000
+    residents.measure("c")
+    for limit, fits in ((rests + 6000 + 3000, True), (rests + 6000 + 2999, False)):
+        residents.budget = MemoryBudget(limit)
+        assert residents.has_room_for("c", None) is fits
+    for limit, fits in ((rests + 6000 + 2500, True), (rests + 6000 + 2499, False)):  # MODEL_MEMORY is for weights alone
+        residents.budget = MemoryBudget(limit, measured=False)
+        assert residents.has_room_for("c", None) is fits
+
+
+def test_what_does_not_fit_beside_a_pinned_model_says_what_drawing_takes() -> None:
+    """A measured budget holds activations too, and the sentence has both numbers."""
+    need = ModelNeed(6 * 10**9, 3 * 10**9)
+    residents = ResidentModels(specs("a", "c"), MemoryBudget(8 * 10**9), measure=lambda spec: need, pinned=("a",))
+    residents.add(offloaded("a", 40_000, 400, Residency.MODEL, turn=10**9, moved=0))
+    with pytest.raises(ModelTooLarge, match=r"c needs 6\.0 GB for its weights and 3\.0 GB to draw, and MODEL_MEMORY"):
+        residents.load("c", (), ignore)
+
+
+def test_a_model_takes_its_share_and_no_more(folder: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MODEL_SHARES: within its share of what was free at the start, although more is free; the other takes the rest."""
+    with pytest.raises(ModelTooLarge, match=r"The model needs .* are free"):
+        load(folder, "cpu", 1, LoadOptions(models=specs("a"), shares={"a": 1e-6}))
+    both = load(folder, "cpu", 1, LoadOptions(models=specs("a", "c"), shares={"a": 1e-6, "c": 0.9}))
+    assert "are free" in both.unusable["a"]
+    assert list(both.models) == ["c"]
+
+
+def test_a_batch_is_not_larger_than_the_memory_it_was_placed_with(folder: Path) -> None:
+    """Up to MAX_BATCH images of 1024² in a pass, more of smaller ones, and at least one of any size."""
+    registry = load(folder, "cpu", 1, LoadOptions(models=specs("a"), max_batch=4, largest_pixels=512 * 512))
+    request = request_of(registry, "a", 1)
+    assert registry.batch_limit(replace(request, width=1024, height=1024)) == 4
+    assert registry.batch_limit(replace(request, width=512, height=512)) == 16
+    assert registry.batch_limit(replace(request, width=4096, height=4096)) == 1

@@ -19,7 +19,7 @@ from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.family import LoadedFamily
 from stable_diffusion_server.pipelines.loading.checkpoint_tensors import forget_pages
 from stable_diffusion_server.pipelines.loading.footprint import bytes_of
-from stable_diffusion_server.pipelines.loading.loader import LoadOptions, weight_bytes_of
+from stable_diffusion_server.pipelines.loading.loader import LoadOptions, measure_model
 from stable_diffusion_server.pipelines.loading.packed_weights import (
     PackedConv2d,
     PackedLinear,
@@ -97,7 +97,7 @@ def test_memory_is_known_before_a_load(options: dict[str, Any], folder: Path, lo
     """From headers alone, for every way to store weights."""
     family = loaded(**options)
     spec = sdxl_spec(("denoiser", "model.safetensors"))
-    foretold = weight_bytes_of(spec, folder, CPU, LoadOptions(**options))
+    foretold = sum(measure_model(spec, folder, CPU, LoadOptions(**options)).model.bytes.values())
     assert foretold == pytest.approx(bytes_of(*family.networks.values()), rel=0.02)
 
 

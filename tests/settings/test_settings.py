@@ -346,3 +346,35 @@ def test_keys_and_limits_that_are_written_wrong_stop_the_start(
     with pytest.raises(SettingsError, match=re.escape(sentence)) as refused:
         read_settings()
     assert "hunter" not in str(refused.value)
+
+
+def test_shares_of_models_are_read_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names with blanks and slashes too; without a share a model takes what is free."""
+    monkeypatch.setenv("MODEL_SHARES", "flux=0.7, my folder/sdxl = .25,other")
+    assert list(read_settings().shares().items()) == [("flux", 0.7), ("my folder/sdxl", 0.25), ("other", None)]
+    monkeypatch.setenv("MODEL_SHARES", "flux=1.0")
+    assert read_settings().shares() == {"flux": 1.0}
+    monkeypatch.setenv("MODEL_SHARES", "")
+    assert read_settings().shares() == {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "flux=0",
+        "flux=1.5",
+        "flux=-0.1",
+        "flux=nan",
+        "flux=1e-3",
+        "flux=",
+        "=0.5",
+        "flux=0.7,sdxl=0.4",
+        "a=0.1,a=0.2",
+        "a=.5=.5",
+    ],
+)
+def test_shares_that_are_none_are_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not above 0, above 1, together above 1, no number, no name, one name twice."""
+    monkeypatch.setenv("MODEL_SHARES", value)
+    with pytest.raises(SettingsError, match="MODEL_SHARES"):
+        read_settings()

@@ -60,6 +60,14 @@ class LoraFolder:
             name for name, (why, fits) in self._checked_files().items() if not why and set(fits) & set(denoisers)
         )
 
+    def largest_bytes(self, denoiser: str, count: int) -> int:
+        """Bytes of the `count` largest LoRA files that may fit a denoiser."""
+        files, sizes = self._files(), []
+        for name in self.names({denoiser}):
+            with suppress(OSError, KeyError):  # removed meanwhile
+                sizes.append(files[name].stat().st_size)
+        return sum(sorted(sizes)[-count:])
+
     def faults(self) -> dict[str, str]:
         """The LoRAs that cannot be used: name → reason, a sentence. Each is logged once."""
         faults = {name: why for name, (why, _) in self._checked_files().items() if why}

@@ -16,7 +16,6 @@ from stable_diffusion_server.pipelines.base import (
     InpaintConstraint,
     PipelineState,
     await_device,
-    encode,
     latent_mask,
     seeded,
     to_tensor,
@@ -29,6 +28,7 @@ from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCa
 from stable_diffusion_server.pipelines.diffusers_family import DiffusersFamily
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler, token_counter
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
+from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
 from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
 
@@ -57,8 +57,9 @@ class Flux(DiffusersFamily):
         controlnet: Any = None,
         loras: LoraManager | None = None,
         prompt_cache: PromptCache | None = None,
+        tiling: VaeTiling = WHOLE,
     ) -> None:
-        super().__init__(pipeline, spec, controlnet, loras, prompt_cache)
+        super().__init__(pipeline, spec, controlnet, loras, prompt_cache, tiling)
         self._count = token_counter(pipeline.tokenizer_2)
 
     def token_counter(self) -> Callable[[str], int]:
@@ -66,7 +67,7 @@ class Flux(DiffusersFamily):
         count, spec = self._count, self.spec
         return lambda prompt: count(_text(spec, prompt))
 
-    def prepare(self, request: DiffusionRequest) -> PipelineState[Conditioning]:
+    def _prepared(self, request: DiffusionRequest) -> PipelineState[Conditioning]:
         """Encode the prompt and the input images, draw the noise, set the timesteps.
 
         Uses the generator in the order of the stock pipelines: latents of the edges, latents of the input image, noise.
@@ -166,7 +167,7 @@ class Flux(DiffusersFamily):
     def _latents_of(self, image: ImageArray, generator: torch.Generator) -> torch.Tensor:
         """The packed latents of an image, scaled as the transformer takes them."""
         vae = self.pipeline.vae
-        latents = encode(vae, to_tensor(image, self.device), generator)
+        latents = self._encoded(to_tensor(image, self.device), generator)
         return self._packed((latents - vae.config.shift_factor) * vae.config.scaling_factor)
 
     def _packed(self, latents: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,6 @@ from stable_diffusion_server.pipelines.base import (
     InpaintConstraint,
     PipelineState,
     await_device,
-    encode,
     latent_mask,
     seeded,
     to_tensor,
@@ -32,6 +31,7 @@ from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import 
     token_counter,
 )
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
+from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
 from stable_diffusion_server.types import DiffusionRequest
 
 
@@ -68,10 +68,11 @@ class Sdxl(DiffusersFamily):
         controlnet: Any = None,
         loras: LoraManager | None = None,
         prompt_cache: PromptCache | None = None,
+        tiling: VaeTiling = WHOLE,
     ) -> None:
         if controlnet is not None:
             check_grid(controlnet, pipeline.vae_scale_factor)
-        super().__init__(pipeline, spec, controlnet, loras, prompt_cache)
+        super().__init__(pipeline, spec, controlnet, loras, prompt_cache, tiling)
         self._counters = [token_counter(pipeline.tokenizer), token_counter(pipeline.tokenizer_2)]
 
     def token_counter(self) -> Callable[[str], int]:
@@ -79,7 +80,7 @@ class Sdxl(DiffusersFamily):
         counters = self._counters
         return lambda prompt: max(count(prompt) for count in counters)
 
-    def prepare(self, request: DiffusionRequest) -> PipelineState[Conditioning]:
+    def _prepared(self, request: DiffusionRequest) -> PipelineState[Conditioning]:
         """Encode the prompt and the input images, draw the noise, set the timesteps.
 
         Uses the generator in the order of the stock pipelines: latents of the input image, then noise. Raises
@@ -96,7 +97,7 @@ class Sdxl(DiffusersFamily):
             original = None
             if request.image is not None and not (self._takes_mask and request.strength == 1):
                 pixels = to_tensor(request.image, self.device)
-                original = _scaled(pipe.vae, encode(pipe.vae, pixels, generator)).to(dtype)
+                original = _scaled(pipe.vae, self._encoded(pixels, generator)).to(dtype)
             segments = [self._segment(request, skipped, generator, dtype)]
             latents, inpaint = self._start(request, segments[0], original)
             if self._takes_mask:
@@ -188,7 +189,7 @@ class Sdxl(DiffusersFamily):
             pixels = to_tensor(request.image, self.device)
         # In 0..1 the stock pipeline's zero in -1..1 is one half.
         visible = (pixels - 0.5) * (hidden < 0.5) + 0.5
-        latents = _scaled(vae, encode(vae, visible, generator)).to(dtype)
+        latents = _scaled(vae, self._encoded(visible, generator)).to(dtype)
         mask = torch.nn.functional.interpolate(hidden, size=(request.height // scale, request.width // scale))
         return torch.cat([mask.to(dtype), latents], dim=1)
 

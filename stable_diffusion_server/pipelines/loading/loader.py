@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import structlog
 import torch
@@ -22,25 +22,25 @@ from stable_diffusion_server.pipelines.conditioning.prompt_cache import LIMIT_BY
 from stable_diffusion_server.pipelines.loading.compatibility import check_controlnet
 from stable_diffusion_server.pipelines.loading.components import empty_pipeline, load_controlnet, load_pipeline
 from stable_diffusion_server.pipelines.loading.cpu_dtype import CpuDtypes
-from stable_diffusion_server.pipelines.loading.footprint import dtype_of, footprint_of, free_memory
+from stable_diffusion_server.pipelines.loading.footprint import Workload, total_memory
 from stable_diffusion_server.pipelines.loading.hub import HubClient
+from stable_diffusion_server.pipelines.loading.measurement import MeasuredModel, MemoryRoom
 from stable_diffusion_server.pipelines.loading.model_files import control_files, lcm_file, lora_file, model_files
 from stable_diffusion_server.pipelines.loading.offload import apply_residency, copy_out_of_files
 from stable_diffusion_server.pipelines.loading.packed_weights import UNPACKED, PackedLinear, WeightStorage, is_packed
 from stable_diffusion_server.pipelines.loading.placement import (
     CONTROL,
-    Footprint,
     Offload,
     Placement,
     Quantization,
     Quantize,
     Residency,
-    place,
 )
 from stable_diffusion_server.pipelines.loading.quantization import load_dfloat11, quantize_parts
 from stable_diffusion_server.pipelines.loading.single_file import checkpoint_files
 from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests, ignore_progress
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
+from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
 
 _log = structlog.get_logger(__name__)
 
@@ -65,7 +65,9 @@ class LoadOptions:
 
     `on_demand` names the models that are loaded when a request needs them; `pinned` ones are not unloaded for others.
     `memory` is the number of bytes that the weights of all models may take; without it, the free memory decides, less
-    what an image of `largest_pixels` needs. `report` receives the loaded share of a model, `on_loaded` the spec of a
+    what the work needs: images of up to `largest_pixels`, and up to `max_batch` of them at a time. `shares` are shares
+    of `free_at_start`, the device's free memory, that models may take; `turn` is what drawing with a loaded model
+    takes. `report` receives the loaded share of a model, `on_loaded` the spec of a
     model that was loaded on demand, `on_failed` the name of one whose files cannot be used, with the reason.
     """
 
@@ -89,6 +91,10 @@ class LoadOptions:
     pinned: Collection[str] = ()
     memory: int | None = None
     largest_pixels: int = 1024 * 1024
+    max_batch: int = 1
+    shares: Mapping[str, float] = field(default_factory=dict)
+    free_at_start: int | None = None
+    turn: int = 0
     report: Callable[[float], None] = ignore_progress
     on_loaded: Callable[[ModelSpec], None] = lambda spec: None
     on_failed: Callable[[str, str], None] = lambda model, why: None
@@ -97,6 +103,11 @@ class LoadOptions:
     def loads_on_demand(self) -> bool:
         """Whether models are loaded and unloaded while the engine runs; then they are not traced."""
         return bool(self.on_demand) or self.memory is not None
+
+    @property
+    def work(self) -> Workload:
+        """The largest work that requests may ask for."""
+        return Workload(self.largest_pixels, self.max_batch)
 
     @property
     def lora_folder(self) -> LoraFolder:
@@ -119,29 +130,30 @@ class PlacedModel:
     cuda_graphs: list[CudaGraphRunner] = field(default_factory=list)
     commit: str = ""
     remarks: list[str] = field(default_factory=list)
+    tiling: VaeTiling = WHOLE
 
 
-def weight_bytes_of(spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> int:
-    """The bytes that the weights of a model take on a device, from its configurations or headers.
+def measure_model(spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> MeasuredModel:
+    """What a model needs on a device, from its configurations or file headers; its spec has the dtype of this device.
 
     Raises `ModelLoadError`.
     """
-    return sum(_measured(spec, models_dir, device, options)[1].parts.values())
-
-
-def _measured(
-    spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions
-) -> tuple[ModelSpec, Footprint]:
-    """The spec with its dtype on this device, and the bytes that the model needs."""
     storage = _storage(spec, device, options, _quantize(spec, options))
     parts = empty_pipeline(spec, models_dir, hub=options.hub, storage=storage)
     if device.type == "cpu":
         spec = options.cpu_dtypes.choose(spec, parts)
-    return spec, footprint_of(spec, parts, dtype_of(spec, device))
+    measured = MeasuredModel.of(spec, parts, models_dir, device, options.lora_folder, options.hub)
+    return measured.tiled(total_memory(device), options.work, **_settings(spec, device, options))
 
 
-def _quantize(spec: ModelSpec, options: LoadOptions) -> Quantize:
-    return cast(Quantize, spec.quantize) or options.quantize
+def _settings(spec: ModelSpec, device: torch.device, options: LoadOptions) -> dict[str, Any]:
+    """What `placement.place` has to follow: the owner's spec comes before OFFLOAD and QUANTIZE."""
+    offload, quantize = spec.offload or options.offload, _quantize(spec, options)
+    return {"accelerated": device.type != "cpu", "offload": offload, "quantize": quantize}
+
+
+def _quantize(spec: ModelSpec, options: LoadOptions) -> str:
+    return spec.quantize or options.quantize
 
 
 def _storage(spec: ModelSpec, device: torch.device, options: LoadOptions, quantize: str) -> WeightStorage:
@@ -151,24 +163,18 @@ def _storage(spec: ModelSpec, device: torch.device, options: LoadOptions, quanti
     return WeightStorage(options.mapped, spec.quantizable_parts if quantize == Quantization.INT8 else ())
 
 
-def _place(spec: ModelSpec, footprint: Footprint, device: torch.device, options: LoadOptions) -> Placement:
-    return place(
-        free_memory(device),
-        footprint,
-        accelerated=device.type != "cpu",
-        offload=cast(Offload, spec.offload) or options.offload,
-        quantize=_quantize(spec, options),
-    )
-
-
 def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> PlacedModel:
     """A model's pipeline, ControlNet and LoRAs, in the placement that fits the device's free memory.
 
     Raises `ModelLoadError`. A ControlNet that cannot be used is left out, with a remark.
     """
     hub = options.hub
-    spec, footprint = _measured(spec, models_dir, device, options)
-    placement = _place(spec, footprint, device, options)
+    measured = measure_model(spec, models_dir, device, options)
+    spec = measured.spec
+    share = options.shares.get(spec.name)
+    most = None if share is None or options.free_at_start is None else int(share * options.free_at_start)
+    room = MemoryRoom.now(device, turn=options.turn, most=most)
+    placement, remark = measured.place(room, options.work, **_settings(spec, device, options))
     always = [(lcm_file(spec, folder, models_dir, hub=hub), weight) for folder, weight in spec.builtin_loras]
     own = model_files(spec, models_dir, hub=hub) if spec.checkpoint is None else checkpoint_files(spec, models_dir)
     files = {
@@ -185,7 +191,7 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
         report=lambda share: options.report(_DIGESTED + (_READ - _DIGESTED) * share),
         storage=_storage(spec, device, options, placement.quantization),
     )
-    remarks: list[str] = []
+    remarks = [remark] if remark else []
     controlnet, control = _control(spec, models_dir, device, options, pipeline, remarks)
     if options.digests.of(files) != weights:
         raise ModelLoadError(f"The files in {spec.folder} were changed while they were loaded; start again.")
@@ -213,7 +219,7 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
     apply_residency(pipeline, controlnet, device, placement.residency)
     commit = hub.commit(spec.repo) if hub and spec.repo else ""
     graphs = _optimize(pipeline, controlnet, device, placement, options)
-    return PlacedModel(known, pipeline, controlnet, adapters, placement, graphs, commit, remarks)
+    return PlacedModel(known, pipeline, controlnet, adapters, placement, graphs, commit, remarks, measured.tiling)
 
 
 def _control(

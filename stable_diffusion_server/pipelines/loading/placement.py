@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -51,42 +52,78 @@ class Quantization(StrEnum):
 class Footprint:
     """What a model needs, in bytes: `parts` by name, the `quantized` ones of them, the largest `layer`.
 
-    `weight_bytes` is the size of one weight as loaded, `working` what one request needs besides the weights.
+    `weight_bytes` is the size of one weight as loaded, `working` what the work of each part needs besides the weights.
+    `adapters` may be added to the `denoiser`. `converted` are the bytes of parts whose files hold another dtype: such
+    parts are copied in the machine's memory while they are loaded; files of the right dtype are mapped.
     """
 
     parts: Mapping[str, int]
     quantized: tuple[str, ...]
     layer: int
     weight_bytes: int
-    working: int = 0
+    working: Mapping[str, int] = field(default_factory=dict)
+    adapters: int = 0
+    denoiser: str = ""
+    converted: int = 0
 
     def shrunk(self) -> Footprint:
         """The footprint with one byte for each weight of the quantized parts."""
         parts = {
             name: size // self.weight_bytes if name in self.quantized else size for name, size in self.parts.items()
         }
-        return Footprint(parts, self.quantized, self.layer // self.weight_bytes, self.weight_bytes, self.working)
+        return replace(self, parts=parts, layer=self.layer // self.weight_bytes)
+
+    def at_rest(self, residency: Residency) -> int:
+        """Bytes on the device while nothing is drawn."""
+        if residency is Residency.RESIDENT:
+            return sum(self.parts.values()) + self.adapters
+        return 0 if residency is Residency.GROUP else self.parts.get(CONTROL, 0)
+
+    def in_turn(self, residency: Residency) -> int:
+        """Peak bytes that drawing adds: activations, and the weights that are moved for it."""
+        busiest = max(self.working.values(), default=0)
+        match residency:
+            case Residency.RESIDENT:
+                return busiest
+            case Residency.MODEL:
+                return max((self._with_activations(name) for name in self.parts if name != CONTROL), default=0)
+            case Residency.GROUP:
+                return 2 * self.layer + busiest  # the layer that computes, and the next one being prefetched
+            case Residency.SEQUENTIAL:
+                return self.layer + busiest
 
     def needed(self, residency: Residency) -> int:
         """Peak bytes on the device."""
-        stays = self.parts.get(CONTROL, 0)
-        moved = [size for name, size in self.parts.items() if name != CONTROL]
-        weights = {
-            Residency.RESIDENT: sum(moved) + stays,
-            Residency.MODEL: max(moved, default=0) + stays,
-            Residency.GROUP: 2 * self.layer,  # the layer that computes, and the next one being prefetched
-            Residency.SEQUENTIAL: stays,
-        }
-        return weights[residency] + self.working
+        return self.at_rest(residency) + self.in_turn(residency)
+
+    def on_host(self, residency: Residency, *, quantized: bool) -> int:
+        """Peak bytes of the machine's memory besides the device's: copies made by loading, and weights that wait there.
+
+        `self` must be the footprint of the weights as they are placed.
+        """
+        changed = sum(self.parts.get(name, 0) for name in self.quantized) if quantized else 0
+        if residency is Residency.RESIDENT:
+            return max(self.converted, changed)
+        return max(self.converted, sum(self.parts.values()) + self.adapters)
+
+    def _with_activations(self, name: str) -> int:
+        return self.parts[name] + self.working.get(name, 0) + (self.adapters if name == self.denoiser else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The chosen placement, and the bytes it needs on the device."""
+    """The chosen placement, and the bytes it needs on the device.
+
+    `turn` of them are needed only while the model draws: `moved` for weights that wait elsewhere, others for its work.
+    There is room for forward passes over images of `batch_pixels` pixels together.
+    """
 
     residency: Residency
     quantization: Quantization
     needed: int
+    turn: int = 0
+    moved: int = 0
+    batch_pixels: int = sys.maxsize
 
 
 # In the order in which they are tried: each needs less memory than the one before, but is slower or less exact.
@@ -107,12 +144,18 @@ def place(
     accelerated: bool,
     offload: Offload = "auto",
     quantize: Quantize = "auto",
+    host: int | None = None,
+    turn: int = 0,
 ) -> Placement:
     """The first placement that fits into `free` bytes of the device's memory and that the settings allow.
 
+    `host` are the free bytes of the machine's memory, where the device has its own. `turn` is what drawing with another
+    loaded model takes on the device; only one model draws at a time.
+
     A setting other than `auto` is followed even if another placement would fit better. On the CPU (`accelerated`
-    false) weights cannot be offloaded. Raises `ModelTooLarge` when nothing fits, `ModelLoadError` when OFFLOAD
-    cannot be applied, or cannot be combined with QUANTIZE.
+    false) weights cannot be offloaded. Raises `ModelTooLarge` when nothing fits, and also for explicit settings if the
+    machine's memory is too small, since its kernel would end the process; `ModelLoadError` when OFFLOAD cannot be
+    applied, or cannot be combined with QUANTIZE.
     """
     if offload == "sequential" and quantize not in MOVED_BY_LAYERS:
         raise ModelLoadError(
@@ -121,22 +164,59 @@ def place(
         )
     if not accelerated and offload not in ("auto", "none"):
         raise ModelLoadError(f"OFFLOAD={offload} needs an accelerator: the CPU has its weights in its memory already.")
-    quantized = footprint.shrunk()
     candidates = [
-        Placement(
-            residency,
-            quantization,
-            (footprint if quantization is Quantization.NONE else quantized).needed(residency),
-        )
+        _Candidate.of(footprint, residency, quantization)
         for residency, quantization in _allowed(accelerated, offload, quantize)
     ]
-    fitting = [placement for placement in candidates if placement.needed <= USABLE * free]
+    on_host = [one for one in candidates if one.fits_host(host)]
+    fitting = [one for one in on_host if one.fits_device(free, turn)]
     if fitting:
-        return fitting[0]
+        return fitting[0].placement
+    if not on_host:
+        least = min(one.host for one in candidates)
+        raise ModelTooLarge(
+            f"The model needs {gigabytes(least)} of the machine's memory (RAM) while it is loaded or where its weights "
+            f"wait, and {gigabytes(host or 0)} are free."
+        )
     if offload != "auto" and quantize != "auto":
-        return candidates[-1]  # both settings are explicit
-    least = min(placement.needed for placement in candidates)
+        return on_host[-1].placement  # both settings are explicit
+    least = min(one.rest + max(one.turn, turn) for one in on_host)
     raise ModelTooLarge(f"The model needs {gigabytes(least)} of memory, and {gigabytes(free)} are free.")
+
+
+def still_fits(
+    placement: Placement, free: int, footprint: Footprint, *, host: int | None = None, turn: int = 0
+) -> Placement | None:
+    """The same placement for another footprint, if it fits."""
+    one = _Candidate.of(footprint, placement.residency, placement.quantization)
+    return one.placement if one.fits_host(host) and one.fits_device(free, turn) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A placement with its bytes: at rest and in a turn on the device, and on the host."""
+
+    placement: Placement
+    rest: int
+    turn: int
+    host: int
+
+    @classmethod
+    def of(cls, plain: Footprint, residency: Residency, quantization: Quantization) -> _Candidate:
+        finer = quantization is not Quantization.NONE
+        footprint = plain.shrunk() if finer else plain
+        rest, turn = footprint.at_rest(residency), footprint.in_turn(residency)
+        host = footprint.on_host(residency, quantized=finer)
+        moved = replace(footprint, working={}).in_turn(residency)
+        return cls(Placement(residency, quantization, rest + turn, turn, moved), rest, turn, host)
+
+    def fits_device(self, free: int, turn: int) -> bool:
+        """Whether it fits into `free` bytes, beside a model that takes `turn` bytes while it draws."""
+        return self.rest + max(self.turn, turn) <= USABLE * free
+
+    def fits_host(self, free: int | None) -> bool:
+        """Whether it fits into the machine's memory, if that is another one."""
+        return free is None or self.host <= USABLE * free
 
 
 def _allowed(accelerated: bool, offload: Offload, quantize: Quantize) -> list[tuple[Residency, Quantization]]:

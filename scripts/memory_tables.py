@@ -1,0 +1,132 @@
+"""Computes the tables of docs/models.md on memory: `python -m scripts.memory_tables` writes them into the page.
+
+They come from the code that places models, with card sizes in place of the measured free memory.
+tests/pipelines/test_full_size.py compares them with the page.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from benchmarks.full_size import write_configurations
+from stable_diffusion_server.errors import ModelTooLarge
+from stable_diffusion_server.pipelines import REAL_MODELS, ModelSpec
+from stable_diffusion_server.pipelines.loading.components import empty_pipeline
+from stable_diffusion_server.pipelines.loading.footprint import Workload, architecture_of, dtype_of
+from stable_diffusion_server.pipelines.loading.measurement import MeasuredModel, MemoryRoom
+from stable_diffusion_server.pipelines.loading.placement import Placement, Quantization, Residency
+from stable_diffusion_server.pipelines.loading.working_memory import Architecture
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+START, END = "<!-- computed by scripts/memory_tables.py -->\n", "<!-- end -->\n"
+SDXL, FLUX = REAL_MODELS["sdxl"][-1], REAL_MODELS["flux"][0]
+CARDS = (80, 48, 40, 32, 24, 16, 12, 10, 8)
+# MAX_SIDE and MAX_BATCH by default.
+WORK = Workload(2048 * 2048, 8)
+_CUDA = torch.device("cuda")
+_GB = 10**9
+
+
+def architecture(spec: ModelSpec, models_dir: Path) -> Architecture:
+    """A model as it computes on an accelerator, with its ControlNet."""
+    return architecture_of(spec, empty_pipeline(spec, models_dir), dtype_of(spec, _CUDA))
+
+
+def placed(
+    spec: ModelSpec, model: Architecture, card: int, *, beside: Placement | None = None, ram: int | None = None
+) -> Placement | None:
+    """Where a model is placed on a card of `card` GB, after another one was; `None` if it does not fit."""
+    taken = 0 if beside is None else beside.needed - beside.turn
+    room = MemoryRoom(card * _GB - taken, ram, 0 if beside is None else beside.turn)
+    try:
+        measured = MeasuredModel(spec, model).tiled(card * _GB, WORK, accelerated=True)
+        return measured.place(room, WORK, accelerated=True)[0]
+    except ModelTooLarge:
+        return None
+
+
+def tables(models: Mapping[str, Architecture]) -> str:
+    """The tables as Markdown; `models` are the architectures of `sdxl` and `flux`."""
+    return "\n".join([*_placements(models), "", *_work(models), "", *_machine(models), ""])
+
+
+def _placements(models: Mapping[str, Architecture]) -> list[str]:
+    lines = [
+        "| free memory | SDXL alone | FLUX.1-schnell alone | SDXL first, then FLUX | FLUX first, then SDXL |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for card in CARDS:
+        cells = []
+        for order in ((SDXL,), (FLUX,), (SDXL, FLUX), (FLUX, SDXL)):
+            first = placed(order[0], models[order[0].name], card)
+            both = [first]
+            if len(order) == 2 and first is not None:
+                both.append(placed(order[1], models[order[1].name], card, beside=first))
+            cells.append("; ".join(_shown(placement) for placement in both))
+        lines.append(f"| {card} GB | {' | '.join(cells)} |")
+    return lines
+
+
+def _shown(placement: Placement | None) -> str:
+    if placement is None:
+        return "too large"
+    int8 = "" if placement.quantization is Quantization.NONE else ", int8"
+    return f"{placement.residency}{int8} ({placement.needed / _GB:.1f} GB)"
+
+
+def _work(models: Mapping[str, Architecture]) -> list[str]:
+    lines = ["| work | SDXL | FLUX.1-schnell |", "| --- | --- | --- |"]
+    for side in (512, 1024, 2048):
+        rows = [
+            (f"decode or encode {side}²", "vae", "vae", 1),
+            (f"a step at {side}², one image", "unet", "transformer", 1),
+            *([(f"a step at {side}², 8 images", "unet", "transformer", 8)] if side == 1024 else []),
+        ]
+        for label, part, other, images in rows:
+            cells = []
+            for spec, name in ((SDXL, part), (FLUX, other)):
+                halves = images * (2 if spec is SDXL and name == "unet" else 1)
+                cells.append(f"{models[spec.name].working_bytes[name].of(halves * side * side, halves) / _GB:.2f} GB")
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    encoders = (f"{models[spec.name].working_bytes['text_encoder_2'].of(0) / _GB:.2f} GB" for spec in (SDXL, FLUX))
+    lines.append(f"| a prompt, the larger text encoder | {' | '.join(encoders)} |")
+    return lines
+
+
+def _machine(models: Mapping[str, Architecture]) -> list[str]:
+    lines = ["| weights | SDXL | FLUX.1-schnell |", "| --- | --- | --- |"]
+    for label, residency, quantized in (
+        ("on the device, int8", Residency.RESIDENT, True),
+        ("model offload, int8", Residency.MODEL, True),
+        ("model, group or sequential offload", Residency.GROUP, False),
+    ):
+        cells = []
+        for spec in (SDXL, FLUX):
+            footprint = MeasuredModel(spec, models[spec.name]).footprint(WORK)
+            size = (footprint.shrunk() if quantized else footprint).on_host(residency, quantized=quantized)
+            cells.append(f"{size / _GB:.1f} GB")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def page_with(text: str) -> str:
+    """The page with other tables."""
+    before, _, rest = PAGE.read_text().partition(START)
+    return f"{before}{START}{text}{END}{rest.partition(END)[2]}"
+
+
+def main() -> None:
+    """Write the page."""
+    with tempfile.TemporaryDirectory() as folder:
+        for spec in (SDXL, FLUX):
+            write_configurations(Path(folder), spec)
+        text = tables({spec.name: architecture(spec, Path(folder)) for spec in (SDXL, FLUX)})
+    PAGE.write_text(page_with(text))
+
+
+if __name__ == "__main__":
+    main()
