@@ -1,7 +1,7 @@
-"""Computes the tables of docs/models.md on memory: `python -m scripts.memory_tables` writes them into the page.
+"""Computes the tables on memory of docs/models.md and README: `python -m scripts.memory_tables` writes the pages.
 
-They come from the code that places models, with card sizes in place of the measured free memory.
-tests/pipelines/test_full_size.py compares them with the page.
+They come from the code that places models, with card sizes in place of the measured free memory; times are those of
+the dated results. tests/pipelines/test_full_size.py compares them with the pages.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from stable_diffusion_server.pipelines.loading.measurement import MeasuredModel,
 from stable_diffusion_server.pipelines.loading.placement import Placement, Quantization, Residency
 from stable_diffusion_server.pipelines.loading.working_memory import Architecture
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+_ROOT = Path(__file__).resolve().parent.parent
+PAGE, README = _ROOT / "docs" / "models.md", _ROOT / "README.md"
+_H200 = _ROOT / "benchmarks" / "results" / "2026-11-26-gpu-h200.md"
 START, END = "<!-- computed by scripts/memory_tables.py -->\n", "<!-- end -->\n"
 SDXL, FLUX = REAL_MODELS["sdxl"][-1], REAL_MODELS["flux"][0]
 CARDS = (80, 48, 40, 32, 24, 16, 12, 10, 8)
+# The README's, the H200 first.
+_FEW_CARDS = (141, 80, 48, 24, 16, 12, 8)
 # MAX_SIDE and MAX_BATCH by default.
 WORK = Workload(2048 * 2048, 8)
 _CUDA = torch.device("cuda")
@@ -52,6 +56,25 @@ def placed(
 def tables(models: Mapping[str, Architecture]) -> str:
     """The tables as Markdown; `models` are the architectures of `sdxl` and `flux`."""
     return "\n".join([*_placements(models), "", *_work(models), "", *_machine(models), ""])
+
+
+def cards(models: Mapping[str, Architecture]) -> str:
+    """The README's table as Markdown: each model alone on a card, and the seconds of a picture where measured."""
+    lines = ["| free memory | SDXL | FLUX.1-schnell | seconds, measured |", "| --- | --- | --- | --- |"]
+    for card in _FEW_CARDS:
+        cells = [_shown(placed(spec, models[spec.name], card)) for spec in (SDXL, FLUX)]
+        times = "not measured"
+        if card == _FEW_CARDS[0]:
+            times = f"H200: SDXL {_seconds('sdxl'):.2f}, FLUX {_seconds('flux'):.2f}"
+        lines.append(f"| {card} GB | {' | '.join(cells)} | {times} |")
+    return "\n".join([*lines, ""])
+
+
+def _seconds(family: str) -> float:
+    """Seconds of one picture of 1024² alone with PERFORMANCE=fast, as measured."""
+    section = _H200.read_text().partition(f"## {family},")[2].partition("PERFORMANCE=fast, seconds a picture\n")[2]
+    row = next(line for line in section.splitlines() if line.startswith("| 1024 | 1 |"))
+    return float(row.split("|")[3])
 
 
 def _placements(models: Mapping[str, Architecture]) -> list[str]:
@@ -113,19 +136,20 @@ def _machine(models: Mapping[str, Architecture]) -> list[str]:
     return lines
 
 
-def page_with(text: str) -> str:
-    """The page with other tables."""
-    before, _, rest = PAGE.read_text().partition(START)
+def page_with(text: str, page: Path = PAGE) -> str:
+    """A page with other tables."""
+    before, _, rest = page.read_text().partition(START)
     return f"{before}{START}{text}{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the pages."""
     with tempfile.TemporaryDirectory() as folder:
         for spec in (SDXL, FLUX):
             write_configurations(Path(folder), spec)
-        text = tables({spec.name: architecture(spec, Path(folder)) for spec in (SDXL, FLUX)})
-    PAGE.write_text(page_with(text))
+        models = {spec.name: architecture(spec, Path(folder)) for spec in (SDXL, FLUX)}
+    PAGE.write_text(page_with(tables(models)))
+    README.write_text(page_with(cards(models), README))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from drawing import draw, job_for
 
 from benchmarks.full_size import random_pipeline, write_configurations
-from scripts.memory_tables import CARDS, PAGE, WORK, page_with, placed, tables
+from scripts.memory_tables import CARDS, PAGE, README, WORK, cards, page_with, placed, tables
 from stable_diffusion_server.pipelines.catalog import REAL_MODELS
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
@@ -75,9 +75,10 @@ def architectures(skeletons: dict[str, Any]) -> dict[str, Architecture]:
     return {facts.name: architecture_of(facts, skeletons[facts.name], dtype_of(facts, cuda)) for facts in (SDXL, FLUX)}
 
 
-def test_the_page_holds_the_tables_that_are_computed_now(architectures: dict[str, Architecture]) -> None:
-    """docs/models.md equals the output of `python -m scripts.memory_tables`."""
+def test_the_pages_hold_the_tables_that_are_computed_now(architectures: dict[str, Architecture]) -> None:
+    """docs/models.md and README equal the output of `python -m scripts.memory_tables`."""
     assert PAGE.read_text() == page_with(tables(architectures))
+    assert README.read_text() == page_with(cards(architectures), README)
 
 
 @pytest.mark.parametrize(
