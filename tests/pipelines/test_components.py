@@ -82,13 +82,16 @@ def test_pickled_weights_are_not_read(models: Path) -> None:
 
 
 def test_the_variant_is_taken_where_the_folder_has_it(models: Path) -> None:
-    """The fp16 files of real models are read under their names, on any device."""
+    """The fp16 files of real models are read under their names, on any device, also where the spec names no variant."""
     for weights in (models / "embedded-flux").rglob("*.safetensors"):
         weights.rename(weights.with_suffix(".fp16.safetensors"))
     facts = replace(MODELS["flux"], variant="fp16")
-    assert load_pipeline(facts, models, CPU).transformer.dtype == torch.float32
+    for spec in (facts, MODELS["flux"]):
+        assert load_pipeline(spec, models, CPU).transformer.dtype == torch.float32
+    for weights in (models / "embedded-flux").rglob("*.safetensors"):
+        weights.rename(weights.with_name(weights.name.replace(".fp16.", ".bf16.")))
     with pytest.raises(ModelLoadError):
-        load_pipeline(MODELS["flux"], models, CPU)
+        load_pipeline(facts, models, CPU)
 
 
 def test_weights_have_the_type_the_catalogue_says(models: Path) -> None:
