@@ -61,6 +61,6 @@ def _lesson(family: Any, prompt: str) -> tuple[torch.Tensor, Any]:
     picture = draw(family, job_for("sdxl", prompt=prompt.replace("red", "green")))
     vae = family.pipeline.vae
     with torch.no_grad():
-        latents = vae.config.scaling_factor * encode(vae, to_tensor(ImageArray(picture), CPU), seeded(0))
+        latents = vae.config.scaling_factor * encode(vae, to_tensor(ImageArray(picture), CPU), seeded(0))[0]
         conditioning = family._encode(job_for("sdxl", prompt=prompt))
     return latents, conditioning
