@@ -20,7 +20,8 @@ class CoreSharing:
     With `fixed`, all `workers` may compute, each on its share of the cores. Otherwise long steps run alone, on all
     cores; short ones side by side. A large model alone has all cores too. Small tensors gain little from several cores,
     and keep one share so that the same request gives the same bits: the number of cores changes the rounding.
-    `is_large` tells a model by its name; a shape that was not measured counts as long if its model is large.
+    `is_large` tells a model by its name; a shape that was not measured counts as long if its model is large. For a
+    request that asks to be `alone`, so that it can be drawn again bit for bit, only the model's size counts.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class CoreSharing:
         request = self._computing.get(worker)
         if self._fixed or request is None or len(self._computing) > 1:
             return self._workers
+        if request.alone:
+            return 1 if self._is_large(request.model) else self._workers
         return 1 if self._is_large(request.model) or self._is_long(request) else self._workers
 
     def record_step(self, worker: Hashable, shares: int, seconds: float) -> None:
@@ -65,6 +68,6 @@ class CoreSharing:
 
     def _is_long(self, request: DiffusionRequest) -> bool:
         times = sorted(self._times.get(request.shape, ()))
-        if len(times) < MIN_SAMPLES:
+        if request.alone or len(times) < MIN_SAMPLES:
             return self._is_large(request.model)
         return times[len(times) // 4] > LONG_STEP  # other work on the machine can only make a step slower

@@ -80,6 +80,30 @@ def test_a_shape_that_becomes_slower_while_two_compute_lets_them_finish() -> Non
     assert not sharing.may_start("third", request("small"))
 
 
+@pytest.mark.parametrize(("model", "shares"), [("small", 2), ("large", 1)])
+@pytest.mark.parametrize("seconds", [None, LONG_STEP / 2, 2 * LONG_STEP])
+def test_a_request_alone_has_the_same_number_of_cores_at_all_times(
+    model: str, shares: int, seconds: float | None
+) -> None:
+    """Whatever was measured and whoever else computes: another number of threads would change its bits."""
+    sharing = computing(model, seconds)
+    sharing.rest("first")
+    lone = replace(request(model), alone=True)
+    assert sharing.may_start("first", lone)
+    sharing.start("first", lone)
+    assert sharing.shares_for("first") == shares
+    assert sharing.may_start("second", lone) is (model == "small")
+    if model == "small":
+        sharing.start("second", lone)
+        assert sharing.shares_for("first") == sharing.shares_for("second") == shares
+        sharing.rest("first")
+    else:
+        assert not sharing.may_start("second", request("small", 128))
+        sharing.rest("first")
+        sharing.start("second", request("small", 128))
+        assert not sharing.may_start("first", lone)
+
+
 def test_one_slow_step_decides_nothing() -> None:
     """Another program took the processor for a while."""
     sharing = computing("small", seconds=0.01)
