@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS
+from stable_diffusion_server.pipelines.loading import cpu_dtype
 from stable_diffusion_server.pipelines.loading.cpu_dtype import WORTHWHILE, CpuDtypes, Layer, seconds_of
+from stable_diffusion_server.pipelines.loading.packed_weights import PackedWeight, keep_half, pack_layers, to_int8
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +91,23 @@ def test_what_does_not_fit_in_fp32_is_bf16(tmp_path: Path) -> None:
     for memory, chosen in ((needed / 0.9 + 10, "float32"), (needed / 0.9 - 10, "bfloat16")):
         dtypes = CpuDtypes(tmp_path / f"{chosen}.json", "auto", watch, int(memory))
         assert dtypes.choose(SDXL, parts()).cpu_dtype == chosen
+
+
+@pytest.mark.parametrize(("pack", "share"), [(keep_half, 0.51), (to_int8, 0.26)])
+def test_packed_weights_fit_where_they_would_not_in_fp32(pack: Callable[..., PackedWeight], share: float) -> None:
+    """MMAP_WEIGHTS and QUANTIZE=int8 leave the choice to the measurement in a half and a quarter of the memory."""
+    needed = 4 * sum(weight.numel() for weight in parts()["unet"].parameters())
+    packed = parts()
+    pack_layers(packed["unet"].half(), pack)
+    dtypes = CpuDtypes(None, "auto", Stopwatch(0.5), int(share * needed / 0.9))
+    assert dtypes.choose(SDXL, packed).cpu_dtype == "float32"
+    assert dtypes.choose(SDXL, parts()).cpu_dtype == "bfloat16"
+
+
+def test_the_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large machine, a small container can use its own limit only."""
+    monkeypatch.setattr(cpu_dtype, "total_host_memory", lambda: 1000)
+    assert CpuDtypes(None, "auto", Stopwatch(0.5)).choose(SDXL, parts()).cpu_dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16"])

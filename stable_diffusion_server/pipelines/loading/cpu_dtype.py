@@ -6,17 +6,17 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import structlog
 import torch
 from torch.nn import functional
 
 from stable_diffusion_server.pipelines.acceleration.onednn import linear
 from stable_diffusion_server.pipelines.catalog import with_cpu_dtype
+from stable_diffusion_server.pipelines.loading.host_memory import total_host_memory
 from stable_diffusion_server.pipelines.loading.placement import USABLE
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
@@ -53,7 +53,7 @@ class CpuDtypes:
         self._file = file
         self._wanted = wanted
         self._measure = measure or seconds_of
-        self._memory = psutil.virtual_memory().total if total_memory is None else total_memory
+        self._memory = total_host_memory() if total_memory is None else total_memory
         self._known = _read(file)
 
     def choose(self, spec: ModelSpec, parts: Mapping[str, torch.nn.Module]) -> ModelSpec:
@@ -65,8 +65,7 @@ class CpuDtypes:
         layers = _largest_layers(parts[spec.denoiser_part])
         if not layers or max(inside * outside for _, inside, outside, _ in layers) < _SMALL:
             return spec
-        needed = torch.float32.itemsize * sum(part.numel() for each in parts.values() for part in each.parameters())
-        if needed > USABLE * self._memory:
+        if _bytes_in_float32(parts.values()) > USABLE * self._memory:
             return with_cpu_dtype(spec, BFLOAT16)
         return with_cpu_dtype(spec, self._faster(layers))
 
@@ -114,6 +113,13 @@ def seconds_of(layer: Layer, dtype: str) -> float:
             compute(*given)
             times.append(time.perf_counter() - began)
     return min(times[1:])
+
+
+def _bytes_in_float32(networks: Iterable[torch.nn.Module]) -> int:
+    """Bytes of weights that are loaded as float32; packed ones keep their size."""
+    weights = [weight for network in networks for weight in network.parameters()]
+    size = torch.float32.itemsize
+    return sum(weight.numel() * (size if weight.is_floating_point() else weight.itemsize) for weight in weights)
 
 
 def _largest_layers(network: torch.nn.Module) -> list[Layer]:
