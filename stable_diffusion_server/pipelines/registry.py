@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +23,9 @@ from stable_diffusion_server.pipelines.family import FamilyClass, LoadedFamily, 
 from stable_diffusion_server.pipelines.loading.components import quieten_libraries
 from stable_diffusion_server.pipelines.loading.cpu_dtype import CpuDtypes
 from stable_diffusion_server.pipelines.loading.footprint import choose_device, free_memory, memory_of
-from stable_diffusion_server.pipelines.loading.loader import LoadOptions, measure_model
+from stable_diffusion_server.pipelines.loading.loader import LoadOptions, measure_model, placement_settings
 from stable_diffusion_server.pipelines.loading.placement import USABLE, Residency
+from stable_diffusion_server.pipelines.loading.weight_digest import ignore_progress
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.pipelines.residency import MemoryBudget, ModelNeed, ResidentModels
 from stable_diffusion_server.types import DiffusionRequest
@@ -249,9 +251,9 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
     for name in (name for name in options.models if name not in options.on_demand):
         spec = options.models[name]
         try:
-            if options.loads_on_demand:
-                residents.measure(name)
-            if not (options.loads_on_demand and residents.loaded) or residents.has_room_for(name, None):
+            if options.loads_on_demand:  # what does not fit beside the others waits for its first request
+                residents.load(name, [other.spec.name for other in residents.loaded], ignore_progress)
+            else:
                 beside = replace(options, turn=residents.turn)
                 residents.add(_family_class(spec).load(spec, models_dir, device, beside))
         except ModelLoadError as error:
@@ -292,12 +294,14 @@ def _residents(models_dir: Path, device: torch.device, options: LoadOptions) -> 
     def measure(spec: ModelSpec) -> ModelNeed:
         try:
             measured = measure_model(spec, models_dir, device, options)
-            return ModelNeed.of(measured.footprint(replace(options.work, max_batch=1)))
+            least = measured.least(options.work, **placement_settings(spec, device, options))
+            return ModelNeed.of(measured.footprint(replace(options.work, max_batch=1)), least)
         except ModelLoadError as error:
             options.on_failed(spec.name, error.detail)
             raise
 
-    residents = ResidentModels(options.models, budget, load_one, measure, options.pinned)
+    free = partial(free_memory, device)
+    residents = ResidentModels(options.models, budget, load_one, measure, options.pinned, free)
     return residents  # `load_one` reads it
 
 

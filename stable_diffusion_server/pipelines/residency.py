@@ -45,17 +45,18 @@ class MemoryBudget:
 class ModelNeed:
     """Bytes that a model takes on the device: its `weights` at rest, and in a `turn` of drawing so many more.
 
-    Of those, `moved` are for weights that wait elsewhere.
+    Of those, `moved` are for weights that wait elsewhere. With less than the `least`, it cannot be placed at all.
     """
 
     weights: int
     turn: int = 0
     moved: int = 0
+    least: int = 0
 
     @classmethod
-    def of(cls, footprint: Footprint) -> ModelNeed:
+    def of(cls, footprint: Footprint, least: int = 0) -> ModelNeed:
         """The need of a model whose weights all stay on the device."""
-        return cls(footprint.at_rest(Residency.RESIDENT), footprint.in_turn(Residency.RESIDENT))
+        return cls(footprint.at_rest(Residency.RESIDENT), footprint.in_turn(Residency.RESIDENT), least=least)
 
 
 def _load_nothing(spec: ModelSpec, progress: Progress) -> LoadedFamily:
@@ -65,8 +66,9 @@ def _load_nothing(spec: ModelSpec, progress: Progress) -> LoadedFamily:
 class ResidentModels:
     """The models of a device: `specs` of all by name, and the loaded ones in the order of their last use.
 
-    `load` loads one, `measure` returns what it needs without loading it. `pinned` models are not unloaded
-    for others. The engine's thread changes it; `is_loaded`, `has_room_for` and `count_tokens` may be called from any.
+    `load` loads one, `measure` returns what it needs without loading it. `pinned` models are not unloaded for others,
+    and `free` returns the bytes that are really free. The engine's thread changes it; `is_loaded`, `has_room_for` and
+    `count_tokens` may be called from any.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class ResidentModels:
         load: Callable[[ModelSpec, Progress], LoadedFamily] = _load_nothing,
         measure: Callable[[ModelSpec], ModelNeed] = lambda spec: ModelNeed(0),
         pinned: Collection[str] = (),
+        free: Callable[[], int] = lambda: sys.maxsize,
     ) -> None:
         self.specs = dict(specs)
         self.budget = budget
@@ -83,6 +86,7 @@ class ResidentModels:
         self.loading: tuple[str, float] | None = None
         self._load = load
         self._measure = measure
+        self._free = free
         self._loaded: OrderedDict[str, LoadedFamily] = OrderedDict()
         self._storages: dict[str, dict[tuple[str, int], int]] = {}
         self._needs: dict[str, ModelNeed] = {}
@@ -118,7 +122,7 @@ class ResidentModels:
     @property
     def turn(self) -> int:
         """The most bytes that drawing with one of the loaded models takes on the device."""
-        return max((self._needs[name].turn for name in [*self._loaded]), default=0)
+        return max((self.need_of(name).turn for name in [*self._loaded]), default=0)
 
     def need_of(self, model: str) -> ModelNeed:
         """What a model needs, as measured last; the bytes of its files before that."""
@@ -127,9 +131,10 @@ class ResidentModels:
 
     def measure(self, model: str) -> ModelNeed:
         """What a model needs, from its configurations or headers. Raises `ModelLoadError`."""
-        if model not in self._needs:
-            self._needs[model] = self._measure(self.specs[model])
-        return self._needs[model]
+        need = self._needs.get(model)
+        if need is None:
+            self._needs[model] = need = self._measure(self.specs[model])
+        return need
 
     def has_room_for(self, model: str, busy: Collection[str] | None) -> bool:
         """Whether a model fits beside the `busy` and the pinned ones; with `None`, beside all loaded ones.
@@ -158,6 +163,7 @@ class ResidentModels:
                 return False
             if stay or not self.budget.measured:
                 raise ModelTooLarge(self._too_large(model, need, stay))
+        self._check_unloading_helps(model, need, stay)
         while self._loaded and not self._fits([*self._loaded], need) and self._unload_oldest(busy):
             pass
 
@@ -203,8 +209,9 @@ class ResidentModels:
     def replace_specs(self, specs: Mapping[str, ModelSpec]) -> None:
         """Take other models than before as the ones that can be loaded; the loaded ones stay. From any thread."""
         changed = [name for name, spec in specs.items() if self.specs.get(name) != spec]
-        kept = {name for name in specs if name not in changed} | {*self._loaded}
-        self._needs = {name: need for name, need in self._needs.items() if name in kept}
+        for name in [name for name in [*self._needs] if name not in specs or name in changed]:
+            if name not in self._loaded:
+                self._needs.pop(name, None)
         self.pinned = frozenset(name for name, spec in specs.items() if spec.pinned)
         self.specs = dict(specs)
 
@@ -225,6 +232,16 @@ class ResidentModels:
                     need = gigabytes(self.need_of(spec.name).weights)
                     raise ModelTooLarge(f"{spec.name} needs {need} for its weights, which are not free.") from error
 
+    def _check_unloading_helps(self, model: str, need: ModelNeed, stay: Collection[str]) -> None:
+        """Raise `ModelTooLarge` before other models are unloaded for one that has no room without them either."""
+        if len(stay) < len(self._loaded):
+            room = self._free() + self.bytes_used() - self.bytes_used(stay)
+            if need.least > room:
+                raise ModelTooLarge(
+                    f"{model} needs {gigabytes(need.least)} of memory at least, and {gigabytes(room)} are free without "
+                    "the models that can be unloaded."
+                )
+
     def _unload_oldest(self, busy: Collection[str]) -> bool:
         """Unload the least recently used model that may be; false if there is none."""
         oldest = next((name for name in self._loaded if not self._stays(name, busy)), None)
@@ -237,7 +254,7 @@ class ResidentModels:
 
     def _fits(self, stay: Collection[str], need: ModelNeed) -> bool:
         """Whether a model fits beside loaded ones."""
-        needs = [need, *(self._needs[name] for name in stay)]
+        needs = [need, *(self.need_of(name) for name in stay)]
         turn = max(one.turn if self.budget.measured else one.moved for one in needs)
         return self.bytes_used(stay) + need.weights + turn <= self.budget.limit
 

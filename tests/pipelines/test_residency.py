@@ -297,6 +297,54 @@ def test_what_does_not_fit_beside_a_pinned_model_says_what_drawing_takes() -> No
         residents.load("c", (), ignore)
 
 
+def resident(name: str, weights: int) -> LoadedFamily:
+    """A loaded model whose weights stay on the device, without anything that could draw."""
+    return replace(offloaded(name, weights, 4, Residency.RESIDENT, turn=0, moved=0), offloaded=None)
+
+
+@pytest.mark.parametrize(("least", "left"), [(9009, ["a", "b"]), (9008, [])])
+def test_nothing_is_unloaded_for_a_model_without_room_in_an_empty_memory(least: int, left: list[str]) -> None:
+    """It is refused with the numbers; otherwise each request for it would unload all other models."""
+
+    def load_one(spec: ModelSpec, progress: Any) -> LoadedFamily:
+        if spec.name == "c":
+            raise ModelTooLarge("The model needs more than is free.")
+        return resident(spec.name, 4000)
+
+    needs = {"a": ModelNeed(4000), "b": ModelNeed(4000), "c": ModelNeed(100_000, least=least)}
+    residents = ResidentModels(
+        specs(*NAMES), MemoryBudget(10_000), load_one, lambda spec: needs[spec.name], free=lambda: 1000
+    )
+    for name in ("a", "b"):
+        assert residents.load(name, (), ignore)
+    assert residents.bytes_used() == 8008
+    with pytest.raises(ModelTooLarge):
+        residents.load("c", (), ignore)
+    assert [model.spec.name for model in residents.loaded] == left
+
+
+def test_the_budget_holds_at_the_start_too(folder: Path, size: int) -> None:
+    """A model larger than MODEL_MEMORY is refused; what does not fit beside the first one waits for its request."""
+    with pytest.raises(ModelTooLarge, match="MODEL_MEMORY allows"):
+        load(folder, "cpu", 1, LoadOptions(models=specs("a"), memory=size // 2))
+    registry = load(folder, "cpu", 1, LoadOptions(models=specs("a", "c"), memory=int(1.2 * size)))
+    assert list(registry.models) == ["a"]
+    assert not registry.unusable
+    assert registry.load("c", (), ignore)
+    assert list(registry.models) == ["c"]
+
+
+def test_other_specs_during_a_load_leave_the_need_of_a_loaded_model() -> None:
+    """`refresh` runs on another thread; without its need, no model could be chosen any more."""
+    residents = ResidentModels(specs("a", "c"), MemoryBudget(10_000), measure=lambda spec: ModelNeed(4000))
+    residents.add(resident("a", 4000))
+    residents.measure("c")
+    changed = {name: replace(spec, file_bytes=9) for name, spec in specs("a", "c").items()}
+    residents.replace_specs(changed)
+    assert [residents.need_of(name).weights for name in ("a", "c")] == [4004, 9]
+    assert residents.has_room_for("c", None)
+
+
 def test_a_model_takes_its_share_and_no_more(folder: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """MODEL_SHARES: within its share of what was free at the start, although more is free; the other takes the rest."""
     with pytest.raises(ModelTooLarge, match=r"The model needs .* are free"):

@@ -143,10 +143,10 @@ def measure_model(spec: ModelSpec, models_dir: Path, device: torch.device, optio
     if device.type == "cpu":
         spec = options.cpu_dtypes.choose(spec, parts)
     measured = MeasuredModel.of(spec, parts, models_dir, device, options.lora_folder, options.hub)
-    return measured.tiled(total_memory(device), options.work, **_settings(spec, device, options))
+    return measured.tiled(total_memory(device), options.work, **placement_settings(spec, device, options))
 
 
-def _settings(spec: ModelSpec, device: torch.device, options: LoadOptions) -> dict[str, Any]:
+def placement_settings(spec: ModelSpec, device: torch.device, options: LoadOptions) -> dict[str, Any]:
     """What `placement.place` has to follow: the owner's spec comes before OFFLOAD and QUANTIZE."""
     offload, quantize = spec.offload or options.offload, _quantize(spec, options)
     return {"accelerated": device.type != "cpu", "offload": offload, "quantize": quantize}
@@ -174,7 +174,7 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
     share = options.shares.get(spec.name)
     most = None if share is None or options.free_at_start is None else int(share * options.free_at_start)
     room = MemoryRoom.now(device, turn=options.turn, most=most)
-    placement, remark = measured.place(room, options.work, **_settings(spec, device, options))
+    placement, remark = measured.place(room, options.work, **placement_settings(spec, device, options))
     always = [(lcm_file(spec, folder, models_dir, hub=hub), weight) for folder, weight in spec.builtin_loras]
     own = model_files(spec, models_dir, hub=hub) if spec.checkpoint is None else checkpoint_files(spec, models_dir)
     files = {

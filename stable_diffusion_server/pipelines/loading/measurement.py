@@ -25,6 +25,7 @@ from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.placement import (
     Footprint,
     Placement,
+    least_needed,
     place,
     still_fits,
 )
@@ -121,6 +122,10 @@ class MeasuredModel:
         )
         return replace(footprint, working={name: int(self.overhead * size) for name, size in footprint.working.items()})
 
+    def least(self, work: Workload, **settings: Any) -> int:
+        """The bytes of the device's memory without which the model cannot be placed even for one native image."""
+        return least_needed(self.footprint(self._native(work)), **settings)
+
     def place(self, room: MemoryRoom, work: Workload, **settings: Any) -> tuple[Placement, str]:
         """The placement that holds the largest image, with batches as large as fit, and a remark if it does not.
 
@@ -133,7 +138,7 @@ class MeasuredModel:
         try:
             placement = place(room.device, self.footprint(alone), **settings)
         except ModelTooLarge as error:
-            native = Workload(min(self.spec.native_pixels, work.largest_pixels))
+            native = self._native(work)
             placement = place(room.device, self.footprint(native), **settings)
             remark = (
                 f"{self.spec.name} has memory for images of {native.largest_pixels} pixels; larger ones, within "
@@ -147,3 +152,6 @@ class MeasuredModel:
             if larger is not None:
                 return replace(larger, batch_pixels=replace(alone, max_batch=batch).batch_pixels), remark
         return replace(placement, batch_pixels=alone.batch_pixels), remark
+
+    def _native(self, work: Workload) -> Workload:
+        return Workload(min(self.spec.native_pixels, work.largest_pixels))

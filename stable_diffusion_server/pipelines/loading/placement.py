@@ -184,6 +184,12 @@ def place(
     raise ModelTooLarge(f"The model needs {gigabytes(least)} of memory, and {gigabytes(free)} are free.")
 
 
+def least_needed(footprint: Footprint, *, accelerated: bool, offload: Offload, quantize: Quantize) -> int:
+    """The bytes of the device's memory without which no placement that the settings allow holds a model."""
+    allowed = _allowed(accelerated, offload, quantize)
+    return min(_Candidate.of(footprint, *one).placement.needed for one in allowed)
+
+
 def still_fits(
     placement: Placement, free: int, footprint: Footprint, *, host: int | None = None, turn: int = 0
 ) -> Placement | None:
