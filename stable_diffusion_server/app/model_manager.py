@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import structlog
 
@@ -62,11 +62,16 @@ class ModelManager:
             }
             if changed and not getattr(state.models, "on_demand", False):
                 raise ModelStays("The models were loaded at the start; other files are used after a restart.")
-            for name in (name for name in changed if state.models is not None and state.models.is_loaded(name)):
-                await self.unload(name)
+            await self._unload_loaded(changed)
             self._stamps = stamps
             state.refresh(new, changed)
+            await self._unload_loaded(changed)  # what requests had loaded again, as it was before
             _log.info("MODELS_DIR was read again", changed=len(changed), models=len(state.asked))
+
+    async def _unload_loaded(self, models: Collection[str]) -> None:
+        loaded = self._state.models
+        for name in (name for name in models if loaded is not None and loaded.is_loaded(name)):
+            await self.unload(name)
 
     def _read_stamps(self, models: Mapping[str, ModelSpec]) -> dict[str, tuple[object, ...]]:
         return {name: file_stamp(self._settings, spec) for name, spec in models.items()}

@@ -193,7 +193,7 @@ class Engine(Generic[P]):
                 label=label,
                 load_only=True,
             )
-            if scheduler.switcher.is_loaded(model):
+            if scheduler.is_there(model):
                 ticket.succeed(EngineResult(None, {}, batched=False))  # type: ignore[arg-type]  # no image
                 return ticket
             scheduler.admit(ticket)
@@ -202,11 +202,15 @@ class Engine(Generic[P]):
 
     def unload_model(self, model: str) -> Future[None]:
         """Have a model unloaded as soon as no request uses it. Raises `NotReady`, and `ModelStays` if it cannot be."""
-        if self.state is not EngineState.READY:
-            raise NotReady(self.reason, retry_after=5)
-        if not self._scheduler.on_demand:
-            raise ModelStays(f"{model} was loaded at the start and stays loaded: no model is loaded on demand here.")
-        return self._scheduler.ask_to_unload(model)
+        scheduler = self._scheduler
+        with scheduler.changed:  # nobody settles what is asked after the engine has ended
+            if scheduler.state is not EngineState.READY:
+                raise NotReady(scheduler.reason, retry_after=5)
+            if not scheduler.on_demand:
+                raise ModelStays(
+                    f"{model} was loaded at the start and stays loaded: no model is loaded on demand here."
+                )
+            return scheduler.ask_to_unload(model)
 
     def _start_thread(self, run: Callable[[], None], number: int) -> None:
         self._threads.append(threading.Thread(target=run, name=f"engine-{number}", daemon=True))

@@ -66,7 +66,7 @@ class ModelSwitcher(Generic[P]):
 
     def may_join(self, ticket: Ticket[P], entries: Sequence[QueueEntry[P]]) -> bool:
         """Whether a ticket may join a running batch: while a request is overdue, only what is owed may."""
-        if self._is_owed(ticket):
+        if self.is_owed(ticket):
             return True
         return not self._overdue(entry.ticket for entry in entries if not self.is_loaded(entry.ticket.request.model))
 
@@ -103,9 +103,10 @@ class ModelSwitcher(Generic[P]):
 
     def _first_owed(self, waiting: Iterable[Ticket[P]]) -> Choice[P] | None:
         """Return what keeps a model busy: the first ticket that is parked or owed."""
-        return next((Choice(ticket) for ticket in waiting if self._is_owed(ticket)), None)
+        return next((Choice(ticket) for ticket in waiting if self.is_owed(ticket)), None)
 
-    def _is_owed(self, ticket: Ticket[P]) -> bool:
+    def is_owed(self, ticket: Ticket[P]) -> bool:
+        """Whether a model stays until this ticket is done: it is parked, or the model was loaded for it."""
         return ticket.suspended is not None or ticket in self._owed.get(ticket.request.model, ())
 
     def _models_owed(self) -> set[str]:

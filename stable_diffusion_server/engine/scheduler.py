@@ -88,9 +88,14 @@ class Scheduler(Generic[P]):
 
     def _choose(self) -> Choice[P] | None:
         if self.on_demand:
-            return self.switcher.choose(self.queue.in_order(), self.on_device)
+            entries = [entry for entry in self.queue.in_order() if not self._waits_for_unload(entry.ticket)]
+            return self.switcher.choose(entries, self.on_device)
         first = self.queue.next_ticket()
         return None if first is None else Choice(first)
+
+    def _waits_for_unload(self, ticket: Ticket[P]) -> bool:
+        """Whether the ticket starts after its model was unloaded; otherwise new ones could put that off for ever."""
+        return ticket.request.model in self._unloads and not self.switcher.is_owed(ticket)
 
     def _is_blocked(self, ticket: Ticket[P]) -> bool:
         """Whether the ticket must wait: it, or a ticket on the device, needs the device or all cores for itself."""
@@ -114,7 +119,7 @@ class Scheduler(Generic[P]):
         with self.changed:
             if batch:
                 ticket = self.queue.find_batch_compatible(batch, self.tuner.cap(batch[0].ticket.request))
-                if ticket and self.on_demand and not self.switcher.may_join(ticket, self.queue.in_order()):
+                if ticket and self.on_demand and not self._may_join(ticket):
                     return None
             else:
                 choice = self._choose()
@@ -127,6 +132,9 @@ class Scheduler(Generic[P]):
             self.report_occupancy()
             self.report_positions()
             return ticket
+
+    def _may_join(self, ticket: Ticket[P]) -> bool:
+        return not self._waits_for_unload(ticket) and self.switcher.may_join(ticket, self.queue.in_order())
 
     def first_waiting(self) -> Ticket[P] | None:
         """Return the ticket that runs next, or whose model is loaded next; `None` if no ticket can follow now."""
@@ -152,6 +160,11 @@ class Scheduler(Generic[P]):
             self._unloads.setdefault(model, []).append(wanted)
             self.changed.notify_all()
             return wanted
+
+    def is_there(self, model: str) -> bool:
+        """Whether a model is loaded and nobody wants it unloaded."""
+        with self.changed:
+            return self.switcher.is_loaded(model) and model not in self._unloads
 
     def next_unload(self) -> str | None:
         """Return a model that has to be unloaded now; `None` if there is none, or while requests use it."""

@@ -286,10 +286,17 @@ def _residents(models_dir: Path, device: torch.device, options: LoadOptions) -> 
         except ModelTooLarge:  # may fit another time
             raise
         except ModelLoadError as error:
-            options.on_failed(spec.name, error.detail)
+            if is_current(spec):
+                options.on_failed(spec.name, error.detail)
             raise
+        if not is_current(spec):
+            raise ModelChanged(f"The files of {spec.name} were changed while it was loaded; send the request again.")
         options.on_loaded(loaded.spec)
         return loaded
+
+    def is_current(spec: ModelSpec) -> bool:
+        """False after MODELS_DIR was read again meanwhile, and has another model of this name or none."""
+        return residents.specs.get(spec.name) == spec
 
     def measure(spec: ModelSpec) -> ModelNeed:
         try:
@@ -297,7 +304,8 @@ def _residents(models_dir: Path, device: torch.device, options: LoadOptions) -> 
             least = measured.least(options.work, **placement_settings(spec, device, options))
             return ModelNeed.of(measured.footprint(replace(options.work, max_batch=1)), least)
         except ModelLoadError as error:
-            options.on_failed(spec.name, error.detail)
+            if is_current(spec):
+                options.on_failed(spec.name, error.detail)
             raise
 
     free = partial(free_memory, device)

@@ -261,7 +261,7 @@ class ResidentModels:
     def _too_large(self, model: str, need: ModelNeed, stay: Collection[str]) -> str:
         limit = f"MODEL_MEMORY allows {gigabytes(self.budget.limit)}"
         drawing = f" and {gigabytes(need.turn)} to draw" if self.budget.measured else ""
-        kept = f", of which {gigabytes(self.bytes_used(stay))} hold pinned models ({', '.join(stay)})" if stay else ""
+        kept = f", of which {gigabytes(self.bytes_used(stay))} hold pinned models" if stay else ""
         return f"{model} needs {gigabytes(need.weights)} for its weights{drawing}, and {limit}{kept}."
 
 

@@ -233,6 +233,29 @@ def test_a_model_is_unloaded_when_no_request_uses_it(engine_of: EngineOf, memory
     assert memory.loads == ["a", "a"]
 
 
+def test_later_requests_do_not_put_an_unloading_off(engine_of: EngineOf, memory: ModelMemory) -> None:
+    """What runs is finished; what came after it waits for the model's next load, alone or in the same batch."""
+    for size in (1, 4):
+        memory.did.clear()
+        engine = engine_of(memory, max_batch=size)
+        assert memory.gate is not None
+        assert memory.load_gate is not None
+        memory.gate.clear()
+        memory.load_gate.set()
+        first = engine.submit(of("a", "first"))
+        until(lambda engine=engine: engine.running == 1)
+        unloaded = engine.unload_model("a")
+        later = [engine.submit(of("a", f"later {n}")) for n in range(3)]
+        loaded = engine.load_model("a")
+        assert not loaded.result.done()
+        open_all(memory)
+        for ticket in [first, *later, loaded]:
+            ticket.result.result(10)
+        unloaded.result(10)
+        assert memory.did == ["+a", "-a", "+a"]
+        engine.unload_model("a").result(10)
+
+
 def test_models_that_are_all_loaded_at_the_start_stay(engine_of: EngineOf) -> None:
     """Without models on demand there is nothing to unload, and a load is done at once."""
     engine: Engine[Any] = engine_of(FakeDenoiser())

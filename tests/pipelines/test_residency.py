@@ -22,6 +22,7 @@ from single_file_specs import sdxl_spec
 
 from stable_diffusion_server.engine import Engine, EngineState, LoadStopped
 from stable_diffusion_server.errors import ModelChanged, ModelLoadError, ModelStays, ModelTooLarge
+from stable_diffusion_server.pipelines import registry as registry_module
 from stable_diffusion_server.pipelines.family import LoadedFamily
 from stable_diffusion_server.pipelines.loading.placement import Placement, Quantization, Residency
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
@@ -99,7 +100,7 @@ def test_the_least_recently_used_model_makes_room(folder: Path, size: int) -> No
 
 
 def test_a_pinned_model_stays_and_what_does_not_fit_says_so_with_numbers(folder: Path, size: int) -> None:
-    """A pinned model is never unloaded for another one; the sentence names it, the need and the setting."""
+    """A pinned model is never unloaded for another one; the sentence has the need and the setting."""
     registry = on_demand(folder, "a", "c", memory=int(1.2 * size), pinned=("a",))
     registry.load("a", (), ignore)
     with pytest.raises(ModelTooLarge, match=r"c needs 0\.1 GB for its weights, and MODEL_MEMORY allows 0\.1 GB, of"):
@@ -293,8 +294,42 @@ def test_what_does_not_fit_beside_a_pinned_model_says_what_drawing_takes() -> No
     need = ModelNeed(6 * 10**9, 3 * 10**9)
     residents = ResidentModels(specs("a", "c"), MemoryBudget(8 * 10**9), measure=lambda spec: need, pinned=("a",))
     residents.add(offloaded("a", 40_000, 400, Residency.MODEL, turn=10**9, moved=0))
-    with pytest.raises(ModelTooLarge, match=r"c needs 6\.0 GB for its weights and 3\.0 GB to draw, and MODEL_MEMORY"):
+    with pytest.raises(
+        ModelTooLarge, match=r"c needs 6\.0 GB for its weights and 3\.0 GB to draw, and MODEL_MEMORY"
+    ) as told:
         residents.load("c", (), ignore)
+    assert told.value.detail.endswith(" hold pinned models."), "a key limited to c must not learn of others"
+
+
+@pytest.mark.parametrize("failure", [None, ModelLoadError("It was cut off.")], ids=["loads", "fails"])
+def test_a_model_whose_spec_changed_while_it_was_loaded_is_not_kept(
+    failure: ModelLoadError | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MODELS_DIR is read again during the load: neither the old model nor the failure of the old one is recorded."""
+    recorded: list[str] = []
+
+    class Family:
+        @classmethod
+        def load(cls, spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> Any:
+            options.report(0.5)
+            if failure is not None:
+                raise failure
+            return SimpleNamespace(spec=spec)
+
+    monkeypatch.setattr(registry_module, "_family_class", lambda spec: Family)
+    options = LoadOptions(
+        models=specs("a"),
+        on_demand=("a",),
+        on_loaded=lambda spec: recorded.append(spec.name),
+        on_failed=lambda name, why: recorded.append(why),
+    )
+    registry = load(tmp_path, "cpu", 1, options)
+    monkeypatch.setattr(registry.residents, "_measure", lambda spec: ModelNeed(0))
+    new = {"a": replace(specs("a")["a"], default_steps=77)}
+    with pytest.raises(ModelChanged if failure is None else ModelLoadError):
+        registry.load("a", (), lambda share: registry.replace_specs(new))
+    assert not registry.is_loaded("a")
+    assert recorded == []
 
 
 def resident(name: str, weights: int) -> LoadedFamily:
