@@ -13,8 +13,11 @@ import httpx
 import pytest
 from conftest import RunningApp
 from fakes import FakeDenoiser, until
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from service_harness import ServiceHarness, order
 
+from stable_diffusion_server.api.routes.health import health_router
 from stable_diffusion_server.errors import Forbidden
 from stable_diffusion_server.settings.auth import AuthSettings, parse_keys
 from stable_diffusion_server.types import Caller
@@ -116,6 +119,10 @@ def test_automatic1111_lists_and_draws_permitted_models_only(app: RunningApp) ->
     """Lists, options of any spelling, overrides, titles, and the model that an infotext names."""
     titles = [model["model_name"] for model in as_key(app, "a", "GET", "/sdapi/v1/sd-models").json()]
     assert titles == ["flux"]
+    nets = {key: as_key(app, key, "GET", "/controlnet/model_list").json()["model_list"] for key in ("a", "e", "r")}
+    assert [len(names) for names in nets.values()] == [1, 0, 2]
+    kinds = as_key(app, "a", "GET", "/controlnet/control_types").json()["control_types"]
+    assert kinds["Canny"]["model_list"] == ["None", *nets["a"]]
     page = as_key(app, "a", "GET", "/config").text
     assert "flux [" in page
     assert "sdxl" not in page
@@ -149,6 +156,23 @@ def test_readiness_and_the_api_document_name_no_other_models(run_app: Callable[.
     properties = app.client.get("/openapi.json").json()["paths"]["/create_and_upload_image"]["get"]["parameters"]
     model = next(part for part in properties if part["name"] == "model")
     assert "enum" not in json.dumps(model)
+
+
+def test_reasons_that_name_the_files_of_another_model_are_not_told() -> None:
+    """The default model of the server may be one that the key may not use."""
+    router = health_router(lambda: ["secret.safetensors ends too early."], bytes)
+    for models, told in (((), True), (("flux",), False)):
+        app = FastAPI()
+        app.include_router(router)
+        state = {"caller": Caller("ann", models=models)}
+
+        async def with_caller(scope: Any, receive: Any, send: Any, app: Any = app, state: Any = state) -> None:
+            await app({**scope, "state": state}, receive, send)
+
+        answer = TestClient(with_caller).get("/readyz")
+        assert answer.status_code == 503
+        assert ("secret" in answer.text) is told
+        assert answer.json()["missing"]
 
 
 def test_a_replay_with_another_model_is_refused(run_app: Callable[..., RunningApp]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
 
 from stable_diffusion_server.api.automatic1111.image_work import ImageWorker, json_of, read_body
-from stable_diffusion_server.api.dependencies import DialectContext
+from stable_diffusion_server.api.dependencies import DialectContext, caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.openapi.document import coerced_properties, json_body
 from stable_diffusion_server.api.schemas.responses import described
@@ -105,15 +106,15 @@ class DetectParams(BaseModel):
 
 def add_controlnet_routes(routes: APIRouter, worker: ImageWorker) -> None:
     """Add the routes of the extension."""
-    models = controlnet_names(worker.context)
-    for name, body, schema in (
-        ("version", {"version": _API_VERSION}, ControlNetVersionBody),
-        ("model_list", {"model_list": models}, ControlNetModelsBody),
-        ("module_list", _modules_body(), ControlNetModulesBody),
-        ("settings", {"control_net_unit_count": _UNITS}, ControlNetSettingsBody),
-        ("control_types", _types_body(models), ControlNetTypesBody),
-    ):
-        _add_constant_route(routes, name, body, schema)
+    bodies: tuple[tuple[str, Callable[[list[str]], Any], type], ...] = (
+        ("version", lambda models: {"version": _API_VERSION}, ControlNetVersionBody),
+        ("model_list", lambda models: {"model_list": models}, ControlNetModelsBody),
+        ("module_list", lambda models: _modules_body(), ControlNetModulesBody),
+        ("settings", lambda models: {"control_net_unit_count": _UNITS}, ControlNetSettingsBody),
+        ("control_types", _types_body, ControlNetTypesBody),
+    )
+    for name, body_of, schema in bodies:
+        _add_list_route(routes, name, body_of, schema, worker.context)
 
     @routes.post(
         "/controlnet/detect",
@@ -141,9 +142,11 @@ def _controlnet_name(spec: ModelSpec) -> str:
     return f"{name} [{spec.control_weights[:_HASH_CHARACTERS]}]" if spec.control_weights else name
 
 
-def _add_constant_route(routes: APIRouter, name: str, body: Any, schema: type) -> None:
+def _add_list_route(
+    routes: APIRouter, name: str, body_of: Callable[[list[str]], Any], schema: type, context: DialectContext
+) -> None:
     async def listed(request: Request) -> Response:
-        return JSONResponse(body)
+        return JSONResponse(body_of(controlnet_names(context.for_caller(caller_of(request)))))
 
     routes.add_api_route(
         f"/controlnet/{name}",

@@ -14,6 +14,7 @@ from stable_diffusion_server.api.schemas.responses import HealthBody, ReadinessB
 from stable_diffusion_server.errors import Forbidden
 from stable_diffusion_server.types import Caller
 
+_LIMITED = "A key that is not limited to some models reads what is missing."
 _ASK = "Send an API key to read what is missing; without API_KEYS, clients on this machine can read it."
 
 
@@ -81,12 +82,13 @@ def health_router(
 def _readiness(
     request: Request, reasons: list[str], models: Sequence[Mapping[str, object]], remarks: Sequence[str]
 ) -> dict[str, object]:
-    """Return what the caller may read; remarks name models that some keys may not use."""
+    """Return what the caller may read; remarks and reasons name models that some keys may not use."""
     status = "not ready" if reasons else "ready"
     if not _may_read_details(request):
         return {"status": status, "missing": [_ASK] if reasons else [], "models": [], "remarks": []}
     told = list(remarks) if caller_of(request).uses_all_models else []
-    return {"status": status, "missing": reasons, "models": list(models), "remarks": told}
+    lacking = reasons if caller_of(request).uses_all_models or not reasons else [_LIMITED]
+    return {"status": status, "missing": lacking, "models": list(models), "remarks": told}
 
 
 def _may_read_details(request: Request) -> bool:
