@@ -90,6 +90,8 @@ class ResidentModels:
         self._loaded: OrderedDict[str, LoadedFamily] = OrderedDict()
         self._storages: dict[str, dict[tuple[str, int], int]] = {}
         self._needs: dict[str, ModelNeed] = {}
+        # Models that did not fit into the free memory beside busy ones, although they were expected to.
+        self._crowded: set[str] = set()
         self._counters: dict[str, Callable[[str], int]] = {}
 
     def __getitem__(self, model: str) -> LoadedFamily:
@@ -141,6 +143,8 @@ class ResidentModels:
 
         True if none is busy, so that `load` says why it does not fit.
         """
+        if model in self._crowded:
+            return not any(busy is None or name in busy for name in [*self._loaded])
         stay = [*self._loaded] if busy is None else [name for name in [*self._loaded] if self._stays(name, busy)]
         if busy is not None and not any(name in busy for name in stay):
             return True
@@ -171,14 +175,17 @@ class ResidentModels:
             self.loading = (model, share)
             progress(share)
 
+        self._crowded.discard(model)
         try:
             self.add(self._load_with_room(spec, busy, report))
-        except BaseException:
+        except BaseException as error:
             return_memory()  # what was loaded of it
-            raise
+            if not isinstance(error, ModelTooLarge) or not any(name in busy for name in self._loaded):
+                raise
+            self._crowded.add(model)  # tried again when the busy ones are done
         finally:
             self.loading = None
-        return True
+        return self.is_loaded(model)
 
     def add(self, family: LoadedFamily) -> None:
         """Keep a loaded model, whose weights share the memory of equal weights of other models."""

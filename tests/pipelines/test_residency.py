@@ -301,6 +301,30 @@ def test_what_does_not_fit_beside_a_pinned_model_says_what_drawing_takes() -> No
     assert told.value.detail.endswith(" hold pinned models."), "a key limited to c must not learn of others"
 
 
+def test_what_does_not_fit_beside_busy_models_is_loaded_after_them() -> None:
+    """The estimate allows it and the free memory does not: it waits, and fails only where nothing else can go."""
+    tried: list[str] = []
+
+    def load_alone(spec: ModelSpec, progress: Any) -> LoadedFamily:
+        tried.append(spec.name)
+        if residents.loaded or spec.name == "b":
+            raise ModelTooLarge(f"{spec.name} needs more than is free.")
+        return offloaded(spec.name, 400, 40, Residency.MODEL, turn=0, moved=0)
+
+    residents = ResidentModels(specs("a", "b", "c"), MemoryBudget(10**9), load_alone)
+    residents.add(offloaded("a", 400, 40, Residency.MODEL, turn=0, moved=0))
+    assert residents.has_room_for("c", {"a"})
+    assert not residents.load("c", {"a"}, ignore)
+    assert not residents.has_room_for("c", {"a"}), "it would be tried again at once, and again"
+    assert not residents.has_room_for("c", None)
+    assert residents.has_room_for("c", ())
+    assert residents.load("c", (), ignore)
+    assert [loaded.spec.name for loaded in residents.loaded] == ["c"]
+    with pytest.raises(ModelTooLarge):
+        residents.load("b", (), ignore)
+    assert tried == ["c", "c", "c", "b", "b"]
+
+
 @pytest.mark.parametrize("failure", [None, ModelLoadError("It was cut off.")], ids=["loads", "fails"])
 def test_a_model_whose_spec_changed_while_it_was_loaded_is_not_kept(
     failure: ModelLoadError | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
