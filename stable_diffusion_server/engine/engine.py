@@ -172,21 +172,23 @@ class Engine(Generic[P]):
         model: str,
         *,
         owner: str = "",
+        background: bool = False,
         watch: Callable[[EngineEvent], None] | None = None,
         label: str = "",
         exclusive: bool = False,
     ) -> Ticket[P]:
         """Have a model loaded; the ticket is done when it is. Raises `NotReady` and `QueueFull` as `check_open` does.
 
-        `label` and `exclusive` are those of the request that needs the model. Cancelling the ticket ends the load,
-        unless others wait for it.
+        `background`, `label` and `exclusive` are those of the request that needs the model. Cancelling the ticket
+        ends the load, unless others wait for it.
         """
         scheduler = self._scheduler
         with scheduler.changed:
-            self.check_open(owner)
+            self.check_open(owner, background=background)
             ticket: Ticket[P] = Ticket(
                 request_to_load(model),
                 owner=owner,
+                background=background,
                 watch=watch,
                 alone=True,
                 exclusive=exclusive,

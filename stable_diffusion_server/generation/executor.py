@@ -70,7 +70,12 @@ class GenerationExecutor:
                 loop.call_soon_threadsafe(listener.on_progress, _progress_of(event))
 
         ticket = self._queue.load_model(
-            spec.name, owner=context.caller.share, watch=watch, label=context.job_id, exclusive=context.suspect
+            spec.name,
+            owner=context.caller.share,
+            background=context.background,
+            watch=watch,
+            label=context.job_id,
+            exclusive=context.suspect,
         )
         await asyncio.wrap_future(ticket.result)
         return True

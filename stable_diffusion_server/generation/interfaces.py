@@ -46,7 +46,14 @@ class EngineQueue(Protocol):
         """Queue a request. `watch` receives its events, on the engine's threads; `wants_picture` is called there."""
 
     def load_model(
-        self, model: str, *, owner: str, watch: Callable[[EngineEvent], None], label: str, exclusive: bool
+        self,
+        model: str,
+        *,
+        owner: str,
+        background: bool,
+        watch: Callable[[EngineEvent], None],
+        label: str,
+        exclusive: bool,
     ) -> Ticket[DecodedPixels]:
         """Have a model loaded; the ticket is done when it is. Cancelling it ends the load unless others wait for it."""
 

@@ -14,7 +14,7 @@ from fakes import Canvas, FakeDenoiser, until
 from squares import EngineOf, job, open_gate
 
 from stable_diffusion_server.engine import Engine
-from stable_diffusion_server.errors import ModelLoadError, ModelStays
+from stable_diffusion_server.errors import ModelLoadError, ModelStays, QueueFull
 from stable_diffusion_server.types import DiffusionRequest, EngineEvent, EngineEventKind
 
 
@@ -34,6 +34,7 @@ class ModelMemory(FakeDenoiser):
     broken: dict[str, Exception] = field(default_factory=dict)
     parts: int = 4
     load_gate: threading.Event | None = None
+    loading: threading.Event = field(default_factory=threading.Event)
 
     def is_loaded(self, model: str) -> bool:
         return model in self.there
@@ -44,6 +45,7 @@ class ModelMemory(FakeDenoiser):
 
     def load(self, model: str, busy: Collection[str], progress: Callable[[float], None]) -> bool:
         assert self.has_room_for(model, busy)
+        self.loading.set()
         for part in range(self.parts):
             progress(part / self.parts)
             if self.load_gate is not None:
@@ -214,6 +216,23 @@ def test_a_load_without_a_picture_is_done_when_the_model_is_there(engine_of: Eng
     assert memory.did == ["+a"]
     assert not seen
     assert engine.waiting == engine.running == 0
+
+
+def test_a_load_for_a_job_takes_its_place_among_jobs(engine_of: EngineOf, memory: ModelMemory) -> None:
+    """A request of the same moment goes first, and a caller's share of the queue does not refuse it."""
+    memory.room = 1
+    engine = engine_of(memory, queue_limit=10)
+    first = engine.submit(of("a", "first"), owner="ann")
+    until(lambda: memory.loading.is_set())
+    waiting = [engine.load_model("b", owner="ann", background=True)]
+    waiting += [engine.submit(of("c", f"{n}"), owner="ann") for n in range(7)]
+    with pytest.raises(QueueFull):
+        engine.load_model("d", owner="ann")
+    waiting += [engine.load_model("d", owner="ann", background=True)]
+    open_all(memory)
+    for ticket in [first, *waiting]:
+        ticket.result.result(10)
+    assert memory.loads == ["a", "c", "b", "d"]
 
 
 def test_a_model_is_unloaded_when_no_request_uses_it(engine_of: EngineOf, memory: ModelMemory) -> None:
