@@ -184,6 +184,7 @@ class FileDownloader:
             target.begin(ResumeNote(_source(file), size, validator_of(response), file.digest))
         _check_disk(folder, (size or 0) - target.position, file.shown)
         async for chunk in response.aiter_raw():
+            _check_disk(folder, len(chunk) if size is None else 0, file.shown)
             target.write(chunk)
             self._report(target.position, size)
             if target.position > (size or MAX_BYTES):

@@ -9,11 +9,20 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from file_server import FileServer, ServedFile, file_server, serve_files
 
-from stable_diffusion_server.net import AllowedTarget, DownloadFailed, FileDownloader, RemoteFile, finish
+from stable_diffusion_server.files import MIN_FREE_BYTES
+from stable_diffusion_server.net import (
+    AllowedTarget,
+    DownloadFailed,
+    FileDownloader,
+    RemoteFile,
+    file_downloader,
+    finish,
+)
 from stable_diffusion_server.net.answer_headers import MAX_NAME_BYTES, safe_name
 
 pytestmark = pytest.mark.slow
@@ -214,6 +223,19 @@ def test_a_full_disk_is_told_before_the_first_byte(file_server: FileServer, part
     sentence = refusal(remote(file_server), partial)
     assert f"the disk of the folder {partial.parent.name} has" in sentence
     assert list(partial.parent.iterdir()) == []
+
+
+def test_a_body_without_a_length_leaves_the_last_of_the_disk_to_others(
+    file_server: FileServer, partial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server does not say how much comes: the free space is looked at while it comes."""
+    file_server.files["/model"] = ServedFile(DATA, size=0)
+    free = [10**12, MIN_FREE_BYTES + 100]
+    monkeypatch.setattr(
+        file_downloader.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free.pop(0) if free[1:] else free[0])
+    )
+    assert f"the disk of the folder {partial.parent.name} has" in refusal(remote(file_server), partial)
+    assert not partial.exists() or partial.stat().st_size < len(DATA)
 
 
 def test_a_disk_that_fills_meanwhile_is_told_and_resumed(
