@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import time
+import tracemalloc
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from python_steps import steps_of
 from stable_diffusion_server.pipelines.library import identify
 from stable_diffusion_server.pipelines.library.file_headers import MAX_TENSORS, parse_safetensors
 from stable_diffusion_server.pipelines.library.identity import UnreadableModel
+from stable_diffusion_server.pipelines.library.shards import read_shards
 from stable_diffusion_server.pipelines.library.spec_file import read_spec
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -262,3 +264,20 @@ def test_any_bytes_as_an_index_give_an_answer(tmp_path: Path, data: bytes) -> No
     assert identify(index).kind.value == "unknown"
     index.write_text("[" * 100_000)
     assert "is not JSON" in identify(index).reason
+
+
+def test_metadata_of_many_shards_are_not_kept(tmp_path: Path) -> None:
+    """Twelve files with 4 MB of metadata each: the memory is that of a few, not of all."""
+    metadata = {"__metadata__": {f"{n}": "x" * 1_000_000 for n in range(4)}}
+    listed = {f"t{n}": f"{n}.safetensors" for n in range(12)}
+    for name, file in listed.items():
+        header = json.dumps({**metadata, name: tensor()}).encode()
+        (tmp_path / file).write_bytes(struct.pack("<Q", len(header)) + header + b"0000")
+    index = tmp_path / "a.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": listed}))
+    tracemalloc.start()
+    try:
+        assert len(read_shards(index).shapes) == 12
+        assert tracemalloc.get_traced_memory()[1] < 36_000_000
+    finally:
+        tracemalloc.stop()

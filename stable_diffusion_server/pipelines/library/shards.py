@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from stable_diffusion_server.pipelines.library.file_headers import (
@@ -64,12 +65,14 @@ def shards_of(index: Path) -> list[Path]:
 
 def read_shards(index: Path) -> TensorHeader:
     """The tensors of all files that an index lists. Raises `UnreadableModel`, naming the file that is wrong."""
-    headers = []
+    headers = list[TensorHeader]()
     for file in shards_of(index):
         try:
-            headers.append(read_safetensors(file))
+            header = read_safetensors(file)
         except UnreadableModel as error:
             raise UnreadableModel(f"lists {shown(file.name)}, which {error}") from error
+        # Only the first one's metadata count; 256 files may hold 4 GB of them.
+        headers.append(replace(header, metadata={}) if headers else header)
         if sum(len(header.shapes) for header in headers) > MAX_TENSORS:
             raise UnreadableModel(f"lists files of more than {MAX_TENSORS:,} tensors")
     return _merged(headers)
