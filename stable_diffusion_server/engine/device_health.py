@@ -11,19 +11,22 @@ MAX_NOT_FINITE = 6
 class DeviceHealth:
     """Non-finite results in a row. Those of requests with LoRAs count apart, since the LoRA may be the cause.
 
-    Its caller holds a lock.
+    `in_doubt` is whether there were any since the last finite result. Its caller holds a lock.
     """
 
     def __init__(self) -> None:
         self._plain = 0
         self._with_loras = 0
+        self.in_doubt = False
 
     def record_success(self) -> None:
         """Record a finite result."""
         self._plain = self._with_loras = 0
+        self.in_doubt = False
 
     def record_not_finite(self, error: Exception, *, loras: bool) -> None:
         """Record a result that is not finite. Raises `DeviceLost` after `MAX_NOT_FINITE` without LoRAs."""
+        self.in_doubt = True
         if loras:
             self._with_loras += 1
             return

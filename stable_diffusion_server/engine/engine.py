@@ -10,8 +10,7 @@ from concurrent.futures import Future
 from typing import Any, Generic
 
 from stable_diffusion_server.concurrency import describe_caller, may_hold_more
-from stable_diffusion_server.engine.batch_tuner import BatchSizeTuner, StepTimings
-from stable_diffusion_server.engine.core_sharing import CoreSharing
+from stable_diffusion_server.engine.batch_tuner import BatchSizeTuner, CoreSharing, StepTimings
 from stable_diffusion_server.engine.events import EventDispatcher
 from stable_diffusion_server.engine.interface import Denoiser, EngineResult, EngineState, P
 from stable_diffusion_server.engine.scheduler import OccupancyCallback, Scheduler

@@ -10,8 +10,7 @@ from typing import Generic
 
 import structlog
 
-from stable_diffusion_server.engine.batch_tuner import BatchSizeTuner
-from stable_diffusion_server.engine.core_sharing import CoreSharing
+from stable_diffusion_server.engine.batch_tuner import BatchSizeTuner, CoreSharing
 from stable_diffusion_server.engine.device_health import DeviceHealth
 from stable_diffusion_server.engine.events import EventDispatcher
 from stable_diffusion_server.engine.interface import DenoiserCapabilities, EngineResult, EngineState, P
@@ -233,7 +232,8 @@ class Scheduler(Generic[P]):
     def succeed(self, running: RunningRequest[P], product: P) -> None:
         """Settle a request with its product."""
         ticket = running.ticket
-        self.health.record_success()
+        if self.health.in_doubt:
+            self.health.record_success()
         self.tuner.record_overhead(ticket.request, running.timings["prepare"] + running.timings["decode"])
         self.leave(ticket)
         if ticket.succeed(EngineResult(product, running.timings, running.batched, ticket.attempts)):

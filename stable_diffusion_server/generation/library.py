@@ -1,12 +1,14 @@
-"""Image library: who owns a stored image; lists, inspects and deletes the images a caller may access."""
+"""What a caller may use: the images that it owns (lists, inspects and deletes them), and the models of its API key."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
 from stable_diffusion_server.imaging import read_record
+from stable_diffusion_server.pipelines import ModelSpec, known_names
 from stable_diffusion_server.storage import Bucket, HistoryEntry, HistoryQuery, HistoryWriter
 from stable_diffusion_server.types import Caller, GenerationRequest, StoredObject
 
@@ -148,3 +150,72 @@ class ImageLibrary:
 def _check_known(caller: Caller) -> None:
     if caller.anonymous:
         raise Forbidden("Without an API key, pictures cannot be listed, inspected or deleted.")
+
+
+class OfferedModels(Protocol):
+    """The models of the server, the default one, and why others cannot be used."""
+
+    @property
+    def models(self) -> Mapping[str, ModelSpec]:
+        """The models by name."""
+
+    @property
+    def default_model(self) -> str:
+        """The model of requests that name none."""
+
+    @property
+    def unusable(self) -> Mapping[str, str]:
+        """Reasons by name."""
+
+
+class PermittedModels(Mapping[str, ModelSpec]):
+    """The models of `whole` that `names` name, by name or alias; in the order of `names`.
+
+    They are looked up at each access, since models come and go.
+    """
+
+    def __init__(self, whole: Mapping[str, ModelSpec], names: tuple[str, ...]) -> None:
+        self._whole = whole
+        self._names = names
+
+    def __getitem__(self, name: str) -> ModelSpec:
+        spec = self._whole[name]
+        if spec.name not in set(self):
+            raise KeyError(name)
+        return spec
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(self._whole[name].name for name in self._names if name in self._whole))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def permitted_models(models: Mapping[str, ModelSpec], caller: Caller) -> Mapping[str, ModelSpec]:
+    """Return the models that a caller may use."""
+    return models if caller.uses_all_models else PermittedModels(models, caller.models)
+
+
+def not_permitted(name: str, models: Mapping[str, ModelSpec]) -> str:
+    """Return the sentence about a model that is not among those that a caller may use, whether there is one or not."""
+    if not models:
+        return "The models that this key may use are not here."
+    return f"This key may not use the model {name[:100]!r}; for it {known_names(name, sorted(models))}."
+
+
+def with_permitted_model(request: GenerationRequest, caller: Caller, options: OfferedModels) -> GenerationRequest:
+    """Return the request with a model that the caller may use: the first of them if it names none.
+
+    Raises `Forbidden` for another model, and equally for one that there is not.
+    """
+    if caller.uses_all_models:
+        return request
+    models = permitted_models(options.models, caller)
+    wanted = request.model or options.default_model
+    if wanted in models:
+        return replace(request, model=models[wanted].name)
+    if wanted in options.unusable and wanted in caller.models:
+        return replace(request, model=wanted)  # refused with the reason
+    if request.model is None and models:
+        return replace(request, model=next(iter(models)))
+    raise Forbidden(not_permitted(wanted, models), field="model")

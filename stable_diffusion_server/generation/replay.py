@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.interfaces import DecodeImage
-from stable_diffusion_server.generation.model_permissions import with_permitted_model
+from stable_diffusion_server.generation.library import with_permitted_model
 from stable_diffusion_server.generation.provenance import NOT_RECORDED
 from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.generation.service import GenerationService

@@ -17,7 +17,7 @@ from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.generation.executor import GenerationExecutor, SubmissionContext
 from stable_diffusion_server.generation.interfaces import DecodeImage, EngineQueue, FetchImage, ignore
 from stable_diffusion_server.generation.layout import InputLoader
-from stable_diffusion_server.generation.model_permissions import with_permitted_model
+from stable_diffusion_server.generation.library import with_permitted_model
 from stable_diffusion_server.generation.output import OutputWriter, key_errors_explained
 from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest, resolve_request, spec_for
 from stable_diffusion_server.generation.results import (

@@ -10,7 +10,7 @@ import pytest
 from fakes import Canvas, until
 from squares import ConcurrentDenoiser, EngineOf, job
 
-from stable_diffusion_server.engine.core_sharing import LONG_STEP, MAX_SAMPLES, MAX_SHAPES, CoreSharing
+from stable_diffusion_server.engine.batch_tuner import LONG_STEP, MAX_SAMPLES, MAX_SHAPES, CoreSharing
 from stable_diffusion_server.types import DiffusionRequest
 
 

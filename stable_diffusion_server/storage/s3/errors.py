@@ -24,8 +24,6 @@ _STORE_WIDE_CODES = frozenset(
 )
 _NO_ACLS = "AccessControlListNotSupported"
 FORBIDDEN = frozenset("AccessDenied Forbidden 403".split())
-
-
 # What an operation that sends objects is, in sentences.
 WRITE = "write to it"
 
