@@ -8,6 +8,7 @@ Uses small SDXL checkpoints with random weights and the original key names, whic
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import statistics
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import structlog
 import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,30 +52,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--switches", type=int, default=100)
     options = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    print("\n".join([tables.machine(), "", "| what | measured |", "| --- | --- |"]), flush=True)  # noqa: T201  # its output
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        size, both = write_checkpoints(folder)
-        rows: list[Row] = [
-            ("bytes of one model, MB", f"{size / 1e6:.0f}"),
-            (
-                "bytes of `a` and `b`, which share VAE and text encoders, MB",
-                f"{both / 1e6:.0f} of {2 * size / 1e6:.0f}",
-            ),
-        ]
-        alone = SingleRuns(folder)
-        for patience in (0.5, 5.0, 60.0):
-            rows += mixed(folder, size, alone, patience, disturbed=False)
-        rows += mixed(folder, size, alone, 0.5, disturbed=True)
-        rows += switch_times(folder, size)
-        rows += growth(folder, size, options.switches)
-    lines = [
-        tables.machine(),
-        "",
-        "| what | measured |",
-        "| --- | --- |",
-        *(f"| {what} | {value} |" for what, value in rows),
-    ]
-    print("\n".join(lines))  # noqa: T201  # its output
+        for what, value in measured(Path(place), options.switches):
+            print(f"| {what} | {value} |", flush=True)  # noqa: T201  # its output
+
+
+def measured(folder: Path, switches: int) -> Iterator[Row]:
+    """Measure one thing after the other."""
+    size, both = write_checkpoints(folder)
+    yield "bytes of one model, MB", f"{size / 1e6:.0f}"
+    yield "bytes of `a` and `b`, which share VAE and text encoders, MB", f"{both / 1e6:.0f} of {2 * size / 1e6:.0f}"
+    alone = SingleRuns(folder)
+    for patience in (0.5, 5.0, 60.0):
+        yield from mixed(folder, size, alone, patience, disturbed=False)
+    yield from mixed(folder, size, alone, 0.5, disturbed=True)
+    yield from switch_times(folder, size)
+    yield from growth(folder, size, switches)
 
 
 def write_checkpoints(folder: Path) -> tuple[int, int]:

@@ -86,9 +86,9 @@ def _readiness(
     status = "not ready" if reasons else "ready"
     if not _may_read_details(request):
         return {"status": status, "missing": [_ASK] if reasons else [], "models": [], "remarks": []}
-    told = list(remarks) if caller_of(request).uses_all_models else []
+    shown = list(remarks) if caller_of(request).uses_all_models else []
     lacking = reasons if caller_of(request).uses_all_models or not reasons else [_LIMITED]
-    return {"status": status, "missing": lacking, "models": list(models), "remarks": told}
+    return {"status": status, "missing": lacking, "models": list(models), "remarks": shown}
 
 
 def _may_read_details(request: Request) -> bool:

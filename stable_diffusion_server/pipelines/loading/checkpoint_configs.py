@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError
 
@@ -80,20 +80,34 @@ def transformer_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def vae_config(shapes: Shapes, family: str) -> dict[str, Any]:
-    """The configuration of a VAE with original names.
+class VaeNames(NamedTuple):
+    """How a layout names a VAE's tensors: its levels, their blocks, and a tensor of the attention in the middle."""
+
+    levels: str = "encoder.down"
+    blocks: str = "block"
+    attention: str = "decoder.mid.attn_1.q.weight"
+
+
+_ORIGINAL_VAE = VaeNames()
+
+
+def vae_config(shapes: Shapes, family: str, names: VaeNames = _ORIGINAL_VAE) -> dict[str, Any]:
+    """The configuration of a VAE, by default with original names.
 
     The file does not tell the scale of its latents: that of the family is taken.
     """
-    blocks = range(count(shapes, r"encoder\.down\.(\d+)\."))
+    levels = range(count(shapes, rf"{re.escape(names.levels)}\.(\d+)\."))
+    first = f"{names.levels}.0.{names.blocks}"
     return {
         **base_configs(family)["vae"],
-        "block_out_channels": [side_of(shapes, f"encoder.down.{i}.block.0.conv2.weight", 0) for i in blocks],
-        "down_block_types": ["DownEncoderBlock2D" for _ in blocks],
-        "up_block_types": ["UpDecoderBlock2D" for _ in blocks],
-        "layers_per_block": count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        "block_out_channels": [
+            side_of(shapes, f"{names.levels}.{level}.{names.blocks}.0.conv2.weight", 0) for level in levels
+        ],
+        "down_block_types": ["DownEncoderBlock2D" for _ in levels],
+        "up_block_types": ["UpDecoderBlock2D" for _ in levels],
+        "layers_per_block": count(shapes, rf"{re.escape(first)}\.(\d+)\."),
         "latent_channels": side_of(shapes, "decoder.conv_in.weight", 1),
-        "mid_block_add_attention": "decoder.mid.attn_1.q.weight" in shapes,
+        "mid_block_add_attention": names.attention in shapes,
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
     }

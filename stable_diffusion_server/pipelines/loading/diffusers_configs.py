@@ -6,11 +6,13 @@ from typing import Any
 
 from stable_diffusion_server.pipelines.loading.checkpoint_configs import (
     Shapes,
+    VaeNames,
     base_configs,
     count,
     shape_of,
     side_of,
     unet_blocks,
+    vae_config,
 )
 from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError
 
@@ -52,15 +54,5 @@ def diffusers_transformer_config(shapes: Shapes) -> dict[str, Any]:
 
 def diffusers_vae_config(shapes: Shapes, family: str) -> dict[str, Any]:
     """The configuration of a VAE; the scale of its latents is that of the family, since the file does not tell it."""
-    blocks = range(count(shapes, r"encoder\.down_blocks\.(\d+)\."))
-    return {
-        **base_configs(family)["vae"],
-        "block_out_channels": [side_of(shapes, f"encoder.down_blocks.{i}.resnets.0.conv2.weight", 0) for i in blocks],
-        "down_block_types": ["DownEncoderBlock2D" for _ in blocks],
-        "up_block_types": ["UpDecoderBlock2D" for _ in blocks],
-        "layers_per_block": count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        "latent_channels": side_of(shapes, "decoder.conv_in.weight", 1),
-        "mid_block_add_attention": "decoder.mid_block.attentions.0.group_norm.weight" in shapes,
-        "use_quant_conv": "quant_conv.weight" in shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-    }
+    names = VaeNames("encoder.down_blocks", "resnets", "decoder.mid_block.attentions.0.group_norm.weight")
+    return vae_config(shapes, family, names)
