@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stable_diffusion_server.concurrency import FairLimiter
@@ -81,8 +81,16 @@ class ImageLayout:
         return sized if self.image is None or self.mask is None else paste_back(sized, self.image, self.mask)
 
 
-def lay_out_images(resolved: ResolvedRequest, image: Pixels | None = None, mask: Pixels | None = None) -> ImageLayout:
-    """Return the layout of a request with its decoded images (uint8, height × width × 3). Raises `InvalidInput`."""
+def lay_out_images(
+    resolved: ResolvedRequest,
+    image: Pixels | None = None,
+    mask: Pixels | None = None,
+    references: Sequence[Pixels] = (),
+) -> ImageLayout:
+    """Return the layout of a request with its decoded images (uint8, height × width × 3). Raises `InvalidInput`.
+
+    An edit without a size has that of its first reference.
+    """
     request, parameters, spec = resolved.request, resolved.parameters, resolved.parameters.spec
     whole_image, whole_mask, box = image, None, None
     if image is not None:
@@ -99,6 +107,8 @@ def lay_out_images(resolved: ResolvedRequest, image: Pixels | None = None, mask:
         height, width = image.shape[:2]
     elif request.width is not None and request.height is not None:
         width, height, mask_on_image = request.width, request.height, None
+    elif references:
+        (height, width), mask_on_image = references[0].shape[:2], None
     else:
         raise ValueError("an order without an image has a size")
     canvas = plan_canvas(width, height, spec.native_pixels, spec.min_side)
@@ -131,6 +141,8 @@ def lay_out_images(resolved: ResolvedRequest, image: Pixels | None = None, mask:
         loras=request.loras,
         alone=request.alone,
         lora_digests=resolved.lora_digests,
+        references=tuple(ImageArray(pixels) for pixels in references),
+        extra=request.extra,
     )
     soft_mask = feather_mask(mask_on_image, request.feather) if mask_on_image is not None else None
     crop = None
@@ -207,11 +219,18 @@ class InputLoader:
             data = source.data if source.data is not None else fetched[source.parameter]
             return await self._decode(data, source.parameter, transparency=source.transparency, share=share)
 
-        image, mask = await asyncio.gather(pixels_of(resolved.request.image), pixels_of(resolved.request.mask))
+        request = resolved.request
+        image, mask, *references = await asyncio.gather(
+            *(pixels_of(source) for source in (request.image, request.mask, *request.references))
+        )
         async with self._layouts.hold(share):
-            work = asyncio.ensure_future(asyncio.to_thread(lay_out_images, resolved, image, mask))
+            work = asyncio.ensure_future(asyncio.to_thread(lay_out_images, resolved, image, mask, _known(references)))
             try:
                 return await asyncio.shield(work)
             except asyncio.CancelledError:
                 await asyncio.wait([work])  # the thread continues if the caller is cancelled
                 raise
+
+
+def _known(images: Sequence[Pixels | None]) -> list[Pixels]:
+    return [image for image in images if image is not None]

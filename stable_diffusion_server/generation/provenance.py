@@ -15,7 +15,7 @@ from stable_diffusion_server.types import DiffusionRequest, diffusion_request_fi
 
 # Request fields that a replay does not need: input images, and where and when the result is stored.
 NOT_RECORDED = frozenset(
-    "image mask save_path named_by_content folder overwrite timeout alone webhook_url named_for".split()
+    "image mask references save_path named_by_content folder overwrite timeout alone webhook_url named_for".split()
 )
 # Generation warnings that are recorded with the object, so that later cache hits repeat them.
 RECORDED_WARNINGS = {

@@ -38,6 +38,7 @@ _SOURCES: dict[Task, set[str]] = {
     Task.TEXT_TO_IMAGE: set(),
     Task.IMAGE_TO_IMAGE: {"image"},
     Task.INPAINT: {"image", "mask"},
+    Task.EDIT: set(),
 }
 _MAX_MARGIN = 16_384
 _LORA_NAME = re.compile(LORA_NAME_PATTERN)

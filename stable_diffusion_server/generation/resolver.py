@@ -12,6 +12,7 @@ from uuid import NAMESPACE_OID, uuid5
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.generation.library import Ownership
 from stable_diffusion_server.generation.limits import RequestLimits
+from stable_diffusion_server.generation.model_abilities import check_extra, check_task
 from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt
 from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength, scheduler_of, spec_of
 from stable_diffusion_server.storage import object_key
@@ -171,6 +172,8 @@ def spec_for(request: GenerationRequest, options: GenerationOptions) -> ModelSpe
 
 def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) -> ResolvedParameters:
     spec = spec_for(request, options)
+    check_task(request, spec, options.models)
+    check_extra(request.extra, spec)
     warnings = []
     asked = _or_default(request.negative_prompt, spec.default_negative_prompt)
     negative = _cleaned(asked, "negative_prompt") or None
@@ -264,6 +267,7 @@ def _identity_fields(
         **({"stop_words": stop_words.identity} if stop_words.identity else {}),
         **({"hires": hires} if any(part is not None for part in hires) else {}),
         **({"mask_inverted": True} if request.mask is not None and request.mask.inverted else {}),
+        **({"extra": sorted(request.extra)} if request.extra else {}),
     }
 
 
@@ -276,7 +280,13 @@ def _identities(request: GenerationRequest, given: Mapping[str, str | bytes]) ->
         known = source.data if source.data is not None else given[source.parameter]
         return hashlib.sha256(known).hexdigest() if isinstance(known, bytes) else known
 
-    return {"image": identity(request.image), "mask": identity(request.mask)}
+    references = {reference_name(number): identity(source) for number, source in enumerate(request.references)}
+    return {"image": identity(request.image), "mask": identity(request.mask), **references}
+
+
+def reference_name(number: int) -> str:
+    """Return the name of a reference image among the input images of a request, counted from 0."""
+    return f"reference_{number}"
 
 
 def _seed(request: GenerationRequest, request_digest: str) -> int:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
 
+from stable_diffusion_server.types import Task
+
 V = TypeVar("V")
 
 _CANDIDATES, _NEAREST, _SIMILAR, _COMPARED = 20, 3, 0.4, 100
@@ -44,6 +46,21 @@ class CheckpointFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class ExtraParameter:
+    """A parameter that only some models have: its range (both ends included), its default, and what it does."""
+
+    name: str
+    low: float
+    high: float
+    default: float
+    description: str
+
+
+# What a model for text does with the same denoiser: images are the start of its schedule, a mask keeps a part of them.
+USUAL_TASKS = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINT)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One row of the catalogue: everything the server knows of a model before it loads it.
 
@@ -58,6 +75,10 @@ class ModelSpec:
     than usual are left out, `scheduler_options` change the configuration of the model's scheduler, and `quantize` and
     `offload` come before QUANTIZE and OFFLOAD unless they are empty. `checkpoint` lists the files of a model that is
     no diffusers folder; `folder` then is the name of the first of them.
+
+    `tasks` are those it draws, and `max_references` is the most images that an edit looks at. `extra` are parameters of
+    its own; with `any_extra`, they are those of its diffusers class. One that does not `batch` shares no forward pass.
+    `source` says where its defaults are from.
 
     An `unread` model is loaded on demand and was not loaded yet: its revision is not final. `preload` loads it at the
     start, and a `pinned` one is not unloaded for others. `file_bytes` is the size of its files, 0 if unknown.
@@ -119,6 +140,12 @@ class ModelSpec:
     file_bytes: int = 0
     checkpoint: CheckpointFiles | None = None
     quantizable_parts: tuple[str, ...] = ("unet", "control")
+    tasks: tuple[Task, ...] = USUAL_TASKS
+    max_references: int = 0
+    extra: tuple[ExtraParameter, ...] = ()
+    any_extra: bool = False
+    batches: bool = True
+    source: str = ""
 
     def revision_for(self, *, edges: bool) -> str:
         """The revision for an image: that of the weights, plus that of the ControlNet when it follows edges."""

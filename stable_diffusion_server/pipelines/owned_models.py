@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS
+from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.pipelines.family_rows import drawn_families, family_row
 from stable_diffusion_server.pipelines.library import Kind, LibraryModel, ModelLibrary, ModelTask
 from stable_diffusion_server.pipelines.library.file_headers import shown
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
@@ -16,11 +17,6 @@ from stable_diffusion_server.pipelines.part_search import PARTS, PartFinder, pat
 # Folders of MODELS_DIR that hold no models of the operator's.
 _NOT_OWNED = (*(spec.folder for spec in MODELS.values()), *(spec.control_folder or "" for spec in MODELS.values()))
 
-# The rows that models of the operator's follow; their repositories and LoRAs belong to those rows alone.
-_SDXL = replace(REAL_MODELS["sdxl"][-1], repo=None, control_repo=None, lcm_folder=None, lcm_repo=None)
-_SCHNELL = replace(REAL_MODELS["flux"][0], repo=None, control_repo=None)
-_DEV = replace(_SCHNELL, default_steps=28, default_guidance=3.5, text_tokens=512, takes_guidance=True)
-_INPAINT_CLASS = "StableDiffusionXLInpaintPipeline"
 # Characters of a sentence.
 _LONGEST = 1000
 
@@ -82,28 +78,26 @@ class _Builder:
         identity, finder = model.identity, PartFinder(self.models, self.models_dir)
         if model.faults:
             raise Unusable(" ".join(model.faults))
-        self._check(model)
-        flux = identity.family == "flux"
-        spec = (_DEV if identity.variant == "dev" else _SCHNELL) if flux else _SDXL
+        spec = self._row(model)
         folder = path_within(model, self.models_dir)
         if identity.kind is Kind.PIPELINE and Path(folder).is_absolute():
             raise Unusable(f"{model.name} is a folder outside the first folder of MODELS_DIR, and is not read there.")
         place = folder if identity.kind is Kind.PIPELINE else model.file_name
         spec = replace(spec, name=model.name, folder=place, revision=identity.family)
-        if identity.task is ModelTask.INPAINT:
-            spec = replace(spec, pipeline_class=_INPAINT_CLASS, control_folder=None)
         if identity.kind is not Kind.PIPELINE:
             spec = replace(spec, checkpoint=finder.files(model))
         return with_owner_values(spec, model, lambda name, kind: finder.path_of(model, name, kind))
 
-    def _check(self, model: LibraryModel) -> None:
-        """Raise `Unusable` for what no family here draws."""
+    def _row(self, model: LibraryModel) -> ModelSpec:
+        """The row that a model follows. Raises `Unusable` for what no family here draws."""
         identity, name = model.identity, model.file_name
-        if identity.family not in PARTS:
+        row = family_row(identity)
+        if row is None:
             families = ", ".join(identity.families) or "an unknown family"
-            raise Unusable(f"{name} is a model of {families}, and models of SDXL and FLUX.1 are drawn here.")
-        inpaints = identity.family == "sdxl" and identity.task is ModelTask.INPAINT
-        if identity.task is not ModelTask.NORMAL and not inpaints:
-            raise Unusable(f"{name} is a {identity.family} model for {identity.task}, which is not drawn here.")
-        if identity.variant not in ("", "schnell", "dev"):
-            raise Unusable(f"{name} is {identity.variant}, which is not drawn here.")
+            purpose = "" if identity.task is ModelTask.NORMAL else f"for {identity.task}"
+            kind = " ".join(part for part in (identity.variant, purpose) if part)
+            drawn = f"models of {drawn_families()} are drawn here"
+            raise Unusable(f"{name} is a model of {families}{f' ({kind})' if kind else ''}, and {drawn}.")
+        if identity.kind is not Kind.PIPELINE and identity.family not in PARTS:
+            raise Unusable(f"{name} is a file of {identity.family}, which is drawn from diffusers folders only.")
+        return row

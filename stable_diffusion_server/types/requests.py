@@ -19,6 +19,9 @@ LORA_WEIGHT_MAX = 2.0
 # A LoRA name: the stem of its file, without folders, at most 100 characters.
 LORA_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 Seed = int | Literal["random"] | None
+ExtraValue = bool | int | float | str
+# Fields that few requests have.
+_RARE = ("references", "extra")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,8 @@ class DiffusionRequest:
         image: Input image, of the canvas size.
         mask: Inpainting mask, of the canvas size.
         control: Edge map for ControlNet, of the canvas size.
+        references: Images that an edit by instruction looks at, each of its own size, in the caller's order.
+        extra: Parameters that only some models have, by name.
         strength: Share of the denoising steps applied to the input image, 0..1.
         loras: Name and weight of each LoRA.
         alone: Whether the request must not share forward passes, so that it can be reproduced bit for bit.
@@ -132,11 +137,14 @@ class DiffusionRequest:
     loras: tuple[tuple[str, float], ...] = ()
     alone: bool = False
     lora_digests: tuple[str, ...] = ()
+    references: tuple[ImageArray, ...] = ()
+    extra: tuple[tuple[str, ExtraValue], ...] = ()
 
     @property
     def shape(self) -> tuple[object, ...]:
         """What must be equal for two requests to share a forward pass, as far as known before `prepare`."""
-        return (self.model, self.height, self.width, self.loras, self.lora_digests)
+        references = tuple(image.pixels.shape for image in self.references)
+        return (self.model, self.height, self.width, self.loras, self.lora_digests, references)
 
 
 def digest(value: Mapping[str, object]) -> str:
@@ -151,9 +159,14 @@ def image_digest(request: DiffusionRequest) -> str:
 
 
 def diffusion_request_fields(request: DiffusionRequest) -> dict[str, object]:
-    """The fields of a request as JSON values; images are replaced by their digests."""
+    """The fields of a request as JSON values; images are replaced by digests, `_RARE` fields left out if empty."""
     values = {part.name: getattr(request, part.name) for part in fields(request)}
-    return {name: value.digest if isinstance(value, ImageArray) else value for name, value in values.items()}
+    values["references"] = [image.digest for image in request.references]
+    return {
+        name: value.digest if isinstance(value, ImageArray) else value
+        for name, value in values.items()
+        if value or name not in _RARE
+    }
 
 
 class Task(StrEnum):
@@ -162,6 +175,7 @@ class Task(StrEnum):
     TEXT_TO_IMAGE = "text_to_image"
     IMAGE_TO_IMAGE = "image_to_image"
     INPAINT = "inpaint"
+    EDIT = "edit"  # by instruction, with reference images
 
 
 class Format(StrEnum):
@@ -242,6 +256,8 @@ class GenerationRequest:
         hires_strength: Share of its denoising steps that is applied, 0..1; by default 0.75.
         allow_empty_prompt: Whether the prompt may be empty.
         at_least_one_step: Whether a `strength` that would leave no step draws one, instead of being refused.
+        references: Images that an edit by instruction looks at, in order.
+        extra: Parameters that only some models have, by name.
     """
 
     task: Task
@@ -284,8 +300,10 @@ class GenerationRequest:
     hires_strength: float | None = None
     allow_empty_prompt: bool = False
     at_least_one_step: bool = False
+    references: tuple[ImageInput, ...] = ()
+    extra: tuple[tuple[str, ExtraValue], ...] = ()
 
     @property
     def sources(self) -> tuple[ImageInput, ...]:
         """The input images of the request."""
-        return tuple(source for source in (self.image, self.mask) if source is not None)
+        return (*(source for source in (self.image, self.mask) if source is not None), *self.references)

@@ -30,7 +30,9 @@ from stable_diffusion_server.types import (
 VERSION = 1
 # Errors that decoding raises for foreign data; `RecursionError` if it is nested too deep.
 DECODE_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
-_PICTURES = ("image", "mask")
+_PICTURES, _REFERENCES = ("image", "mask"), "references"
+# Fields of pairs, which JSON has as lists.
+_PAIRS = ("loras", "extra")
 _CHOICES: dict[str, type[StrEnum]] = {"task": Task, "format": Format, "fit": Fit, "fill": Fill}
 # Problem types that earlier versions stored under another name.
 _RENAMED_KINDS = {"ends-the-server": "poison-job"}
@@ -53,6 +55,8 @@ def dump_request(request: GenerationRequest) -> str:
         value = getattr(request, part.name)
         if part.default is not MISSING and value == part.default:
             continue
+        if part.name == _REFERENCES:
+            value = [_written_source(source) for source in value]
         values[part.name] = _written_source(value) if part.name in _PICTURES else value
     return json.dumps(values)
 
@@ -60,6 +64,11 @@ def dump_request(request: GenerationRequest) -> str:
 def _written_source(source: ImageInput) -> dict[str, object]:
     of_a_mask = {"transparency": source.transparency, "inverted": source.inverted}
     return {"parameter": source.parameter, "url": source.url, **of_a_mask}
+
+
+def _read_source(written: Mapping[str, Any], files: Mapping[str, bytes]) -> ImageInput:
+    source = ImageInput(**written)
+    return source if source.url is not None else replace(source, data=files[source.parameter])
 
 
 def payload_files(payload: JobPayload) -> dict[str, bytes]:
@@ -87,12 +96,10 @@ def load_payload(text: str, files: Mapping[str, bytes]) -> JobPayload:
     if values.pop("version") != VERSION or not values.keys() <= known:
         raise ServerError("This job was accepted by another version of the server, which wrote it differently.")
     values |= {name: choice(values[name]) for name, choice in _CHOICES.items() if name in values}
-    if "loras" in values:
-        values["loras"] = tuple((name, weight) for name, weight in values["loras"])
-    for name in _PICTURES:
-        if name in values:
-            source = ImageInput(**values[name])
-            values[name] = source if source.url is not None else replace(source, data=files[source.parameter])
+    values |= {name: tuple((key, value) for key, value in values[name]) for name in _PAIRS if name in values}
+    values |= {name: _read_source(values[name], files) for name in _PICTURES if name in values}
+    if _REFERENCES in values:
+        values[_REFERENCES] = tuple(_read_source(source, files) for source in values[_REFERENCES])
     request = GenerationRequest(**values)
     remote = {source.parameter for source in request.sources if source.url is not None}
     return JobPayload(request, {name: data for name, data in files.items() if name in remote})

@@ -68,12 +68,12 @@ def apply_optimizations(
     """
     parts, cuda = optimizations_of(performance), device.type == "cuda"
     vae, denoiser = pipeline.vae, getattr(pipeline, "unet", None) or pipeline.transformer
-    encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
+    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
     if Optimization.TF32 in parts and cuda:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
     # It overflows in fp16, and bf16 has the range of fp32.
-    if Optimization.VAE_BF16 in parts and cuda and vae.config.force_upcast and vae.dtype == torch.float32:
+    if Optimization.VAE_BF16 in parts and cuda and vae.config.get("force_upcast") and vae.dtype == torch.float32:
         vae.to(torch.bfloat16)
     replayed = Optimization.GRAPHS in parts and cuda and steady
     if Optimization.LAYOUT in parts:

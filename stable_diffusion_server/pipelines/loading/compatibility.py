@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from stable_diffusion_server.errors import ModelLoadError
+
+# Tokenizers and the encoders that read their tokens.
+TOKENIZERS = (
+    ("tokenizer", "text_encoder"),
+    ("tokenizer_2", "text_encoder_2"),
+    ("tokenizer_3", "text_encoder_3"),
+)
 
 
 def check_pipeline(folder: str, pipeline: Any) -> None:
@@ -13,17 +20,19 @@ def check_pipeline(folder: str, pipeline: Any) -> None:
 
     Otherwise every image would fail halfway, or be noise. `folder` is named in the error.
     """
-    vae = pipeline.vae.config
-    if not hasattr(pipeline.vae, "quant_conv"):
-        raise ModelLoadError(
-            f"{folder}/vae holds a {type(pipeline.vae).__name__}, and an AutoencoderKL is needed to encode pictures."
-        )
-    if hasattr(pipeline, "unet"):
-        _check_unet(folder, pipeline, vae.latent_channels)
-    else:
-        _check_transformer(folder, pipeline, vae.latent_channels)
-    for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
-        words, known = len(getattr(pipeline, tokenizer)), getattr(pipeline, encoder).config.vocab_size
+    check = _CHECKS.get(type(pipeline).__name__.partition("Pipeline")[0].removesuffix("Inpaint"))
+    if check is not None:
+        vae = pipeline.vae
+        if not hasattr(vae, "quant_conv"):
+            raise ModelLoadError(
+                f"{folder}/vae holds a {type(vae).__name__}, and an AutoencoderKL is needed to encode pictures."
+            )
+        check(folder, pipeline, vae.config.latent_channels)
+    for tokenizer, encoder in TOKENIZERS:
+        if getattr(pipeline, tokenizer, None) is None or getattr(pipeline, encoder, None) is None:
+            continue
+        config = getattr(pipeline, encoder).config
+        words, known = len(getattr(pipeline, tokenizer)), config.get_text_config().vocab_size
         if words > known:
             raise ModelLoadError(
                 f"{folder}/{tokenizer} has {words} tokens, and {folder}/{encoder} knows {known}: one of another model."
@@ -99,6 +108,13 @@ def _check_transformer(folder: str, pipeline: Any, latent_channels: int) -> None
             pipeline.text_encoder.config.hidden_size,
         ),
     )
+
+
+# Pipeline class, without what follows its model's name → the check of its denoiser.
+_CHECKS: Mapping[str, Callable[[str, Any, int], None]] = {
+    "StableDiffusionXL": _check_unet,
+    "Flux": _check_transformer,
+}
 
 
 def _check_equal(folder: str, *pairs: tuple[str, str, Any, str, Any]) -> None:

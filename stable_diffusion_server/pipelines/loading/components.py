@@ -76,7 +76,7 @@ def load_pipeline(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, **parts
         )
         check_pipeline(spec.folder, pipeline)
-        if pipeline.vae.config.force_upcast and dtype == torch.float16:
+        if pipeline.vae.config.get("force_upcast") and dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # SDXL's VAE overflows in fp16
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler.register_to_config(**dict(spec.scheduler_options))

@@ -39,7 +39,7 @@ def load_checkpoint(
         parts = networks_of(files, models_dir, spec.variant, dtype, report, storage, meta=False)
         pipeline = _PIPELINES[files.family](spec, files, models_dir, parts)
         check_pipeline(spec.folder, pipeline)
-        if pipeline.vae.config.force_upcast and dtype == torch.float16:
+        if pipeline.vae.config.get("force_upcast") and dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # SDXL's VAE overflows in fp16
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -12,12 +12,7 @@ from typing import Any
 
 import torch
 
-from stable_diffusion_server.pipelines.conditioning.controlnet import (
-    ControlNetInput,
-    transformer_residuals,
-    unet_residuals,
-)
-from stable_diffusion_server.pipelines.loading.live_bytes import peak_bytes
+from stable_diffusion_server.pipelines.loading.counted_work import DENOISERS, counter_of
 from stable_diffusion_server.pipelines.loading.packed_weights import is_packed
 from stable_diffusion_server.pipelines.loading.placement import CONTROL
 
@@ -62,7 +57,7 @@ class Architecture:
 
         The denoiser's includes the ControlNet's. Its rows are images, or their halves with and without the prompt.
         """
-        return {name: self._known_or_counted(name) for name in self.parts if name in _COUNTS}
+        return {name: self._known_or_counted(name) for name, part in self.parts.items() if counter_of(name, part)}
 
     @functools.cached_property
     def bytes(self) -> dict[str, int]:
@@ -86,7 +81,7 @@ class Architecture:
 
     def key(self, name: str) -> str:
         """Identifies what is counted of a part: names and shapes of weights, bytes of a number, sizes of inputs."""
-        used = [name, CONTROL] if CONTROL in self.parts and name in _DENOISERS else [name]
+        used = [name, CONTROL] if CONTROL in self.parts and name in DENOISERS else [name]
         shapes = [
             [type(part).__name__, sorted((weight, tuple(tensor.shape)) for weight, tensor in part.named_parameters())]
             for part in map(self.plain, used)
@@ -96,7 +91,10 @@ class Architecture:
 
     def count(self, name: str) -> WorkingBytes:
         """Count what a part needs: the linear function through two sizes."""
-        small, large = (_COUNTS[name](self, name, side) for side in _SIDES)
+        counter = counter_of(name, self.parts[name])
+        if counter is None:
+            raise ValueError(f"{type(self.parts[name]).__name__} is not counted")
+        small, large = (counter(self, name, side) for side in _SIDES)
         per_pixel = (large - small) / (_SIDES[1] ** 2 - _SIDES[0] ** 2)
         return WorkingBytes(max(0, round(small - per_pixel * _SIDES[0] ** 2)), per_pixel)
 
@@ -137,76 +135,3 @@ def _known() -> dict[str, WorkingBytes]:
     return {
         key: WorkingBytes(int(fixed), per_pixel) for key, (fixed, per_pixel) in json.loads(TABLE.read_text()).items()
     }
-
-
-def _count_vae(model: Architecture, name: str, side: int) -> int:
-    vae, latents = model.plain(name), side // model.pixels_per_latent
-    code = model.empty(name, 1, vae.config.latent_channels, latents, latents)
-    image = model.empty(name, 1, vae.config.in_channels, side, side)
-    decoded = peak_bytes(lambda: vae.decode(code, return_dict=False))
-    return max(decoded, peak_bytes(lambda: vae.encode(image)))
-
-
-def _count_text_encoder(model: Architecture, name: str, side: int) -> int:
-    encoder = model.plain(name)
-    tokens = min(model.text_tokens, getattr(encoder.config, "max_position_embeddings", model.text_tokens))
-    ids = torch.empty(1, tokens, device=_META, dtype=torch.long)
-    return peak_bytes(lambda: encoder(ids, output_hidden_states=True))
-
-
-def _count_unet(model: Architecture, name: str, side: int) -> int:
-    unet, latents = model.plain(name), side // model.pixels_per_latent
-    config = unet.config
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    inputs = {
-        "sample": model.empty(name, 1, config.in_channels, latents, latents),
-        "timestep": torch.empty(1, device=_META),
-        "encoder_hidden_states": model.empty(name, 1, model.text_tokens, config.cross_attention_dim),
-        "added_cond_kwargs": {"text_embeds": model.empty(name, 1, pooled), "time_ids": model.empty(name, 1, 6)},
-    }
-
-    def step() -> object:
-        guide = [None if CONTROL not in model.parts else ControlNetInput(model.empty(name, 1, 3, side, side), 1.0)]
-        network = model.plain(CONTROL) if CONTROL in model.parts else None
-        return unet(**inputs, **unet_residuals(network, inputs, guide), return_dict=False)
-
-    return peak_bytes(step)
-
-
-def _count_transformer(model: Architecture, name: str, side: int) -> int:
-    transformer = model.plain(name)
-    config, patches = transformer.config, (side // (2 * model.pixels_per_latent)) ** 2
-    inputs = {
-        "hidden_states": model.empty(name, 1, patches, config.in_channels),
-        "timestep": model.empty(name, 1),
-        "pooled_projections": model.empty(name, 1, config.pooled_projection_dim),
-        "encoder_hidden_states": model.empty(name, 1, model.text_tokens, config.joint_attention_dim),
-        "txt_ids": model.empty(name, model.text_tokens, 3),
-        "img_ids": model.empty(name, patches, 3),
-    }
-    guidance = torch.empty(1, device=_META)
-
-    def step() -> object:
-        network, guide = None, None
-        if CONTROL in model.parts:
-            network = model.plain(CONTROL)
-            pixels = network.input_hint_block is not None
-            hint = (1, 3, side, side) if pixels else (1, patches, network.config.in_channels)
-            guide = ControlNetInput(model.empty(name, *hint), 1.0)
-        return transformer(
-            **inputs,
-            **transformer_residuals(network, inputs, guidance, [guide]),
-            guidance=guidance if config.guidance_embeds else None,
-            return_dict=False,
-        )
-
-    return peak_bytes(step)
-
-
-_DENOISERS = {"unet": _count_unet, "transformer": _count_transformer}
-_COUNTS = {
-    "vae": _count_vae,
-    "text_encoder": _count_text_encoder,
-    "text_encoder_2": _count_text_encoder,
-    **_DENOISERS,
-}

@@ -1,0 +1,126 @@
+"""Runs each part of a model without numbers, to count the bytes that its work needs at its worst moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from stable_diffusion_server.pipelines.conditioning.controlnet import (
+    ControlNetInput,
+    transformer_residuals,
+    unet_residuals,
+)
+from stable_diffusion_server.pipelines.loading.live_bytes import peak_bytes
+from stable_diffusion_server.pipelines.loading.placement import CONTROL
+
+META = torch.device("meta")
+# Components that predict the noise.
+DENOISERS = ("unet", "transformer")
+
+
+class CountedModel(Protocol):
+    """What counting needs of an `Architecture`."""
+
+    @property
+    def parts(self) -> Mapping[str, torch.nn.Module]:
+        """The networks on the meta device."""
+
+    @property
+    def text_tokens(self) -> int:
+        """The length of a prompt."""
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """How many pixels of a side the VAE makes of one of the latents."""
+
+    def plain(self, name: str) -> Any:
+        """A part in its dtype, without packed weights."""
+
+    def empty(self, name: str, *shape: int) -> torch.Tensor:
+        """A tensor in the dtype of a part."""
+
+
+# (model, name of the part, side of the image in pixels) → bytes.
+Counter = Callable[[CountedModel, str, int], int]
+
+
+def counter_of(name: str, part: torch.nn.Module) -> Counter | None:
+    """How the work of a part is counted: by its class, else by its name; `None` for what is not counted."""
+    return _BY_CLASS.get(type(part).__name__) or next(
+        (counter for start, counter in _BY_NAME.items() if name.startswith(start)), None
+    )
+
+
+def _count_vae(model: CountedModel, name: str, side: int) -> int:
+    vae, latents = model.plain(name), side // model.pixels_per_latent
+    code = model.empty(name, 1, vae.config.latent_channels, latents, latents)
+    image = model.empty(name, 1, vae.config.in_channels, side, side)
+    decoded = peak_bytes(lambda: vae.decode(code, return_dict=False))
+    return max(decoded, peak_bytes(lambda: vae.encode(image)))
+
+
+def _count_text_encoder(model: CountedModel, name: str, side: int) -> int:
+    encoder = model.plain(name)
+    tokens = min(model.text_tokens, getattr(encoder.config, "max_position_embeddings", model.text_tokens))
+    ids = torch.empty(1, tokens, device=META, dtype=torch.long)
+    return peak_bytes(lambda: encoder(ids, output_hidden_states=True))
+
+
+def _count_unet(model: CountedModel, name: str, side: int) -> int:
+    unet, latents = model.plain(name), side // model.pixels_per_latent
+    config = unet.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    inputs = {
+        "sample": model.empty(name, 1, config.in_channels, latents, latents),
+        "timestep": torch.empty(1, device=META),
+        "encoder_hidden_states": model.empty(name, 1, model.text_tokens, config.cross_attention_dim),
+        "added_cond_kwargs": {"text_embeds": model.empty(name, 1, pooled), "time_ids": model.empty(name, 1, 6)},
+    }
+
+    def step() -> object:
+        guide = [None if CONTROL not in model.parts else ControlNetInput(model.empty(name, 1, 3, side, side), 1.0)]
+        network = model.plain(CONTROL) if CONTROL in model.parts else None
+        return unet(**inputs, **unet_residuals(network, inputs, guide), return_dict=False)
+
+    return peak_bytes(step)
+
+
+def _count_transformer(model: CountedModel, name: str, side: int) -> int:
+    transformer = model.plain(name)
+    config, patches = transformer.config, (side // (2 * model.pixels_per_latent)) ** 2
+    inputs = {
+        "hidden_states": model.empty(name, 1, patches, config.in_channels),
+        "timestep": model.empty(name, 1),
+        "pooled_projections": model.empty(name, 1, config.pooled_projection_dim),
+        "encoder_hidden_states": model.empty(name, 1, model.text_tokens, config.joint_attention_dim),
+        "txt_ids": model.empty(name, model.text_tokens, 3),
+        "img_ids": model.empty(name, patches, 3),
+    }
+    guidance = torch.empty(1, device=META)
+
+    def step() -> object:
+        network, guide = None, None
+        if CONTROL in model.parts:
+            network = model.plain(CONTROL)
+            pixels = network.input_hint_block is not None
+            hint = (1, 3, side, side) if pixels else (1, patches, network.config.in_channels)
+            guide = ControlNetInput(model.empty(name, *hint), 1.0)
+        return transformer(
+            **inputs,
+            **transformer_residuals(network, inputs, guidance, [guide]),
+            guidance=guidance if config.guidance_embeds else None,
+            return_dict=False,
+        )
+
+    return peak_bytes(step)
+
+
+# Denoisers, and other parts that are called in a way of their own.
+_BY_CLASS: Mapping[str, Counter] = {
+    "UNet2DConditionModel": _count_unet,
+    "FluxTransformer2DModel": _count_transformer,
+}
+# Beginnings of the names of parts.
+_BY_NAME: Mapping[str, Counter] = {"vae": _count_vae, "text_encoder": _count_text_encoder}
