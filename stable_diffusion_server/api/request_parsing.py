@@ -79,9 +79,9 @@ async def read_parameters(
     return _merged([*query, *(await _read_body(request, files, lists, pictures))], lists)
 
 
-def read_query(query_string: bytes) -> dict[str, object]:
+def read_query(query_string: bytes, lists: Set[str] = frozenset()) -> dict[str, object]:
     """Return a query string as a mapping, with the rules of `read_parameters`."""
-    return _merged(_read_pairs(query_string, "query"), frozenset())
+    return _merged(_read_pairs(query_string, "query"), lists)
 
 
 def _merged(pairs: list[tuple[str, object]], lists: Set[str]) -> dict[str, object]:

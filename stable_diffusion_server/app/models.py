@@ -140,6 +140,7 @@ def generation_options(settings: Settings, loaded: ModelState) -> GenerationOpti
         max_guidance=settings.max_guidance,
         max_prompt_characters=settings.max_prompt_characters,
         max_timeout=settings.max_timeout,
+        max_references=settings.max_references,
     )
     return GenerationOptions(
         limits,

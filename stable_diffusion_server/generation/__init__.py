@@ -6,6 +6,7 @@ from stable_diffusion_server.generation.executor import SubmissionContext
 from stable_diffusion_server.generation.interfaces import DecodeImage
 from stable_diffusion_server.generation.library import ImageLibrary, Ownership, not_permitted, permitted_models
 from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX, RequestLimits, parse_int, range_sentence
+from stable_diffusion_server.generation.model_abilities import able
 from stable_diffusion_server.generation.prompts import load_stop_words
 from stable_diffusion_server.generation.quality import DecodedPixels
 from stable_diffusion_server.generation.replay import IMAGE_FIELD, EmbeddedProvenance, ReplayService, with_sources
@@ -27,6 +28,7 @@ __all__ = [
     "ReplayService",
     "RequestLimits",
     "SubmissionContext",
+    "able",
     "load_stop_words",
     "not_permitted",
     "parse_int",

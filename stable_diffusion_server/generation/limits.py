@@ -38,6 +38,7 @@ class RequestLimits:
     max_timeout: float = 600.0
     max_feather: int = 256
     max_loras: int = 4
+    max_references: int = 4
 
     def bounds(self) -> dict[str, tuple[float, float]]:
         """Return (smallest, largest) accepted value by name of numeric parameter."""
@@ -80,6 +81,10 @@ class RequestLimits:
             for name in ("prompt", "negative_prompt")
             if len(value_of(name) or "") > longest
         ]
+        references = value_of("references") or ()
+        if len(references) > self.max_references:
+            field = references[self.max_references].parameter
+            faults.append((field, f"At most {self.max_references} reference images are taken, as MAX_REFERENCES says."))
         loras = value_of("loras")
         if len(loras) > self.max_loras:
             faults.append(("lora", f"lora must not name more than {self.max_loras}."))

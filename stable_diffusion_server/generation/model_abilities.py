@@ -1,14 +1,16 @@
-"""Checks that a model draws the task of a request, and takes its references and its further parameters."""
+"""Finds a model that draws the task of a request; checks its references and its further parameters."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.generation.library import OfferedModels, permitted_models, with_permitted_model
 from stable_diffusion_server.generation.limits import range_sentence
 from stable_diffusion_server.pipelines import ModelSpec
-from stable_diffusion_server.types import ExtraValue, GenerationRequest, Task
+from stable_diffusion_server.types import Caller, ExtraValue, GenerationRequest, Task
 
 # Models that a sentence names at most.
 _NAMED = 6
@@ -20,14 +22,35 @@ _WORDS: Mapping[Task, str] = {
 }
 
 
-def check_task(request: GenerationRequest, spec: ModelSpec, models: Mapping[str, ModelSpec]) -> None:
-    """Raise `InvalidInput` if the model does not draw the task; the sentence names models here that do."""
+def permitted_request(request: GenerationRequest, caller: Caller, options: OfferedModels) -> GenerationRequest:
+    """Return the request with a model that the caller may use and that draws it. Raises `Forbidden`, `InvalidInput`."""
+    request = with_permitted_model(request, caller, options)
+    return with_able_model(request, permitted_models(options.models, caller), options.default_model)
+
+
+def with_able_model(
+    request: GenerationRequest, models: Mapping[str, ModelSpec], default_model: str
+) -> GenerationRequest:
+    """Return the request with a model that draws its task, `models` being those that the caller may use.
+
+    A request for an edit that names no model gets the first one that edits, if the default one does not. Raises
+    `InvalidInput`, with the names of models that can, for a named model that does not draw the task.
+    """
+    spec = models.get(request.model or default_model) or next(iter(models.values()), None)
+    if spec is None or (request.model is not None and request.model not in models):
+        return request  # refused by name later
     if request.task not in spec.tasks:
-        raise InvalidInput(f"{spec.name} does not {_WORDS[request.task]}; {able(request.task, models)}.", field="model")
+        other = next((name for name, one in models.items() if request.task in one.tasks), None)
+        if request.model is not None or request.task is not Task.EDIT or other is None:
+            raise InvalidInput(
+                f"{spec.name} does not {_WORDS[request.task]}; {able(request.task, models)}.", field="model"
+            )
+        request, spec = replace(request, model=other), models[other]
     if len(request.references) > spec.max_references:
         field = request.references[spec.max_references].parameter
         most = "takes no reference image" if spec.max_references == 0 else f"takes at most {spec.max_references}"
         raise InvalidInput(f"{spec.name} {most}, and {len(request.references)} are given.", field=field)
+    return request
 
 
 def able(task: Task, models: Mapping[str, ModelSpec]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,9 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.interfaces import DecodeImage
-from stable_diffusion_server.generation.library import with_permitted_model
+from stable_diffusion_server.generation.model_abilities import permitted_request
 from stable_diffusion_server.generation.provenance import NOT_RECORDED
-from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
+from stable_diffusion_server.generation.resolver import GenerationOptions, reference_name, resolve_request
 from stable_diffusion_server.generation.service import GenerationService
 from stable_diffusion_server.imaging import Pixels, read_record
 from stable_diffusion_server.storage import HistoryEntry
@@ -38,7 +38,6 @@ _SOURCES: dict[Task, set[str]] = {
     Task.TEXT_TO_IMAGE: set(),
     Task.IMAGE_TO_IMAGE: {"image"},
     Task.INPAINT: {"image", "mask"},
-    Task.EDIT: set(),
 }
 _MAX_MARGIN = 16_384
 _LORA_NAME = re.compile(LORA_NAME_PATTERN)
@@ -48,7 +47,7 @@ _LORA_NAME = re.compile(LORA_NAME_PATTERN)
 class EmbeddedProvenance:
     """The request in an image's metadata, without its input images, and the digest of the whole.
 
-    `sources` has the SHA-256 of the input files `image` and `mask`.
+    `sources` has the SHA-256 of the input files: `image`, `mask`, `reference_0` and so on.
     """
 
     request: GenerationRequest
@@ -105,7 +104,7 @@ class ReplayService:
         self, provenance: EmbeddedProvenance, request: GenerationRequest, picture: bytes, caller: Caller
     ) -> ReplayResult:
         """Generate the request of a provenance, and compare. Raises `InvalidInput`, and the errors of generation."""
-        request = with_permitted_model(request, caller, self._options)
+        request = permitted_request(request, caller, self._options)
         _check_sources(provenance, request)
         resolved = await asyncio.to_thread(resolve_request, request, self._options)
         before = await self._decode(picture, IMAGE_FIELD, share=caller.share)
@@ -124,11 +123,17 @@ class ReplayService:
         return record
 
 
-def with_sources(provenance: EmbeddedProvenance, image: bytes | None, mask: bytes | None) -> GenerationRequest:
-    """Return the request of a provenance with its input images."""
+def with_sources(provenance: EmbeddedProvenance, images: Sequence[bytes], mask: bytes | None) -> GenerationRequest:
+    """Return the request of a provenance with its input images. Raises `InvalidInput` for several where one belongs."""
+    edits = provenance.request.task is Task.EDIT
+    if len(images) > 1 and not edits:
+        raise InvalidInput("image_file is one file: the picture was made from one at most.", field="image_file")
+    names = [f"image_file[{number}]" for number in range(len(images))] if edits else ["image_file"]
+    inputs = tuple(ImageInput(name, data=data) for name, data in zip(names, images, strict=False))
     return replace(
         provenance.request,
-        image=ImageInput("image_file", data=image) if image is not None else None,
+        references=inputs if edits else (),
+        image=inputs[0] if inputs and not edits else None,
         mask=ImageInput("mask_file", data=mask, transparency=provenance.transparency) if mask is not None else None,
     )
 
@@ -162,14 +167,18 @@ def _request_of(requested: Mapping[str, object]) -> GenerationRequest:
 
 
 def _check_sources(provenance: EmbeddedProvenance, request: GenerationRequest) -> None:
-    if set(provenance.sources) != _SOURCES[request.task]:
+    wanted_names = _SOURCES.get(request.task, set())
+    if request.task is Task.EDIT:  # as many as there are, without a gap
+        wanted_names = {reference_name(number) for number in range(max(1, len(provenance.sources)))}
+    if set(provenance.sources) != wanted_names:
         raise _refused("was made from other files than its task needs")
-    for name, source in (("image", request.image), ("mask", request.mask)):
-        given = hashlib.sha256(source.data or b"").hexdigest() if source is not None else None
-        wanted = provenance.sources.get(name)
-        if given == wanted:
+    given = {reference_name(number): source for number, source in enumerate(request.references)}
+    given |= {name: source for name, source in (("image", request.image), ("mask", request.mask)) if source is not None}
+    for name in dict.fromkeys([*sorted(wanted_names), *given]):
+        source, wanted = given.get(name), provenance.sources.get(name)
+        if wanted == (hashlib.sha256(source.data or b"").hexdigest() if source is not None else None):
             continue
-        field = f"{name}_file"
+        field = "mask_file" if name == "mask" else "image_file"
         if wanted is None:
             raise InvalidInput(f"{field} is not needed: the picture was made without it.", field=field)
         raise InvalidInput(f"{field} has to be the file the picture was made from (SHA-256 {wanted}).", field=field)

@@ -12,7 +12,7 @@ from uuid import NAMESPACE_OID, uuid5
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.generation.library import Ownership
 from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.generation.model_abilities import check_extra, check_task
+from stable_diffusion_server.generation.model_abilities import check_extra
 from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt
 from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength, scheduler_of, spec_of
 from stable_diffusion_server.storage import object_key
@@ -172,7 +172,6 @@ def spec_for(request: GenerationRequest, options: GenerationOptions) -> ModelSpe
 
 def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) -> ResolvedParameters:
     spec = spec_for(request, options)
-    check_task(request, spec, options.models)
     check_extra(request.extra, spec)
     warnings = []
     asked = _or_default(request.negative_prompt, spec.default_negative_prompt)

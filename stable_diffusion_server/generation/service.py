@@ -17,7 +17,7 @@ from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.generation.executor import GenerationExecutor, SubmissionContext
 from stable_diffusion_server.generation.interfaces import DecodeImage, EngineQueue, FetchImage, ignore
 from stable_diffusion_server.generation.layout import InputLoader
-from stable_diffusion_server.generation.library import with_permitted_model
+from stable_diffusion_server.generation.model_abilities import permitted_request
 from stable_diffusion_server.generation.output import OutputWriter, key_errors_explained
 from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest, resolve_request, spec_for
 from stable_diffusion_server.generation.results import (
@@ -124,7 +124,7 @@ class GenerationService:
         """
         if request.sources or request.loras or request.overwrite or request.seed == "random" or is_long(request):
             return None
-        resolved = self._resolve_words(with_permitted_model(request, caller, self._options))
+        resolved = self._resolve_words(permitted_request(request, caller, self._options))
         stored = self._known(resolved.key)
         if stored is None or resolved.key in self._generations or not self._options.ownership.may_know(caller, stored):
             return None
@@ -157,7 +157,7 @@ class GenerationService:
 
     async def validate(self, request: GenerationRequest, caller: Caller = _NO_CALLER) -> None:
         """Raise the errors of the request's parameters, without downloads or storage lookups."""
-        await self._resolve(with_permitted_model(request, caller, self._options))
+        await self._resolve(permitted_request(request, caller, self._options))
 
     async def prepare_for_storage(
         self, request: GenerationRequest, caller: Caller = _NO_CALLER
@@ -167,7 +167,7 @@ class GenerationService:
         A random seed is chosen now if the key is derived from the content, so that a second run gives the same image.
         Raises the errors that `generate` raises before the generation. Downloads count against the request's `timeout`.
         """
-        request = with_permitted_model(request, caller, self._options)
+        request = permitted_request(request, caller, self._options)
         resolved = await self._resolve(request)
         if request.save_path is None:
             request = replace(request, seed=resolved.seed) if request.seed == "random" else request
@@ -218,7 +218,7 @@ class GenerationService:
         listener: ProgressListener,
     ) -> tuple[GenerationResult, GenerationOutcome]:
         started, ownership, caller = time.perf_counter(), self._options.ownership, context.caller
-        resolved = await self._resolve(with_permitted_model(request, caller, self._options))
+        resolved = await self._resolve(permitted_request(request, caller, self._options))
         async with deadline(request.timeout or self._options.limits.max_timeout):
             if await self._executor.load_unread(resolved.parameters.spec, context, listener):
                 resolved = await self._resolve(resolved.request)  # the key is final now

@@ -59,6 +59,12 @@ class LimitSettings(SettingsGroup):
     max_image_side: int = Field(
         16_383, ge=64, le=16_383, description="Maximum width and height of an input image; WebP cannot hold more."
     )
+    max_references: int = Field(
+        4,
+        ge=1,
+        le=16,
+        description="Maximum number of reference images in an edit; each takes about the memory and time of an image.",
+    )
     extra_image_formats: Names = Field(
         (),
         description="Input formats besides PNG, JPEG and WebP: `avif`, `bmp`, `gif`, `tiff`. The first frame is used.",

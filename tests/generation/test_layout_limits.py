@@ -24,7 +24,7 @@ class SlowLayouts:
         self.running: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def make(self, resolved: ResolvedRequest, image: object, mask: object) -> str:
+    def make(self, resolved: ResolvedRequest, image: object, mask: object, references: object) -> str:
         with self._lock:
             self.running[resolved.request.prompt] += 1
         self.gate.wait(30)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -12,12 +12,13 @@ from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.api.openai.image_sources import ImageSource, OptionalSource, Source
 from stable_diffusion_server.api.openai.protocol import ImagesParams
 from stable_diffusion_server.api.schemas.params import File
-from stable_diffusion_server.generation import TEXT_MAX
-from stable_diffusion_server.types import Fit, GenerationRequest, RequestWarning, Task
+from stable_diffusion_server.generation import TEXT_MAX, able
+from stable_diffusion_server.types import Fit, GenerationRequest, ImageInput, RequestWarning, Task
 
 _DEFAULT_STRENGTH = 0.6
 # The model whose images had their own hole as a mask.
 _HOLE_MODEL = "dall-e-2"
+_OF_EDGES = frozenset({"canny", "canny_low", "canny_high", "control_scale", "feather"})
 
 
 class FromImageParams(ImagesParams):
@@ -29,7 +30,13 @@ class FromImageParams(ImagesParams):
     other_names: ClassVar[Mapping[str, str]] = {**ImagesParams.other_names, "denoising_strength": "strength"}
     own: ClassVar[frozenset[str]] = ImagesParams.own | {"images"}
 
-    image: tuple[Source, ...] = Field((), description="The image. Further images are ignored, with a warning.")
+    image: tuple[Source, ...] = Field(
+        (),
+        description=(
+            "The image. A model that edits by instruction looks at all images, in order; another ignores further ones, "
+            "with a warning."
+        ),
+    )
     images: tuple[Source, ...] = Field((), description="The same as `image`, as JSON bodies name it.")
     strength: float | None = Field(None, description="How much is changed, 0 to 1. If omitted 0.6, with a mask 1.")
     canny: bool | None = Field(False, description="Keep the edges of the image, with a ControlNet.")
@@ -51,21 +58,36 @@ class FromImageParams(ImagesParams):
         """Return the request of the first image."""
         return self._request(None)
 
-    def warnings(self) -> list[RequestWarning]:
+    def warnings(self, context: DialectContext) -> list[RequestWarning]:
         """Return warnings about parameters that were ignored."""
-        unused = RequestWarning("images-unused", "One picture is edited, the first; the others are not used.")
-        return [*super().warnings(), *([unused] if len(self.sources) > 1 else [])]
+        if len(self.sources) == 1 or self.base(context).references:
+            return super().warnings(context)
+        sentence = f"One picture is edited, the first; of several, {able(Task.EDIT, context.models)}."
+        return [*super().warnings(context), RequestWarning("images-unused", sentence)]
 
-    def _request(self, mask: ImageSource | None) -> GenerationRequest:
+    def _references(self, context: DialectContext, *, masked: bool) -> tuple[ImageInput, ...]:
+        """Return the images that the model looks at: none if it does not edit; with a mask all but the first."""
+        spec = context.find_model(self.model)
+        if spec is None or Task.EDIT not in spec.tasks:
+            return ()
+        inputs = (source.to_input(_name_of(number)) for number, source in enumerate(self.sources))
+        return tuple(inputs)[int(masked) :]
+
+    def _request(self, mask: ImageSource | None, references: tuple[ImageInput, ...] = ()) -> GenerationRequest:
         width, height = self.pixels()
         fields = self._shared()
         strength, refine = fields.pop("strength"), fields.pop("refine")
+        if references and mask is None:
+            return GenerationRequest(
+                task=Task.EDIT, references=references, width=width, height=height, **_without_edges(fields)
+            )
         return GenerationRequest(
             task=Task.INPAINT if mask else Task.IMAGE_TO_IMAGE,
             image=self.sources[0].to_input("image"),
             mask=mask.to_input("mask", transparency=True) if mask else None,
             strength=strength if strength is not None else (1.0 if mask else _DEFAULT_STRENGTH),
             refine=refine if "refine" in self.model_fields_set else bool(mask),
+            references=references,
             fit=Fit.CROP,
             width=width,
             height=height,
@@ -73,8 +95,20 @@ class FromImageParams(ImagesParams):
         )
 
 
+def _name_of(number: int) -> str:
+    """Return the parameter of an image, unlike those of the others."""
+    return f"image[{number}]" if number else "image"
+
+
+def _without_edges(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in _OF_EDGES}
+
+
 class EditImageParams(FromImageParams):
-    """Parameters of image to image, or with a mask of inpainting: its transparent parts are repainted."""
+    """Parameters of an edit by instruction, of image to image, or with a mask of inpainting.
+
+    The transparent parts of a mask are repainted.
+    """
 
     files: ClassVar[frozenset[str]] = FromImageParams.files | {"mask", "markup"}
     pictures: ClassVar[frozenset[str]] = FromImageParams.pictures | {"mask"}
@@ -108,13 +142,18 @@ class EditImageParams(FromImageParams):
         return "b64_json" if context.response_format == "auto" else context.response_format
 
     def base(self, context: DialectContext) -> GenerationRequest:
-        """Return the request of the first image."""
-        return self._request(self.mask)
+        """Return the request: an edit by instruction where the model does that, otherwise of the first image.
 
-    def warnings(self) -> list[RequestWarning]:
+        `strength` and `canny` ask for image to image, which those parameters belong to.
+        """
+        if self.mask is None and {"strength", "canny"} & self.model_fields_set:
+            return self._request(None)
+        return self._request(self.mask, self._references(context, masked=self.mask is not None))
+
+    def warnings(self, context: DialectContext) -> list[RequestWarning]:
         """Return warnings about parameters that were ignored."""
         unused = RequestWarning("not-honoured", "markup: only a mask says what is changed.")
-        return [*super().warnings(), *([unused] if self.markup is not None else [])]
+        return [*super().warnings(context), *([unused] if self.markup is not None else [])]
 
 
 class VaryImageParams(FromImageParams):

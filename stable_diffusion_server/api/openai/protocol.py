@@ -136,7 +136,7 @@ class ImagesParams(GenerationParams):
         )
         return [replace(base, variation=number) for number in range(self.count)]
 
-    def warnings(self) -> list[RequestWarning]:
+    def warnings(self, context: DialectContext) -> list[RequestWarning]:
         """Return warnings about parameters that were ignored."""
         ignored = [f"{name}: {why}" for name, why in _IGNORED.items() if getattr(self, name)]
         if self.background == "transparent":

@@ -94,11 +94,13 @@ class GeneratedImage:
     file: bytes
 
 
-def images_body(parameters: ImagesParams, images: Sequence[GeneratedImage]) -> OpenAIImagesBody:
+def images_body(
+    parameters: ImagesParams, images: Sequence[GeneratedImage], context: DialectContext
+) -> OpenAIImagesBody:
     """Return the response with images, and with the warnings of this server."""
     first = images[0].result
     by_code = {warning.code: warning for image in images for warning in image.result.warnings}
-    warnings = [*parameters.warnings(), *by_code.values()]
+    warnings = [*parameters.warnings(context), *by_code.values()]
     return {
         "created": int(time.time()),
         "background": "opaque",

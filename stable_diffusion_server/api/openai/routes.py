@@ -211,7 +211,8 @@ class _ImageRoutes:
         size = sum(len(image.file) for image in images)
         if size * 4 // 3 > self.context.max_response_bytes:
             raise TooLarge("The pictures are too large for one answer; ask for fewer, or response_format url.")
-        return await run_if_large(size, lambda: JSONResponse(responses.images_body(call.parameters, images)))
+        context = self.context.for_caller(caller_of(call.request))
+        return await run_if_large(size, lambda: JSONResponse(responses.images_body(call.parameters, images, context)))
 
     async def _streamed(self, call: _Call) -> Response:
         stream = EventStream(responses.error_event)

@@ -13,6 +13,7 @@ from stable_diffusion_server.api.dispatch import RequestDispatcher
 from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.openapi.document import IMAGE_FILE, parameters_openapi
 from stable_diffusion_server.api.schemas.params import (
+    EditParams,
     ImageToImageParams,
     ImageToImageUploadParams,
     InpaintParams,
@@ -82,6 +83,12 @@ _ROUTES = (
         InpaintParams,
         "Inpainting, stored",
         "Repaint an image where a mask is white, and keep every other pixel.",
+    ),
+    _Route(
+        "/edit_and_upload_image",
+        EditParams,
+        "Edit by instruction, stored",
+        "Draw what the prompt says of one or more images, with a model that looks at reference images.",
     ),
     _Route(
         "/style_transfer_and_upload_image",

@@ -13,7 +13,7 @@ from stable_diffusion_server.api.concurrency import cancel_on_disconnect
 from stable_diffusion_server.api.dependencies import UrlOf, caller_of, scope_to_caller
 from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
 from stable_diffusion_server.api.openapi.document import parameters_openapi
-from stable_diffusion_server.api.schemas.params import File, params_from_request
+from stable_diffusion_server.api.schemas.params import File, ListedFile, params_from_request
 from stable_diffusion_server.api.schemas.responses import ReplayComparisonBody, ReplayResultBody, described, result_body
 from stable_diffusion_server.api.schemas.validation import RequestParams
 from stable_diffusion_server.errors import InvalidInput
@@ -31,9 +31,12 @@ class ReplayParams(RequestParams):
     """An image made here, its input files, and where to store the new image."""
 
     files: ClassVar[frozenset[str]] = frozenset({IMAGE_FIELD, "image_file", "mask_file"})
+    lists: ClassVar[frozenset[str]] = frozenset({"image_file"})
 
     picture_file: File = Field(None, description="An image made here, with its embedded record.")
-    image_file: File = Field(None, description="The input image it was made from, if there was one: the same file.")
+    image_file: tuple[ListedFile, ...] = Field(
+        (), description="The input image it was made from, if there was one: the same file; for an edit all, in order."
+    )
     mask_file: File = Field(None, description="The mask it was made with, if there was one: the same file.")
     save_path: str | None = Field(
         None, description="Object key of the new image. If omitted, a key that starts with `replays/`."
@@ -48,8 +51,8 @@ class ReplayParams(RequestParams):
 
     def to_request(self, provenance: EmbeddedProvenance) -> GenerationRequest:
         """Return the request of the image, with its new object key and format."""
-        image, mask = (file.data if file is not None else None for file in (self.image_file, self.mask_file))
-        original = with_sources(provenance, image, mask)
+        mask = self.mask_file.data if self.mask_file is not None else None
+        original = with_sources(provenance, [file.data for file in self.image_file], mask)
         file_format = self.format or original.format or Format.WEBP
         return replace(
             original,

@@ -16,6 +16,7 @@ from stable_diffusion_server.api.base64_images import bytes_of, is_data_url
 from stable_diffusion_server.api.concurrency import run_if_large
 from stable_diffusion_server.api.dependencies import caller_of, scope_to_caller
 from stable_diffusion_server.api.request_parsing import RawJson, UploadedFile, read_parameters, read_query
+from stable_diffusion_server.api.schemas.extra_parameters import read_extra
 from stable_diffusion_server.api.schemas.validation import FaultsOf, RequestParams, validated
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, TEXT_MAX, RequestLimits
@@ -34,6 +35,7 @@ _LORA = re.compile(rf"(?P<name>{LORA_NAME_PATTERN})(:(?P<weight>[+-]?[0-9]{{1,3}
 _CACHED_QUERY_MAX = 1024
 
 File = Annotated[UploadedFile | None, WithJsonSchema(_BINARY)]
+ListedFile = Annotated[UploadedFile, WithJsonSchema(_BINARY)]
 P = TypeVar("P", bound=RequestParams)
 
 
@@ -72,6 +74,12 @@ class GenerationParams(RequestParams):
         description="LoRAs to apply, `name` or `name:weight`, separated by commas.",
         examples=["pastel:0.8"],
     )
+    extra: dict[str, bool | int | float | str] | None = Field(
+        None,
+        description=(
+            "Parameters that only this model has, by name: an object, in forms its JSON. docs/models.md lists them."
+        ),
+    )
 
     @field_validator("lora")
     @classmethod
@@ -80,12 +88,18 @@ class GenerationParams(RequestParams):
             raise ValueError("is not a name or name:weight")
         return value
 
+    @field_validator("extra", mode="before")
+    @classmethod
+    def _read_extra(cls, value: object) -> object:
+        return read_extra(value)
+
     def to_request_fields(self) -> dict[str, Any]:
         """Return the fields of a `GenerationRequest`, without the images."""
         images = {"image_url", "image_file", "mask_url", "mask_file", "image", "images", "mask"}
         matches = [_LORA.fullmatch(part.strip()) for part in self.lora.split(",")] if self.lora is not None else []
         loras = tuple((match["name"], float(match["weight"] or 1)) for match in matches if match)
         values = self.model_dump(exclude={"lora", "batch", *images})
+        values["extra"] = tuple((self.extra or {}).items())
         # A default strength must not refuse a request of few steps.
         chosen = "strength" in self.model_fields_set and getattr(self, "strength", None) is not None
         return {**values, "loras": loras, "alone": self.batch == "alone", "at_least_one_step": not chosen}
@@ -166,6 +180,30 @@ class ImageToImageUploadParams(ImageToImageParams):
         return replace(super().to_request(), named_by_content=True)
 
 
+class EditParams(NativeParams):
+    """Parameters of an edit by instruction, for models that look at reference images."""
+
+    files: ClassVar[frozenset[str]] = frozenset({"image_file"})
+    lists: ClassVar[frozenset[str]] = frozenset({"image_file", "image_url"})
+    pictures: ClassVar[frozenset[str]] = frozenset({"image_url"})
+
+    image_url: tuple[str, ...] = Field(
+        (), description="URLs of the images, in the order in which the prompt counts them, or data URLs."
+    )
+    image_file: tuple[ListedFile, ...] = Field((), description="The images as PNG, JPEG or WebP files, in order.")
+    width: int | None = Field(None, description="Width in pixels. If omitted, that of the first image.")
+    height: int | None = Field(None, description="Height in pixels. If omitted, that of the first image.")
+
+    def to_request(self) -> GenerationRequest:
+        """Return the request these parameters describe. Raises `InvalidInput` for no image, and for files and URLs."""
+        if bool(self.image_url) == bool(self.image_file):
+            sentence = "Give image_url or image_file, once for each image, and not both."
+            raise InvalidInput.from_faults([("image_url", sentence), ("image_file", sentence)])
+        files = [ImageInput(f"image_file[{number}]", data=file.data) for number, file in enumerate(self.image_file)]
+        urls = [_image_at(url, f"image_url[{number}]") for number, url in enumerate(self.image_url)]
+        return GenerationRequest(task=Task.EDIT, references=(*files, *urls), **self.to_request_fields())
+
+
 class InpaintParams(NativeParams):
     """Parameters of inpainting: white parts of the mask are repainted, black ones stay as they are."""
 
@@ -216,17 +254,21 @@ def generation_from_request(
 
     @lru_cache(1024)  # clients repeat queries, and parsing is pure
     def parse_query(query_string: bytes) -> GenerationRequest:
-        return validated(schema, read_query(query_string), faults_of).to_request()
+        return validated(schema, read_query(query_string, schema.lists), faults_of).to_request()
 
     async def read(request: Request) -> GenerationRequest:
         query = request.scope["query_string"]
         if request.method == "GET" and len(query) <= _CACHED_QUERY_MAX:
             return scope_to_caller(caller_of(request), parse_query(query))
         params = await read_params(request)
-        size = sum(len(getattr(params, name) or "") for name in schema.pictures)
+        size = sum(_characters(getattr(params, name)) for name in schema.pictures)
         return scope_to_caller(caller_of(request), await run_if_large(size, params.to_request))
 
     return read
+
+
+def _characters(value: str | Sequence[str] | None) -> int:
+    return len(value) if isinstance(value, str) else sum(map(len, value or ()))
 
 
 def _input_images(parameters: NativeParams, *names: str) -> list[ImageInput]:
@@ -240,10 +282,13 @@ def _input_images(parameters: NativeParams, *names: str) -> list[ImageInput]:
             faults += [(by_url, sentence), (by_file, sentence)]
         elif file is not None:
             images.append(ImageInput(by_file, data=file.data))
-        elif is_data_url(url):
-            images.append(ImageInput(by_url, data=bytes_of(url, by_url)))
         else:
-            images.append(ImageInput(by_url, url=url))
+            images.append(_image_at(url, by_url))
     if faults:
         raise InvalidInput.from_faults(faults)
     return images
+
+
+def _image_at(url: str, parameter: str) -> ImageInput:
+    """Return the image of a URL, or in a data URL. Raises `InvalidInput` for base64 that is none."""
+    return ImageInput(parameter, data=bytes_of(url, parameter)) if is_data_url(url) else ImageInput(parameter, url=url)
