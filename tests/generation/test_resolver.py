@@ -54,6 +54,8 @@ CHANGED: dict[str, Any] = {
     "hires_height": 128,
     "hires_steps": 3,
     "hires_strength": 0.4,
+    "references": (ImageInput("image_file[0]", data=b"reference"),),
+    "extra": (("true_cfg_scale", 2.0),),
 }
 WITH_CANNY: dict[str, Any] = {"canny_low": 90, "canny_high": 210, "control_scale": 0.9}
 WITH_SIZE: dict[str, Any] = {"fit": Fit.STRETCH}
@@ -115,9 +117,17 @@ def test_what_changes_the_picture_changes_its_identity(name: str) -> None:
     sized = {"width": 64, "height": 128} if name in WITH_SIZE else {}
     base = replace(UPLOADED, canny=name in WITH_CANNY, **sized)
     change = {name: {**CHANGED, **WITH_CANNY, **WITH_SIZE}[name]}
-    plans = [resolve_request(order, OPTIONS) for order in (base, replace(base, **change))]
+    options = replace(OPTIONS, models={**MODELS, "sdxl": replace(MODELS["sdxl"], any_extra=True)})
+    plans = [resolve_request(order, options) for order in (base, replace(base, **change))]
     for part in ("key", "seed", "content_digest", "request_digest", "sent_digest"):
         assert len({getattr(plan, part) for plan in plans}) == 2, part
+
+
+def test_the_order_of_references_is_part_of_the_identity() -> None:
+    """Two images in the other order, one of them missing, or the same one twice: four identities."""
+    one, two = (ImageInput(f"image_file[{data}]", data=data.encode()) for data in "ab")
+    edits = [replace(UPLOADED, references=images) for images in ((one, two), (two, one), (one,), (one, one))]
+    assert len({resolve_request(edit, OPTIONS).content_digest for edit in edits}) == 4
 
 
 def test_what_does_not_change_the_picture_does_not_change_its_identity() -> None:
