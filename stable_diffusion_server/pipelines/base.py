@@ -222,14 +222,14 @@ def encode(
 
 
 def decode(vae: Any, latents: torch.Tensor) -> DecodedImage:
-    """Decode unscaled latents (1 × channels × h × w) to pixels.
+    """Decode unscaled latents (1 × channels × h × w, with a third dimension 1 for a VAE for videos) to pixels.
 
     Decodes again in fp32 when the result is not finite. Raises `NotFinite` when the latents are not finite, or fp32
     does not help.
     """
     if not torch.isfinite(latents).all():
         raise NotFinite("The latents are not finite; another seed or fewer guidance may help.")
-    image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    image = _decoded(vae, latents.to(vae.dtype))
     redecoded = False
     finite = _is_finite(image)
     if not finite and vae.dtype != torch.float32:
@@ -243,6 +243,12 @@ def decode(vae: Any, latents: torch.Tensor) -> DecodedImage:
     return DecodedImage(levels.cpu().numpy(), redecoded)
 
 
+def _decoded(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Pixels in -1..1, 1 × 3 × height × width; of a VAE for videos, those of the first frame."""
+    image: torch.Tensor = vae.decode(latents, return_dict=False)[0]
+    return image[:, :, 0] if image.ndim == 5 else image
+
+
 def _is_finite(image: torch.Tensor) -> bool:
     """Whether all numbers are finite. Minimum and maximum are NaN if any number is, at a third of isfinite's cost."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(image))).all())
@@ -252,7 +258,6 @@ def _decode_in_fp32(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     dtype = vae.dtype
     vae.to(torch.float32)
     try:
-        image: torch.Tensor = vae.decode(latents.float(), return_dict=False)[0]
-        return image
+        return _decoded(vae, latents.float())
     finally:
         vae.to(dtype)

@@ -209,7 +209,8 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
     if controlnet is None:
         known = replace(known, control_folder=None)
     parts = {**pipeline.components, CONTROL: controlnet}
-    plain = [parts[name] for name in spec.quantizable_parts if parts[name] is not None and not is_packed(parts[name])]
+    there = [parts.get(name) for name in spec.quantizable_parts]
+    plain = [part for part in there if part is not None and not is_packed(part)]
     quantize_parts(plain, placement.quantization, device)
     if spec.takes_dfloat11 and options.dfloat11:
         load_dfloat11(pipeline.transformer, options.dfloat11, device)

@@ -1,0 +1,1 @@
+"""Stock diffusers pipelines, drawn by their own call one step at a time."""

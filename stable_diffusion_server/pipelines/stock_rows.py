@@ -1,0 +1,145 @@
+"""The rows of diffusers' pipeline classes that no family here draws: each is drawn by its own call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from stable_diffusion_server.pipelines.model_spec import ModelSpec
+from stable_diffusion_server.types import Task
+
+_TEXT, _IMAGE, _MASK, _EDIT = Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINT, Task.EDIT
+_CLASS = "diffusers' defaults of the class"
+_T5 = ("transformer", "text_encoder")
+
+_BASE = ModelSpec(
+    name="",
+    family="stable_diffusion_server.pipelines.families.stock:Stock",
+    folder="",
+    pipeline_class="",
+    revision="",
+    native_pixels=1024 * 1024,
+    min_side=512,
+    text_tokens=256,
+    default_steps=50,
+    default_guidance=4.0,
+    default_scheduler="own",
+    schedulers=("own",),
+    takes_negative_prompt=True,
+    rounds_steps_up=True,
+    dtype="bfloat16",
+    cpu_dtype="bfloat16",
+    measured_dtype=True,
+    denoiser_part="transformer",
+    quantizable_parts=("transformer",),
+    tasks=(_TEXT,),
+    any_extra=True,
+    batches=False,
+)
+
+
+def _row(class_name: str, steps: int, guidance: float, source: str, **changes: object) -> ModelSpec:
+    values = {"default_steps": steps, "default_guidance": guidance, "source": source, **changes}
+    return replace(_BASE, pipeline_class=f"{class_name}Pipeline", **values)  # type: ignore[arg-type]  # fields by name
+
+
+def _edit(class_name: str, steps: int, references: int, source: str, **changes: object) -> ModelSpec:
+    given = {"text_tokens": 512, "quantizable_parts": _T5, "tasks": (_EDIT,), **changes}
+    return _row(class_name, steps, 4.0, source, max_references=references, **given)
+
+
+_ROWS = (
+    _row(
+        "StableDiffusion3",
+        28,
+        3.5,
+        "model card of stabilityai/stable-diffusion-3.5-large",
+        tasks=(_TEXT, _IMAGE, _MASK),
+        quantizable_parts=("transformer", "text_encoder_3"),
+    ),
+    _row(
+        "Chroma",
+        40,
+        3.0,
+        "model card of lodestones/Chroma1-HD",
+        text_tokens=512,
+        tasks=(_TEXT, _IMAGE),
+        quantizable_parts=_T5,
+    ),
+    _row("Lumina2", 50, 4.0, "model card of Alpha-VLLM/Lumina-Image-2.0", quantizable_parts=_T5),
+    _row("Lumina", 30, 4.0, _CLASS, quantizable_parts=_T5),
+    _row("AuraFlow", 50, 3.5, "model card of fal/AuraFlow-v0.3", quantizable_parts=_T5),
+    _row("Sana", 20, 4.5, "model card of Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", text_tokens=300),
+    _row("PixArtSigma", 20, 4.5, "model card of PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", text_tokens=300),
+    _row("PixArtAlpha", 20, 4.5, _CLASS, text_tokens=120),
+    _row(
+        "QwenImage",
+        50,
+        4.0,
+        "model card of Qwen/Qwen-Image",
+        native_pixels=1328 * 1328,
+        text_tokens=512,
+        tasks=(_TEXT, _IMAGE, _MASK),
+        quantizable_parts=_T5,
+    ),
+    _edit("QwenImageEdit", 50, 1, "model card of Qwen/Qwen-Image-Edit", tasks=(_EDIT, _MASK)),
+    _edit("QwenImageEditPlus", 40, 3, "model card of Qwen/Qwen-Image-Edit-2509"),
+    _edit(
+        "FluxKontext",
+        28,
+        1,
+        "model card of black-forest-labs/FLUX.1-Kontext-dev",
+        default_guidance=2.5,
+        takes_negative_prompt=False,
+        quantizable_parts=("transformer", "text_encoder_2"),
+    ),
+    _row("Krea2", 28, 4.5, _CLASS, text_tokens=512, quantizable_parts=_T5),
+    _row(
+        "HiDreamImage",
+        50,
+        5.0,
+        "model card of HiDream-ai/HiDream-I1-Full",
+        text_tokens=128,
+        quantizable_parts=("transformer", "text_encoder_3", "text_encoder_4"),
+    ),
+    _row(
+        "HunyuanImage",
+        50,
+        3.5,
+        "model card of hunyuanvideo-community/HunyuanImage-2.1-Diffusers",
+        native_pixels=2048 * 2048,
+        text_tokens=1000,
+        takes_guidance=False,  # the folder's guider says it
+        quantizable_parts=_T5,
+    ),
+    _row("HunyuanDiT", 50, 5.0, _CLASS),
+    _row(
+        "Kolors",
+        50,
+        5.0,
+        "model card of Kwai-Kolors/Kolors-diffusers",
+        dtype="float16",
+        denoiser_part="unet",
+        quantizable_parts=("unet",),
+        tasks=(_TEXT, _IMAGE),
+    ),
+    _row(
+        "CogView4", 50, 3.5, "model card of zai-org/CogView4-6B", text_tokens=1024, quantizable_parts=_T5
+    ),
+    _row("CogView3Plus", 50, 7.0, _CLASS, text_tokens=224, quantizable_parts=_T5),
+    _row("OvisImage", 50, 5.0, _CLASS, quantizable_parts=_T5),
+    _row(
+        "Kandinsky3", 25, 3.0, _CLASS, text_tokens=128, denoiser_part="unet", quantizable_parts=("unet",),
+        rounds_steps_up=False,
+    ),
+    _row("Kandinsky5T2I", 50, 3.5, _CLASS, text_tokens=512),
+    _row("PRX", 28, 4.0, _CLASS),
+    _row("Bria", 30, 5.0, _CLASS, text_tokens=128),
+)  # fmt: skip
+
+STOCK_ROWS: Mapping[str, ModelSpec] = {row.pipeline_class: row for row in _ROWS}
+
+
+def stock_row(pipeline_class: str) -> ModelSpec | None:
+    """The row of a pipeline class; `None` for one that is not drawn this way."""
+    return STOCK_ROWS.get(pipeline_class)
