@@ -199,10 +199,11 @@ def latent_mask(mask: ImageArray, like: torch.Tensor) -> torch.Tensor:
 
 
 def encode(
-    vae: Any, image: torch.Tensor, generator: torch.Generator, tiling: VaeTiling = WHOLE
+    vae: Any, image: torch.Tensor, generator: torch.Generator | None, tiling: VaeTiling = WHOLE
 ) -> tuple[torch.Tensor, VaeTiling | None]:
-    """A sample of the VAE's unscaled latents (1 × channels × h × w) of floats in 0..1. Draws from `generator`.
+    """A sample of the VAE's unscaled latents (1 × channels × h × w) of floats in 0..1, drawn from `generator`.
 
+    Without a generator, their most probable value.
     Also returns the tiling for this request if `tiling` needs more memory than there is; otherwise `None`.
     """
     pixels = (2 * image - 1).to(vae.dtype)
@@ -217,7 +218,7 @@ def encode(
             if smaller is None:
                 raise
         tried = smaller  # outside the handler, whose traceback holds the tensors of the failed attempt
-    latents: torch.Tensor = distribution.sample(generator)
+    latents: torch.Tensor = distribution.mode() if generator is None else distribution.sample(generator)
     return latents, smaller
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.pipelines.base import (
     DecodedImage,
+    DenoisingSegment,
     PipelineState,
     decode,
     encode,
     translate_torch_errors,
 )
+from stable_diffusion_server.pipelines.catalog import scheduler_of
 from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.family import Family, LoadedFamily, LoadedModelInfo
@@ -28,6 +30,7 @@ from stable_diffusion_server.pipelines.loading.footprint import bytes_of, dtype_
 from stable_diffusion_server.pipelines.loading.loader import LoadOptions, PlacedModel, place_model
 from stable_diffusion_server.pipelines.loading.offload import OffloadedModel
 from stable_diffusion_server.pipelines.loading.placement import CONTROL, Residency
+from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
 from stable_diffusion_server.types import DiffusionRequest
@@ -100,11 +103,32 @@ class DiffusersFamily(Family):
     def _prepared(self, request: DiffusionRequest) -> PipelineState[Any]:
         """The state of a request before its first step."""
 
-    def _encoded(self, image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """A sample of the VAE's unscaled latents (1 × channels × h × w) of floats in 0..1."""
+    def _encoded(self, image: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """A sample of the VAE's unscaled latents (1 × channels × h × w) of floats in 0..1; see `encode`."""
         latents, smaller = encode(self.pipeline.vae, image, generator, self._smaller_tiling or self.tiling)
         self._smaller_tiling = smaller or self._smaller_tiling
         return latents
+
+    def _flow_segment(
+        self,
+        request: DiffusionRequest,
+        skipped: int,
+        noise: torch.Tensor,
+        generator: torch.Generator,
+        sigmas: Sequence[float],
+        shift: float,
+    ) -> DenoisingSegment:
+        """The request's steps without the first `skipped`, by a flow-matching scheduler.
+
+        `sigmas` are the noise levels before the scheduler shifts them, from 1 downwards; `shift` is its `mu`, which
+        counts only if the shift depends on the size. Raises `InvalidInput` for a scheduler that the model lacks.
+        """
+        spec = scheduler_of(self.spec, request.scheduler, request.num_inference_steps)
+        scheduler = make_scheduler(spec, like=self.pipeline.scheduler)
+        scheduler.set_timesteps(sigmas=[*sigmas], device=noise.device, mu=shift)
+        first = skipped * scheduler.order
+        scheduler.set_begin_index(first)
+        return DenoisingSegment(scheduler, scheduler.timesteps[first:], generator, noise)
 
     def finish(self, state: PipelineState[Any]) -> DecodedImage:
         """Decode the latents; before the last step, the prediction of the final ones. Raises `NotFinite`."""

@@ -78,7 +78,8 @@ class ModelSpec:
 
     `tasks` are those it draws, and `max_references` is the most images that an edit looks at. `extra` are parameters of
     its own; with `any_extra`, they are those of its diffusers class. One that does not `batch` shares no forward pass.
-    `source` says where its defaults are from.
+    `source` says where its defaults are from. `owner_keys` are keys of an owner's spec that have an effect on it beside
+    those that all models share.
 
     An `unread` model is loaded on demand and was not loaded yet: its revision is not final. `preload` loads it at the
     start, and a `pinned` one is not unloaded for others. `file_bytes` is the size of its files, 0 if unknown.
@@ -146,6 +147,7 @@ class ModelSpec:
     any_extra: bool = False
     batches: bool = True
     source: str = ""
+    owner_keys: tuple[str, ...] = ()
 
     def revision_for(self, *, edges: bool) -> str:
         """The revision for an image: that of the weights, plus that of the ControlNet when it follows edges."""

@@ -91,7 +91,9 @@ class _Builder:
     def _row(self, model: LibraryModel) -> ModelSpec:
         """The row that a model follows. Raises `Unusable` for what no family here draws."""
         identity, name = model.identity, model.file_name
-        row = family_row(identity)
+        # What a file does not say, its owner may.
+        said = replace(identity, variant=str(model.spec.values.get("variant", identity.variant)))
+        row = family_row(said) or family_row(identity)
         if row is None:
             families = ", ".join(identity.families) or "an unknown family"
             purpose = "" if identity.task is ModelTask.NORMAL else f"for {identity.task}"

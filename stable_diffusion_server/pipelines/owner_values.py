@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,9 @@ _SAME_SCHEDULERS = {
 }
 # Keys that other parts of the server read, or that inform the reader only.
 _ELSEWHERE = frozenset("title aliases variant licence source revision sha256".split())
-_FOR_BOTH = frozenset(
+_FOR_ALL = frozenset(
     "steps guidance scheduler native_size dtype quantization placement loras controlnets preload pin".split()
 )  # fmt: skip
-_FOR_SDXL = frozenset("guidance_rescale schedule negative_prompt clip_skip prediction_type zero_snr".split())
 _FOR_FILES = frozenset({"vae", "text_encoders"})
 
 
@@ -54,19 +53,21 @@ class OwnerValues:
 
 
 def with_owner_values(spec: ModelSpec, model: LibraryModel, find: Callable[[str, Kind], str]) -> OwnerValues:
-    """Apply the values of `model.spec` and the scheduler of its folder.
+    """Apply the values of `model.spec` that models of this row have a use for, and the scheduler of its folder.
 
     `find` returns the path of a file of a name and kind, or raises `Unusable`. Raises `Unusable` for a scheduler or
     schedule that there is not.
     """
-    values: Mapping[str, Any] = model.spec.values
-    flux = model.identity.family == "flux"
+    usable = _ELSEWHERE | _FOR_ALL | {*spec.owner_keys}
+    usable |= frozenset() if model.identity.kind is Kind.PIPELINE else _FOR_FILES
+    usable -= frozenset() if spec.takes_guidance else {"guidance"}
+    values = {key: value for key, value in model.spec.values.items() if key in usable}
     if model.identity.kind is Kind.PIPELINE:
         spec = _with_folders_scheduler(spec, model)
     changes: dict[str, Any] = {}
     if "steps" in values:
         changes["default_steps"] = values["steps"]
-    if "guidance" in values and spec.takes_guidance:
+    if "guidance" in values:
         changes["default_guidance"] = values["guidance"]
     if "native_size" in values:
         width, height = values["native_size"]
@@ -86,13 +87,12 @@ def with_owner_values(spec: ModelSpec, model: LibraryModel, find: Callable[[str,
     changes["builtin_loras"] = tuple((find(name, Kind.LORA), weight) for name, weight in values.get("loras", ()))
     if controls := values.get("controlnets"):
         changes |= {"control_folder": find(controls[0], Kind.CONTROLNET), "control_repo": None}
-    spec = replace(spec, **changes)
-    spec = spec if flux else _with_sdxl_values(spec, values)
-    return OwnerValues(_with_revision(spec, values), _remark(model, values, flux=flux, guided=spec.takes_guidance))
+    spec = _with_values_of_some(replace(spec, **changes), values)
+    return OwnerValues(_with_revision(spec, values), _remark(model, {*model.spec.values} - usable))
 
 
-def _with_sdxl_values(spec: ModelSpec, values: Mapping[str, Any]) -> ModelSpec:
-    """Values that SDXL has a use for."""
+def _with_values_of_some(spec: ModelSpec, values: Mapping[str, Any]) -> ModelSpec:
+    """Values that not all rows have a use for (`ModelSpec.owner_keys`)."""
     zero_snr = spec.checkpoint.zero_snr if spec.checkpoint else bool(values.get("zero_snr"))
     schedule = values.get("schedule", "automatic")
     if schedule not in _SCHEDULES:
@@ -142,11 +142,8 @@ def _with_revision(spec: ModelSpec, values: Mapping[str, Any]) -> ModelSpec:
     return replace(spec, revision="+".join(str(part) for part in (spec.revision, *parts) if part))
 
 
-def _remark(model: LibraryModel, values: Mapping[str, Any], *, flux: bool, guided: bool) -> str:
-    used = _ELSEWHERE | _FOR_BOTH | (frozenset() if flux else _FOR_SDXL)
-    used |= frozenset() if model.identity.kind is Kind.PIPELINE else _FOR_FILES
-    useless = sorted({*values} - used | ({"guidance"} & {*values} if not guided else set()))
+def _remark(model: LibraryModel, useless: Collection[str]) -> str:
     if not useless:
         return ""
     place = Path(model.file_name).name
-    return f"The spec of {place} has keys without an effect on this model: {', '.join(useless)}."
+    return f"The spec of {place} has keys without an effect on this model: {', '.join(sorted(useless))}."

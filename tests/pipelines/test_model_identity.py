@@ -369,7 +369,8 @@ PIPELINES = [
     ("FluxKontextPipeline", "transformer", {"guidance_embeds": True}, ("flux", "kontext", "edit")),
     ("FluxFillPipeline", "transformer", {"guidance_embeds": True}, ("flux", "fill", "fill")),
     ("FluxControlPipeline", "transformer", {"guidance_embeds": True}, ("flux", "control", "control")),
-    ("Flux2KleinPipeline", "transformer", {}, ("flux2", "klein", "normal")),
+    ("Flux2KleinPipeline", "transformer", {}, ("flux2", "klein-base", "normal")),
+    ("Flux2KleinKVPipeline", "transformer", {}, ("flux2", "klein-kv", "normal")),
     ("ZImagePipeline", "transformer", {}, ("z-image", "", "normal")),
     ("QwenImageEditPlusPipeline", "transformer", {}, ("qwen-image", "", "edit")),
 ]
@@ -402,6 +403,25 @@ def test_a_folders_scheduler_says_what_it_predicts(tmp_path: Path) -> None:
         True,
         "EulerDiscreteScheduler",
     )
+
+
+@pytest.mark.parametrize(("distilled", "variant"), [(True, "klein"), (False, "klein-base")])
+def test_the_index_says_whether_a_klein_is_distilled(tmp_path: Path, distilled: bool, variant: str) -> None:
+    """Both have the same tensors; without the entry the stock class takes it for false."""
+    folder = pipeline_folder(tmp_path / "a", "Flux2KleinPipeline", "transformer", {}, SMALL_FLUX)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "is_distilled": distilled}))
+    assert summary(identify(folder)) == ("pipeline", "flux2", variant, "normal")
+
+
+@pytest.mark.parametrize(("shift", "variant"), [(3.0, "turbo"), (6.0, "base")])
+def test_the_shift_of_the_schedule_tells_turbo_from_z_image(tmp_path: Path, shift: float, variant: str) -> None:
+    """Both have the same tensors and configurations."""
+    folder = pipeline_folder(tmp_path / "a", "ZImagePipeline", "transformer", {}, SMALL_FLUX)
+    (folder / "scheduler").mkdir()
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    assert summary(identify(folder)) == ("pipeline", "z-image", variant, "normal")
 
 
 def test_a_broken_folder_says_what_is_wrong(tmp_path: Path) -> None:

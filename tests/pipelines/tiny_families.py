@@ -116,7 +116,7 @@ def sd15_inpaint() -> Any:
     return d.StableDiffusionInpaintPipeline(**_sd_parts(9))
 
 
-def flux2_klein() -> Any:
+def flux2_klein(distilled: bool = True) -> Any:
     tokenizer = qwen_tokenizer()
     vae = d.AutoencoderKLFlux2(
         block_out_channels=(8, 16, 16, 16),
@@ -145,11 +145,11 @@ def flux2_klein() -> Any:
         text_encoder=qwen3_text(tokenizer, 28, t.Qwen3ForCausalLM),
         tokenizer=tokenizer,
         transformer=transformer,
-        is_distilled=True,
+        is_distilled=distilled,
     )
 
 
-def z_image() -> Any:
+def z_image(shift: float = 3.0) -> Any:
     tokenizer = qwen_tokenizer()
     transformer = d.ZImageTransformer2DModel(
         in_channels=16,
@@ -166,7 +166,7 @@ def z_image() -> Any:
     torch.nn.init.normal_(transformer.x_pad_token, std=0.02)
     torch.nn.init.normal_(transformer.cap_pad_token, std=0.02)
     return d.ZImagePipeline(
-        scheduler=flow(use_dynamic_shifting=False),
+        scheduler=flow(use_dynamic_shifting=False, shift=shift),
         vae=kl_vae(16),
         text_encoder=qwen3_text(tokenizer, 3, t.Qwen3Model),
         tokenizer=tokenizer,
@@ -428,11 +428,12 @@ FAMILIES: dict[str, Tiny] = {
         sd15_inpaint, {"guidance_scale": 7.5, "strength": 1.0}, lambda: {"image": picture(), "mask_image": mask()}
     ),
     "flux2-klein": Tiny(flux2_klein, {"guidance_scale": 1.0, "max_sequence_length": 64}),
+    "flux2-klein-base": Tiny(lambda: flux2_klein(distilled=False), {"guidance_scale": 4.0, "max_sequence_length": 64}),
     "flux2-klein-edit": Tiny(
         flux2_klein, {"guidance_scale": 1.0, "max_sequence_length": 64}, lambda: {"image": [picture(), picture(96, 4)]}
     ),
     "z-image-turbo": Tiny(z_image, {"guidance_scale": 0.0}),
-    "z-image": Tiny(z_image, {"guidance_scale": 4.0, "negative_prompt": "sea"}),
+    "z-image": Tiny(lambda: z_image(6.0), {"guidance_scale": 4.0, "negative_prompt": "sea"}),
     "qwen-image": Tiny(qwen_image, {"true_cfg_scale": 4.0, "negative_prompt": "sea"}),
     "sd3": Tiny(sd3, {"guidance_scale": 4.5, "negative_prompt": "sea", "max_sequence_length": 64}),
     "chroma": Tiny(chroma, {"guidance_scale": 4.0, "negative_prompt": "sea", "max_sequence_length": 64}),

@@ -14,6 +14,8 @@ from stable_diffusion_server.pipelines.library.shards import index_ending, index
 
 INDEX, CONFIG = "model_index.json", "config.json"
 _MAX_PARTS, _MAX_LISTED = 64, 2000
+# Z-Image and Z-Image-Turbo have the same networks, and another shift of the schedule: 6 and 3.
+_TURBO_SHIFT = 3.0
 
 # Beginnings of pipeline classes and their family; longer ones before shorter ones.
 _PIPELINES = (
@@ -110,6 +112,8 @@ def _pipeline(folder: Path, index: dict[str, Any], identify_file: Callable[[Path
         Kind.PIPELINE, (family,) if family else (), container="folder", layout="diffusers", parts=parts
     )
     found = _with_denoiser(folder, found, class_name, identify_file)
+    if found.variant == "klein" and index.get("is_distilled") is not True:  # the stock class takes it for false
+        found = replace(found, variant="klein-base")
     return _with_scheduler(folder, found)
 
 
@@ -168,7 +172,8 @@ def _by_config(
                 return families, mark.lower(), ModelTask.NORMAL
         return families, "dev" if config.get("guidance_embeds") else "schnell", ModelTask.NORMAL
     if families == ("flux2",):
-        return families, "klein" if "Klein" in class_name else "dev", ModelTask.NORMAL
+        kinds = (("KleinKV", "klein-kv"), ("Klein", "klein"))
+        return families, next((kind for mark, kind in kinds if mark in class_name), "dev"), ModelTask.NORMAL
     return families, "", ModelTask.NORMAL
 
 
@@ -183,8 +188,12 @@ def _with_scheduler(folder: Path, found: FileIdentity) -> FileIdentity:
     prediction = config.get("prediction_type")
     known = prediction if prediction in ("epsilon", "v_prediction") else ""
     metadata = {"scheduler": shown(str(config.get("_class_name", "")))}
+    variant = found.variant
+    if found.family == "z-image":
+        variant = "turbo" if config.get("shift") == _TURBO_SHIFT else "base"
     return replace(
         found,
+        variant=variant,
         prediction=known,
         zero_snr=config.get("rescale_betas_zero_snr") is True,
         metadata=MappingProxyType(metadata),

@@ -110,10 +110,48 @@ def _check_transformer(folder: str, pipeline: Any, latent_channels: int) -> None
     )
 
 
+def _check_klein(folder: str, pipeline: Any, latent_channels: int) -> None:
+    config, encoder = pipeline.transformer.config, pipeline.text_encoder.config
+    if not hasattr(pipeline.vae, "bn"):
+        raise ModelLoadError(f"{folder}/vae holds a {type(pipeline.vae).__name__}, and FLUX.2's is needed.")
+    _check_equal(
+        folder,
+        # A patch packs 2 × 2 latent pixels into channels.
+        ("transformer", "in_channels", config.in_channels, "the VAE gives", 4 * latent_channels),
+        (
+            "transformer",
+            "joint_attention_dim",
+            config.joint_attention_dim,
+            "three layers give",
+            3 * encoder.hidden_size,
+        ),
+    )
+    # The embeddings are the hidden states 9, 18 and 27.
+    if encoder.num_hidden_layers < 27:
+        raise ModelLoadError(f"{folder}/text_encoder has {encoder.num_hidden_layers} layers, and 27 are read.")
+
+
+def _check_z_image(folder: str, pipeline: Any, latent_channels: int) -> None:
+    config = pipeline.transformer.config
+    _check_equal(
+        folder,
+        ("transformer", "in_channels", config.in_channels, "the VAE gives", latent_channels),
+        (
+            "transformer",
+            "cap_feat_dim",
+            config.cap_feat_dim,
+            "the text encoder",
+            pipeline.text_encoder.config.hidden_size,
+        ),
+    )
+
+
 # Pipeline class, without what follows its model's name → the check of its denoiser.
 _CHECKS: Mapping[str, Callable[[str, Any, int], None]] = {
     "StableDiffusionXL": _check_unet,
     "Flux": _check_transformer,
+    "Flux2Klein": _check_klein,
+    "ZImage": _check_z_image,
 }
 
 

@@ -18,6 +18,8 @@ from stable_diffusion_server.pipelines.loading.placement import CONTROL
 META = torch.device("meta")
 # Components that predict the noise.
 DENOISERS = ("unet", "transformer")
+# Pixels of the largest reference image; larger ones are shrunk to this.
+REFERENCE_PIXELS = 1024 * 1024
 
 
 class CountedModel(Protocol):
@@ -30,6 +32,10 @@ class CountedModel(Protocol):
     @property
     def text_tokens(self) -> int:
         """The length of a prompt."""
+
+    @property
+    def references(self) -> int:
+        """The most reference images that a request may have."""
 
     @property
     def pixels_per_latent(self) -> int:
@@ -117,10 +123,44 @@ def _count_transformer(model: CountedModel, name: str, side: int) -> int:
     return peak_bytes(step)
 
 
+def _count_flux2(model: CountedModel, name: str, side: int) -> int:
+    """The picture's patches, those of an input image of its size, and of all references that a request may have."""
+    transformer = model.plain(name)
+    own = (side // (2 * model.pixels_per_latent)) ** 2
+    reference = REFERENCE_PIXELS // (2 * model.pixels_per_latent) ** 2
+    patches = 2 * own + model.references * reference
+    embeds = model.empty(name, 1, model.text_tokens, transformer.config.joint_attention_dim)
+    inputs = {
+        "timestep": model.empty(name, 1),
+        "encoder_hidden_states": embeds,
+        "txt_ids": torch.empty(1, model.text_tokens, 4, device=META),
+        "img_ids": torch.empty(1, patches, 4, device=META),
+    }
+
+    def step() -> object:
+        latents = model.empty(name, 1, patches, transformer.config.in_channels)
+        return transformer(hidden_states=latents, **inputs, guidance=None, return_dict=False)[0][:, :own]
+
+    return peak_bytes(step)
+
+
+def _count_z_image(model: CountedModel, name: str, side: int) -> int:
+    transformer, latents = model.plain(name), side // model.pixels_per_latent
+    caption = model.empty(name, model.text_tokens, transformer.config.cap_feat_dim)
+
+    def step() -> object:
+        picture = model.empty(name, transformer.config.in_channels, 1, latents, latents)
+        return transformer([picture], torch.empty(1, device=META), [caption], return_dict=False)
+
+    return peak_bytes(step)
+
+
 # Denoisers, and other parts that are called in a way of their own.
 _BY_CLASS: Mapping[str, Counter] = {
     "UNet2DConditionModel": _count_unet,
     "FluxTransformer2DModel": _count_transformer,
+    "Flux2Transformer2DModel": _count_flux2,
+    "ZImageTransformer2DModel": _count_z_image,
 }
 # Beginnings of the names of parts.
 _BY_NAME: Mapping[str, Counter] = {"vae": _count_vae, "text_encoder": _count_text_encoder}

@@ -125,7 +125,8 @@ def memory_of(device: torch.device) -> dict[str, int]:
 
 def architecture_of(spec: ModelSpec, parts: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> Architecture:
     """The networks of a model as they compute when it is loaded in `dtype`."""
-    return Architecture(parts, {name: _dtype_of_part(part, dtype) for name, part in parts.items()}, spec.text_tokens)
+    dtypes = {name: _dtype_of_part(part, dtype) for name, part in parts.items()}
+    return Architecture(parts, dtypes, spec.text_tokens, spec.max_references)
 
 
 def footprint_of(

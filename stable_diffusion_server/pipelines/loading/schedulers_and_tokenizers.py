@@ -60,3 +60,18 @@ def token_counter(tokenizer: Any) -> Callable[[str], int]:
             return len(own(text, truncation=False).input_ids)
 
     return count
+
+
+def chat_counter(tokenizer: Any, *, thinking: bool) -> Callable[[str], int]:
+    """A thread-safe function that counts a prompt's tokens as a message in the tokenizer's chat template.
+
+    With `thinking` the template leaves room for thoughts of the model, without it closes them.
+    """
+    count = token_counter(tokenizer)
+
+    def in_chat(prompt: str) -> int:
+        messages = [{"role": "user", "content": prompt}]
+        given = {"add_generation_prompt": True, "enable_thinking": thinking}
+        return count(tokenizer.apply_chat_template(messages, tokenize=False, **given))
+
+    return in_chat

@@ -44,12 +44,13 @@ class Architecture:
     """The networks of a model on the meta device, and what decides the sizes of their tensors.
 
     `parts` are named as the pipeline's components, with `control` for a ControlNet. `dtypes` are those of the loaded
-    parts, `text_tokens` the length of a prompt.
+    parts, `text_tokens` the length of a prompt, `references` the most reference images of a request.
     """
 
     parts: Mapping[str, torch.nn.Module]
     dtypes: Mapping[str, torch.dtype]
     text_tokens: int
+    references: int = 0
 
     @functools.cached_property
     def working_bytes(self) -> dict[str, WorkingBytes]:
@@ -86,7 +87,9 @@ class Architecture:
             [type(part).__name__, sorted((weight, tuple(tensor.shape)) for weight, tensor in part.named_parameters())]
             for part in map(self.plain, used)
         ]
-        sizes = (self.dtypes[name].itemsize, "" if name == "vae" else (self.text_tokens, self.pixels_per_latent))
+        sizes: tuple[object, ...] = (self.dtypes[name].itemsize,)
+        sizes = (*sizes, "" if name == "vae" else (self.text_tokens, self.pixels_per_latent))
+        sizes = (*sizes, self.references) if self.references and name in DENOISERS else sizes
         return f"{name} {hashlib.sha256(repr((shapes, sizes)).encode()).hexdigest()[:16]}"
 
     def count(self, name: str) -> WorkingBytes:
