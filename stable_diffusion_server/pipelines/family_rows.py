@@ -9,6 +9,7 @@ from stable_diffusion_server.pipelines.catalog import REAL_MODELS
 from stable_diffusion_server.pipelines.library import FileIdentity
 from stable_diffusion_server.pipelines.library.identity import ModelTask
 from stable_diffusion_server.pipelines.model_spec import USUAL_TASKS, ModelSpec
+from stable_diffusion_server.pipelines.stock_rows import STOCK_ROWS, stock_row
 from stable_diffusion_server.types import Task
 
 # The repositories and LoRAs of the catalogue's models belong to those alone.
@@ -96,10 +97,17 @@ _ROWS: Mapping[tuple[str, str, ModelTask], ModelSpec] = {
 
 
 def family_row(identity: FileIdentity) -> ModelSpec | None:
-    """The row of a model file or folder; `None` if nothing here draws it."""
-    return _ROWS.get((identity.family, identity.variant, identity.task))
+    """The row of a model file or folder; `None` if nothing here draws it.
+
+    A folder of a class that only diffusers itself draws has the row of that class.
+    """
+    row = _ROWS.get((identity.family, identity.variant, identity.task))
+    if row is not None and identity.pipeline_class in ("", row.pipeline_class):
+        return row
+    return stock_row(identity.pipeline_class) or row
 
 
 def drawn_families() -> str:
     """The families that are drawn, for a sentence."""
-    return ", ".join(dict.fromkeys(family for family, _, _ in _ROWS))
+    families = ", ".join(dict.fromkeys(family for family, _, _ in _ROWS))
+    return f"{families}, and diffusers folders of {len(STOCK_ROWS)} further classes (docs/models.md)"

@@ -61,6 +61,7 @@ def with_owner_values(spec: ModelSpec, model: LibraryModel, find: Callable[[str,
     usable = _ELSEWHERE | _FOR_ALL | {*spec.owner_keys}
     usable |= frozenset() if model.identity.kind is Kind.PIPELINE else _FOR_FILES
     usable -= frozenset() if spec.takes_guidance else {"guidance"}
+    usable -= {"loras", "controlnets"} if spec.any_extra else frozenset()
     values = {key: value for key, value in model.spec.values.items() if key in usable}
     if model.identity.kind is Kind.PIPELINE:
         spec = _with_folders_scheduler(spec, model)
@@ -115,6 +116,8 @@ def _with_folders_scheduler(spec: ModelSpec, model: LibraryModel) -> ModelSpec:
     try:
         name = str(read_json_object(model.path / "scheduler" / "scheduler_config.json").get("_class_name"))
     except UnreadableModel:  # reported when it is loaded
+        return spec
+    if spec.any_extra:
         return spec
     same = _SAME_SCHEDULERS.get(name)
     if same in spec.schedulers:

@@ -32,17 +32,32 @@ class VaeTiling:
     @contextmanager
     def applied(self, vae: Any, pixels: int) -> Iterator[None]:
         """Run a block with this tiling for an image of `pixels` pixels; tiling that VAE_TILING turned on stays on."""
-        if pixels <= self.whole_pixels:
+        if pixels <= self.whole_pixels or not hasattr(vae, "use_tiling"):
             yield
             return
-        before = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
-        side = min(self.side, vae.tile_sample_min_size) if vae.use_tiling else self.side
-        scale = vae.tile_sample_min_size / vae.tile_latent_min_size
-        vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = True, side, int(side / scale)
+        changed = self._settings(vae)
+        before = {name: getattr(vae, name) for name in changed}
+        vae.__dict__.update(changed)
         try:
             yield
         finally:
-            vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
+            vae.__dict__.update(before)
+
+    def _settings(self, vae: Any) -> dict[str, Any]:
+        """The attributes of a VAE that turn this tiling on; some have sides of squares, others heights and widths."""
+        if hasattr(vae, "tile_sample_min_size"):
+            side = min(self.side, vae.tile_sample_min_size) if vae.use_tiling else self.side
+            scale = vae.tile_sample_min_size / vae.tile_latent_min_size
+            return {"use_tiling": True, "tile_sample_min_size": side, "tile_latent_min_size": int(side / scale)}
+        scale = vae.spatial_compression_ratio
+        side = min(self.side, vae.tile_sample_min_height) if vae.use_tiling else self.side
+        # Tiles begin at whole latents.
+        stride = max(1, side * vae.tile_sample_stride_height // vae.tile_sample_min_height // scale) * scale
+        settings: dict[str, Any] = {"use_tiling": True}
+        for name, size in (("sample_min", side), ("sample_stride", stride), ("latent_min", side // scale)):
+            names = (f"tile_{name}_height", f"tile_{name}_width")
+            settings |= {one: size for one in names if hasattr(vae, one)}
+        return settings
 
 
 # All images whole.

@@ -67,7 +67,8 @@ def apply_optimizations(
     compiled runs normally and a warning is logged.
     """
     parts, cuda = optimizations_of(performance), device.type == "cuda"
-    vae, denoiser = pipeline.vae, getattr(pipeline, "unet", None) or pipeline.transformer
+    vae: Any = getattr(pipeline, "vae", None)  # a pipeline without one has no optimizations, see the stock family
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
     encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
     if Optimization.TF32 in parts and cuda:
         torch.set_float32_matmul_precision("high")

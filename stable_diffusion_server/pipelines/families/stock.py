@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ class Stock(DiffusersFamily):
         own = for_request(pipeline)
         call = StockCall(own, arguments, self.device)
         try:
-            with translate_torch_errors():
+            with translate_torch_errors(), self._tiled(request):
                 call.start()
         except (ValueError, TypeError, LookupError, ArithmeticError) as error:
             if not request.extra:
@@ -141,7 +142,8 @@ class Stock(DiffusersFamily):
         mine, request = _own(state), state.request
         with translate_torch_errors():
             if not self._understood:
-                return self._drawn_by_class(mine)
+                with self._tiled(request):
+                    return self._drawn_by_class(mine)
             if mine.done:
                 latents, returned = mine.running.finish()[0], True
             else:
@@ -185,6 +187,12 @@ class Stock(DiffusersFamily):
         if not np.isfinite(image).all():
             raise NotFinite("The decoded picture is not finite.")
         return DecodedImage((image * 255).round().astype(np.uint8), redecoded=False)
+
+    @contextmanager
+    def _tiled(self, request: DiffusionRequest) -> Iterator[None]:
+        """A block in which the class's own encoding and decoding of an image is tiled as its size needs it."""
+        with self.tiling.applied(getattr(self.pipeline, "vae", None), request.width * request.height):
+            yield
 
     def _prepared(self, request: DiffusionRequest) -> PipelineState[Any]:
         return self.prepare(request)

@@ -22,8 +22,9 @@ _PIPELINES = (
     ("StableDiffusionXL", "sdxl"), ("StableDiffusion3", "sd3"), ("StableDiffusion", ""), ("Flux2Klein", "flux2"),
     ("Flux2", "flux2"), ("Flux3", "flux3"), ("Flux", "flux"), ("ZImage", "z-image"), ("QwenImage", "qwen-image"),
     ("Krea2", "krea2"), ("Chroma", "chroma"), ("PixArtAlpha", "pixart"), ("PixArtSigma", "pixart"), ("Sana", "sana"),
-    ("Wan", "wan"), ("Lumina2", "lumina2"), ("HiDreamImage", "hidream"), ("HunyuanDiT", "hunyuan-dit"),
-    ("HunyuanImage", "hunyuan-image"), ("HunyuanVideo", "hunyuan-video"), ("AuraFlow", "auraflow"),
+    ("Wan", "wan"), ("Lumina2", "lumina2"), ("Lumina", "lumina"), ("HiDreamImage", "hidream"),
+    ("HunyuanDiT", "hunyuan-dit"), ("HunyuanImage", "hunyuan-image"), ("HunyuanVideo", "hunyuan-video"),
+    ("AuraFlow", "auraflow"),
     ("Kolors", "kolors"), ("StableCascade", "stable-cascade"), ("Anima", "anima"), ("Cosmos", "cosmos"),
     ("LTX2", "ltx2"), ("LTX", "ltx-video"), ("Mochi", "mochi"), ("Ideogram4", "ideogram4"), ("GlmImage", "glm-image"),
     ("ErnieImage", "ernie-image"), ("OvisImage", "ovis-image"), ("LongCatImage", "longcat-image"), ("PRX", "prx"),
@@ -109,7 +110,12 @@ def _pipeline(folder: Path, index: dict[str, Any], identify_file: Callable[[Path
         reason = f"holds a pipeline of the class {shown(class_name)}, which is not known"
         return FileIdentity(Kind.UNKNOWN, container="folder", layout="diffusers", parts=parts, reason=reason)
     found = FileIdentity(
-        Kind.PIPELINE, (family,) if family else (), container="folder", layout="diffusers", parts=parts
+        Kind.PIPELINE,
+        (family,) if family else (),
+        container="folder",
+        layout="diffusers",
+        parts=parts,
+        pipeline_class=shown(class_name),
     )
     found = _with_denoiser(folder, found, class_name, identify_file)
     if found.variant == "klein" and index.get("is_distilled") is not True:  # the stock class takes it for false

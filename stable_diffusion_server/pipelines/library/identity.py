@@ -58,6 +58,7 @@ class FileIdentity:
         in_channels: Input channels of the denoiser or ControlNet, latent channels of a VAE, 0 if unknown.
         prediction: `epsilon`, `v_prediction`, or empty if the file does not say.
         zero_snr: Whether the file asks for zero terminal signal-to-noise ratio.
+        pipeline_class: The class that the index of a pipeline's folder names, as it may be printed.
         metadata: ModelSpec and trainer metadata, bounded in number and length.
         remarks: What the header cannot tell, as sentences.
         reason: Why the file cannot be used, as a sentence; empty if it can.
@@ -75,6 +76,7 @@ class FileIdentity:
     in_channels: int = 0
     prediction: str = ""
     zero_snr: bool = False
+    pipeline_class: str = ""
     metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     remarks: tuple[str, ...] = ()
     reason: str = ""

@@ -18,11 +18,11 @@ from stable_diffusion_server.pipelines.library.identity import FileIdentity, Kin
 _log = structlog.get_logger(__name__)
 
 # Raise it when the rules of identification change: all files are then identified again.
-RULES = 4
+RULES = 5
 _MAX_BYTES, _MAX_KEPT = 64 * 2**20, 20_000
 # A file changed more recently than this may change again without a new timestamp.
 _UNSETTLED_SECONDS = 2.0
-_TEXTS = ("variant", "layout", "precision", "container", "prediction", "reason")
+_TEXTS = ("variant", "layout", "precision", "container", "prediction", "reason", "pipeline_class")
 _LISTS = ("families", "parts", "remarks")
 
 

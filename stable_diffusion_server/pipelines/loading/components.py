@@ -76,8 +76,9 @@ def load_pipeline(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, **parts
         )
         check_pipeline(spec.folder, pipeline)
-        if pipeline.vae.config.get("force_upcast") and dtype == torch.float16:
-            pipeline.vae.to(torch.float32)  # SDXL's VAE overflows in fp16
+        vae = getattr(pipeline, "vae", None)
+        if vae is not None and vae.config.get("force_upcast") and dtype == torch.float16:
+            vae.to(torch.float32)  # SDXL's VAE overflows in fp16
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler.register_to_config(**dict(spec.scheduler_options))
     for part in pipeline.components.values():
@@ -147,8 +148,10 @@ def _class_of(part: WeightPart) -> Any:
     part_class = getattr(library, part.kind, None)
     if part_class is None:
         raise WeightFileError(
-            f"{INDEX} lists {part.kind[:60]} of {part.library[:60]} as {part.name}, which is not known here"
+            f"{INDEX} lists {part.kind[:60]} of {part.library[:60]} as {part.name[:60]}, which is not known here"
         )
+    if part.has_weights and not (isinstance(part_class, type) and issubclass(part_class, torch.nn.Module)):
+        raise WeightFileError(f"{INDEX} lists {part.kind[:60]} as {part.name[:60]}, which is no network")
     return part_class
 
 
@@ -157,8 +160,8 @@ def _check(spec: ModelSpec, folder: Path) -> dict[WeightPart, str | None]:
     variants = {}
     for part in parts_of(folder):
         check_texts(folder / part.name)
+        _class_of(part)  # diffusers would import whatever library an index names
         if part.has_weights:
-            _class_of(part)
             variants[part] = check_part(folder / part.name, part.stem, spec.variant).variant
     return variants
 

@@ -12,6 +12,7 @@ from stable_diffusion_server.pipelines.conditioning.controlnet import (
     transformer_residuals,
     unet_residuals,
 )
+from stable_diffusion_server.pipelines.loading.counted_transformers import TRANSFORMER_INPUTS
 from stable_diffusion_server.pipelines.loading.live_bytes import peak_bytes
 from stable_diffusion_server.pipelines.loading.placement import CONTROL
 
@@ -20,6 +21,8 @@ META = torch.device("meta")
 DENOISERS = ("unet", "transformer")
 # Pixels of the largest reference image; larger ones are shrunk to this.
 REFERENCE_PIXELS = 1024 * 1024
+# Tensors that a transformer keeps at its worst moment, of the width of its widest layer; channels of a VAE's pixels.
+_WIDE_TENSORS, _PIXEL_CHANNELS = 6, 2048
 
 
 class CountedModel(Protocol):
@@ -61,8 +64,10 @@ def counter_of(name: str, part: torch.nn.Module) -> Counter | None:
 
 def _count_vae(model: CountedModel, name: str, side: int) -> int:
     vae, latents = model.plain(name), side // model.pixels_per_latent
-    code = model.empty(name, 1, vae.config.latent_channels, latents, latents)
-    image = model.empty(name, 1, vae.config.in_channels, side, side)
+    frames = (1,) if "z_dim" in vae.config else ()  # of a VAE for videos
+    channels = vae.config.get("latent_channels") or vae.config.z_dim
+    code = model.empty(name, 1, channels, *frames, latents, latents)
+    image = model.empty(name, 1, vae.config.get("in_channels", 3), *frames, side, side)
     decoded = peak_bytes(lambda: vae.decode(code, return_dict=False))
     return max(decoded, peak_bytes(lambda: vae.encode(image)))
 
@@ -155,12 +160,39 @@ def _count_z_image(model: CountedModel, name: str, side: int) -> int:
     return peak_bytes(step)
 
 
+def _count_by_inputs(model: CountedModel, name: str, side: int) -> int:
+    transformer = model.plain(name)
+    inputs = TRANSFORMER_INPUTS[type(transformer).__name__]
+    given = inputs(model, name, transformer.config, side // model.pixels_per_latent)
+    return peak_bytes(lambda: transformer(**given, return_dict=False))
+
+
+def estimate_work(model: CountedModel, name: str, side: int) -> int:
+    """Bytes of the work of a part that is not counted, by its widest layer; more than those that are counted need."""
+    part = model.parts[name]
+    size: int = model.empty(name, 1).itemsize
+    if name.startswith("vae"):
+        return _PIXEL_CHANNELS * side * side * size
+    widths: list[int] = [
+        weight.shape[0] for weight in part.parameters() if weight.ndim > 1 and weight.shape[0] < 100_000
+    ]
+    sizes: Any = getattr(part.config, "patch_size", 2)
+    patch: int = sizes if isinstance(sizes, int) else sizes[-1]
+    tokens = model.text_tokens + (0 if name not in DENOISERS else (side // (model.pixels_per_latent * patch)) ** 2)
+    return _WIDE_TENSORS * max(widths, default=1) * tokens * size
+
+
 # Denoisers, and other parts that are called in a way of their own.
 _BY_CLASS: Mapping[str, Counter] = {
     "UNet2DConditionModel": _count_unet,
     "FluxTransformer2DModel": _count_transformer,
     "Flux2Transformer2DModel": _count_flux2,
     "ZImageTransformer2DModel": _count_z_image,
+    **dict.fromkeys(TRANSFORMER_INPUTS, _count_by_inputs),
 }
 # Beginnings of the names of parts.
-_BY_NAME: Mapping[str, Counter] = {"vae": _count_vae, "text_encoder": _count_text_encoder}
+_BY_NAME: Mapping[str, Counter] = {
+    "vae": _count_vae,
+    "text_encoder": _count_text_encoder,
+    **dict.fromkeys(DENOISERS, estimate_work),
+}

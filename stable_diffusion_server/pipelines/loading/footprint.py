@@ -48,9 +48,10 @@ def working_bytes(spec: ModelSpec, model: Architecture, work: Workload, tiling: 
     """Bytes that each part of a model needs for the largest work, by its name."""
     rows = 2 if spec.takes_negative_prompt else 1  # with guidance, one with the prompt and one without
     needs = {name: need.of(0) for name, need in model.working_bytes.items()}  # a text encoder reads one prompt
-    denoiser, vae = model.working_bytes[spec.denoiser_part], model.working_bytes["vae"]
+    denoiser, vae = model.working_bytes[spec.denoiser_part], model.working_bytes.get("vae")
     needs[spec.denoiser_part] = denoiser.of(rows * work.batch_pixels, rows * work.max_batch)
-    needs["vae"] = vae_bytes(vae, tiling, work.largest_pixels, model.dtypes["vae"].itemsize)
+    if vae is not None:
+        needs["vae"] = vae_bytes(vae, tiling, work.largest_pixels, model.dtypes["vae"].itemsize)
     return needs
 
 
@@ -67,7 +68,9 @@ def native_tiling(spec: ModelSpec, model: Architecture, memory: int) -> VaeTilin
 
     On small devices, only those that take at most half of the memory. A tile is not larger than such an image.
     """
-    need = model.working_bytes["vae"]
+    need = model.working_bytes.get("vae")
+    if need is None or not hasattr(model.parts["vae"], "use_tiling"):
+        return WHOLE
     whole = min(spec.native_pixels, need.pixels_within(int(_NATIVE_SHARE * memory)))
     side = USUAL_SIDE
     while side**2 > whole and side > SMALLEST_SIDE:

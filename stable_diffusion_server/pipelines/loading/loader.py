@@ -192,6 +192,8 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
         storage=_storage(spec, device, options, placement.quantization),
     )
     remarks = [remark] if remark else []
+    if estimated := [name for name, need in measured.model.working_bytes.items() if need.estimated]:
+        remarks.append(f"The memory that {' and '.join(estimated)} of {spec.name} need to draw is estimated.")
     controlnet, control = _control(spec, models_dir, device, options, pipeline, remarks)
     if options.digests.of(files) != weights:
         raise ModelLoadError(f"The files in {spec.folder} were changed while they were loaded; start again.")
@@ -268,10 +270,11 @@ def _optimize(
         _multiply_by_onednn([*pipeline.components.values(), controlnet])
     if options.attention_slicing:
         pipeline.enable_attention_slicing()
-    if options.vae_slicing:
-        pipeline.vae.enable_slicing()
-    if options.vae_tiling:
-        pipeline.vae.enable_tiling()
+    vae: Any = getattr(pipeline, "vae", None)
+    if options.vae_slicing and hasattr(vae, "use_slicing"):
+        vae.enable_slicing()
+    if options.vae_tiling and hasattr(vae, "use_tiling"):
+        vae.enable_tiling()
     return graphs
 
 

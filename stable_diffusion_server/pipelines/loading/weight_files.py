@@ -49,9 +49,9 @@ class WeightPart:
 
     @property
     def has_weights(self) -> bool:
-        """Whether it has weight files; schedulers and tokenizers have only text files."""
+        """Whether it has weight files; schedulers, guiders and tokenizers have only text files."""
         if self.library == "diffusers":
-            return self.name != "scheduler"
+            return self.name not in ("scheduler", "guider", "ocr_guider")
         return self.name.startswith(("text_encoder", "image_encoder", "safety_checker"))
 
     @property

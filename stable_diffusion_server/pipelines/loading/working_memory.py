@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 
-from stable_diffusion_server.pipelines.loading.counted_work import DENOISERS, counter_of
+from stable_diffusion_server.pipelines.loading.counted_work import DENOISERS, counter_of, estimate_work
 from stable_diffusion_server.pipelines.loading.packed_weights import is_packed
 from stable_diffusion_server.pipelines.loading.placement import CONTROL
 
@@ -21,14 +22,22 @@ TABLE = Path(__file__).parent / "configs" / "working_memory.json"
 # Sides in pixels of the two images that are counted; all of these networks are linear in the pixels.
 _SIDES = 512, 1024
 _META = torch.device("meta")
+# Of networks that do not say it.
+_USUAL_SCALE, _USUAL_BLOCKS = 8, (128, 256, 512, 512)
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkingBytes:
-    """Bytes at the worst moment of one part's work: `fixed` for each row of a batch, `per_pixel` for each pixel."""
+    """Bytes at the worst moment of one part's work: `fixed` for each row of a batch, `per_pixel` for each pixel.
+
+    `estimated` by the widths of its layers, where its class cannot be counted.
+    """
 
     fixed: int
     per_pixel: float
+    estimated: bool = False
 
     def of(self, pixels: int, rows: int = 1) -> int:
         """Bytes for `rows` rows that have `pixels` pixels together."""
@@ -93,18 +102,24 @@ class Architecture:
         return f"{name} {hashlib.sha256(repr((shapes, sizes)).encode()).hexdigest()[:16]}"
 
     def count(self, name: str) -> WorkingBytes:
-        """Count what a part needs: the linear function through two sizes."""
+        """Count what a part needs: the linear function through two sizes. A part that cannot be run is estimated."""
         counter = counter_of(name, self.parts[name])
         if counter is None:
             raise ValueError(f"{type(self.parts[name]).__name__} is not counted")
-        small, large = (counter(self, name, side) for side in _SIDES)
+        estimated = counter is estimate_work
+        try:
+            small, large = (counter(self, name, side) for side in _SIDES)
+        except Exception as error:  # a class may need other inputs, or numbers, which the meta device has not
+            _log.info("a part is estimated", part=name, kind=type(self.parts[name]).__name__, why=str(error)[:200])
+            estimated = True
+            small, large = (estimate_work(self, name, side) for side in _SIDES)
         per_pixel = (large - small) / (_SIDES[1] ** 2 - _SIDES[0] ** 2)
-        return WorkingBytes(max(0, round(small - per_pixel * _SIDES[0] ** 2)), per_pixel)
+        return WorkingBytes(max(0, round(small - per_pixel * _SIDES[0] ** 2)), per_pixel, estimated)
 
     @property
     def pixels_per_latent(self) -> int:
         """How many pixels of a side the VAE makes of one of the latents."""
-        return pixels_per_latent(self.parts["vae"])
+        return pixels_per_latent(self.parts["vae"]) if "vae" in self.parts else _USUAL_SCALE
 
     def plain(self, name: str) -> Any:
         """A part in its dtype; without packed weights, which are unpacked one by one while it computes."""
@@ -128,8 +143,11 @@ class Architecture:
 
 def pixels_per_latent(vae: Any) -> int:
     """How many pixels of a side a VAE makes of one of the latents."""
-    scale: int = getattr(vae, "spatial_scale_factor", 2 ** (len(vae.config.block_out_channels) - 1))
-    return scale
+    for name in ("spatial_scale_factor", "spatial_compression_ratio"):
+        if isinstance(known := getattr(vae, name, None), int):
+            return known
+    blocks: Sequence[int] = vae.config.get("block_out_channels") or _USUAL_BLOCKS
+    return 1 << (len(blocks) - 1)
 
 
 @functools.cache
