@@ -6,6 +6,7 @@ what an operator reads of broken ones. Takes minutes. Opens no socket.
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,8 +24,6 @@ from file_kinds import BROKEN, LOADED, Kind  # noqa: E402  # the same
 
 from stable_diffusion_server.errors import ModelLoadError  # noqa: E402  # the same
 from stable_diffusion_server.pipelines import find_owned_models, identify  # noqa: E402  # the same
-from stable_diffusion_server.pipelines.families.flux import Flux  # noqa: E402  # the same
-from stable_diffusion_server.pipelines.families.sdxl import Sdxl  # noqa: E402  # the same
 from stable_diffusion_server.pipelines.loading.components import load_pipeline  # noqa: E402  # the same
 
 PAGE = ROOT / "docs" / "model-files.md"
@@ -78,7 +77,7 @@ def difference(kind: Kind, folder: Path) -> int:
         num_inference_steps=3,
         **built.job,
     )
-    ours = draw((Flux if flux else Sdxl)(pipeline, spec), job)
+    ours = draw(pkgutil.resolve_name(spec.family)(pipeline, spec), job)
     given: dict[str, Any] = {"max_sequence_length": spec.text_tokens} if flux else {}
     given |= {"guidance_rescale": spec.guidance_rescale} if spec.guidance_rescale else {}
     built.stock.set_progress_bar_config(disable=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.library import OfferedModels, permitted_models, with_permitted_model
 from stable_diffusion_server.generation.limits import range_sentence
-from stable_diffusion_server.pipelines import ModelSpec
+from stable_diffusion_server.pipelines import TRUE_GUIDANCE, ModelSpec
 from stable_diffusion_server.types import Caller, ExtraValue, GenerationRequest, Task
 
 # Models that a sentence names at most.
@@ -81,6 +81,19 @@ def check_extra(extra: Iterable[tuple[str, ExtraValue]], spec: ModelSpec) -> Non
             faults.append((field, range_sentence(field, known[name].low, known[name].high)))
     if faults:
         raise InvalidInput.from_faults(faults)
+
+
+def negative_prompt_scale(
+    spec: ModelSpec, guidance: float, extra: Iterable[tuple[str, ExtraValue]]
+) -> tuple[float, str]:
+    """Return the scale that a negative prompt acts with (only above 1), and the name of the parameter that sets it.
+
+    That is guidance, except for models that are distilled with theirs.
+    """
+    own = next((parameter for parameter in spec.extra if parameter.name == TRUE_GUIDANCE), None)
+    if own is None:
+        return guidance, "guidance"
+    return float(dict(extra).get(own.name, own.default)), f"extra.{own.name}"
 
 
 def _listed(names: Sequence[str]) -> str:

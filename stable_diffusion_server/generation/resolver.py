@@ -12,7 +12,7 @@ from uuid import NAMESPACE_OID, uuid5
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.generation.library import Ownership
 from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.generation.model_abilities import check_extra
+from stable_diffusion_server.generation.model_abilities import check_extra, negative_prompt_scale
 from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt
 from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength, scheduler_of, spec_of
 from stable_diffusion_server.storage import object_key
@@ -180,8 +180,9 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         negative = None
         warnings.append(RequestWarning("negative-prompt-ignored", f"{spec.name} has no use for a negative prompt."))
     guidance = _or_default(request.guidance_scale, spec.default_guidance) + 0.0  # -0.0 is 0.0
-    if negative and guidance <= 1:
-        negative, sentence = None, "A negative prompt has a use only with guidance above 1."
+    scale, scaled_by = negative_prompt_scale(spec, guidance, request.extra)
+    if negative and scale <= 1:
+        negative, sentence = None, f"A negative prompt has a use only with {scaled_by} above 1."
         warnings += [RequestWarning("negative-prompt-ignored", sentence)] if request.negative_prompt else []
     if guidance != spec.default_guidance and not spec.takes_guidance:
         guidance = spec.default_guidance

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -24,13 +24,15 @@ C = TypeVar("C")
 class DenoisingSegment:
     """Consecutive steps of one schedule, with the noise they start from (shaped like the latents) and its generator.
 
-    A request has one segment; a refined request has a second one, which starts from the result of the first.
+    A request has one segment; a refined request has a second one, which starts from the result of the first: with noise
+    added, or, for another network with a `conditioning` of its own, as it is.
     """
 
     scheduler: Any
     timesteps: torch.Tensor
     generator: torch.Generator
     noise: torch.Tensor
+    conditioning: Any = None
 
     def add_noise(self, latents: torch.Tensor, position: int) -> torch.Tensor:
         """`latents` with the noise level of step number `position`.
@@ -137,8 +139,14 @@ class PipelineState(Generic[C]):
             self._start_next_segment()
 
     def _start_next_segment(self) -> None:
-        """Use the finished latents as the input image of the next segment, as a second pipeline call would."""
+        """Use the finished latents as the input image of the next segment, as a second pipeline call would.
+
+        A network of its own continues with the latents as they are, without the ControlNet, which is another's.
+        """
         self.segments, self.segment_start = self.segments[1:], self.index
+        if self.segments[0].conditioning is not None:
+            self.conditioning, self.control = self.segments[0].conditioning, None
+            return
         if self.inpaint is not None:
             self.inpaint = InpaintConstraint(self.inpaint.mask, self.latents)
         self.latents = self.segments[0].add_noise(self.latents, 0)
@@ -180,6 +188,11 @@ def await_device(device: torch.device) -> None:
 def seeded(seed: int) -> torch.Generator:
     """A CPU generator on every device, so that a seed gives the same image everywhere."""
     return torch.Generator("cpu").manual_seed(seed)
+
+
+def by_row(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
+    """One batch of tensors of one row each; the i-th is repeated `rows[i]` times."""
+    return torch.cat([tensor for tensor, n in zip(tensors, rows, strict=True) for _ in range(n)])
 
 
 def to_tensor(image: ImageArray, device: torch.device) -> torch.Tensor:

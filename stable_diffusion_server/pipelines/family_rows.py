@@ -8,9 +8,18 @@ from dataclasses import replace
 from stable_diffusion_server.pipelines.catalog import REAL_MODELS
 from stable_diffusion_server.pipelines.library import FileIdentity
 from stable_diffusion_server.pipelines.library.identity import ModelTask
-from stable_diffusion_server.pipelines.model_spec import USUAL_TASKS, ModelSpec
+from stable_diffusion_server.pipelines.model_spec import (
+    REFINER,
+    TRUE_GUIDANCE,
+    USUAL_TASKS,
+    ExtraParameter,
+    ModelSpec,
+)
 from stable_diffusion_server.pipelines.stock_rows import STOCK_ROWS, stock_row
 from stable_diffusion_server.types import Task
+
+# Keys of owners' specs that models with a UNet have a use for.
+_FOR_UNETS = ("guidance_rescale", "schedule", "negative_prompt", "clip_skip", "prediction_type", "zero_snr")
 
 # The repositories and LoRAs of the catalogue's models belong to those alone.
 _SDXL = replace(
@@ -19,10 +28,67 @@ _SDXL = replace(
     control_repo=None,
     lcm_folder=None,
     lcm_repo=None,
-    owner_keys=("guidance_rescale", "schedule", "negative_prompt", "clip_skip", "prediction_type", "zero_snr"),
+    owner_keys=(*_FOR_UNETS, "refiner"),
 )
-_SCHNELL = replace(REAL_MODELS["flux"][0], repo=None, control_repo=None)
-_DEV = replace(_SCHNELL, default_steps=28, default_guidance=3.5, text_tokens=512, takes_guidance=True)
+_SCHNELL = replace(REAL_MODELS["flux"][0], repo=None, control_repo=None, owner_keys=("image_prompt",))
+_TRUE_GUIDANCE = ExtraParameter(
+    TRUE_GUIDANCE, 1, 20, 1, "scale of the negative prompt, beside guidance_scale; 1 is off, more takes twice the time"
+)
+_DEV = replace(
+    _SCHNELL,
+    default_steps=28,
+    default_guidance=3.5,
+    text_tokens=512,
+    takes_guidance=True,
+    takes_negative_prompt=True,
+    extra=(_TRUE_GUIDANCE,),
+    source="model card of FLUX.1-dev: guidance 3.5, 512 tokens; 28 steps as diffusers' call has them",
+)
+_KREA = replace(
+    _DEV,
+    default_guidance=4.5,
+    source="model card of FLUX.1-Krea-dev: guidance 4.5, 28 to 32 steps; 512 tokens as diffusers' call has them",
+)
+_FILL = replace(
+    _DEV,
+    pipeline_class="FluxFillPipeline",
+    owner_keys=(),
+    default_steps=50,
+    default_guidance=30.0,
+    takes_negative_prompt=False,
+    extra=(),
+    control_folder=None,
+    tasks=(Task.INPAINT,),
+    source="model card of FLUX.1-Fill-dev: 50 steps, guidance 30, 512 tokens",
+)
+_KONTEXT = replace(
+    _DEV,
+    pipeline_class="FluxKontextPipeline",
+    owner_keys=(),
+    default_guidance=2.5,
+    control_folder=None,
+    tasks=(Task.TEXT_TO_IMAGE, Task.EDIT),
+    max_references=1,
+    source="model card of FLUX.1-Kontext-dev: guidance 2.5; 28 steps and 512 tokens as diffusers' call has them",
+)
+
+_SD15 = replace(
+    _SDXL,
+    name="sd15",
+    family="stable_diffusion_server.pipelines.families.sd15:Sd15",
+    folder="",
+    pipeline_class="StableDiffusionPipeline",
+    revision="sd15",
+    native_pixels=512 * 512,
+    min_side=256,
+    default_steps=50,
+    default_guidance=7.5,
+    default_scheduler="own",
+    schedulers=("own", *_SDXL.schedulers),
+    control_folder=None,
+    owner_keys=_FOR_UNETS,
+    source="model card of stable-diffusion-v1-5: 50 PLMS steps, guidance 7.5, 512 × 512",
+)
 
 _KLEIN = ModelSpec(
     name="flux2",
@@ -85,15 +151,30 @@ _Z_IMAGE = replace(
 _ROWS: Mapping[tuple[str, str, ModelTask], ModelSpec] = {
     ("sdxl", "", ModelTask.NORMAL): _SDXL,
     ("sdxl", "", ModelTask.INPAINT): replace(
-        _SDXL, pipeline_class="StableDiffusionXLInpaintPipeline", control_folder=None
+        _SDXL, pipeline_class="StableDiffusionXLInpaintPipeline", control_folder=None, owner_keys=_FOR_UNETS
     ),
+    ("sd15", "", ModelTask.NORMAL): _SD15,
+    ("sd15", "", ModelTask.INPAINT): replace(_SD15, pipeline_class="StableDiffusionInpaintPipeline"),
     ("flux", "schnell", ModelTask.NORMAL): _SCHNELL,
     ("flux", "dev", ModelTask.NORMAL): _DEV,
     ("flux2", "klein", ModelTask.NORMAL): _KLEIN,
     ("flux2", "klein-base", ModelTask.NORMAL): _KLEIN_BASE,
     ("z-image", "turbo", ModelTask.NORMAL): _Z_IMAGE_TURBO,
     ("z-image", "base", ModelTask.NORMAL): _Z_IMAGE,
+    ("flux", "krea", ModelTask.NORMAL): _KREA,
+    ("flux", "fill", ModelTask.FILL): _FILL,
+    ("flux", "kontext", ModelTask.EDIT): _KONTEXT,
 }
+
+
+# Models with the same tensors whose tasks differ: variant → task.
+_SAME_TENSORS = {"dev": ModelTask.NORMAL, "krea": ModelTask.NORMAL, "kontext": ModelTask.EDIT}
+
+
+def as_named(identity: FileIdentity, variant: str) -> FileIdentity:
+    """The identity with the variant, and its task, that the owner names."""
+    same = identity.family == "flux" and identity.variant in _SAME_TENSORS
+    return replace(identity, variant=variant, task=_SAME_TENSORS.get(variant, identity.task) if same else identity.task)
 
 
 def family_row(identity: FileIdentity) -> ModelSpec | None:
@@ -105,6 +186,22 @@ def family_row(identity: FileIdentity) -> ModelSpec | None:
     if row is not None and identity.pipeline_class in ("", row.pipeline_class):
         return row
     return stock_row(identity.pipeline_class) or row
+
+
+def refined(row: ModelSpec, place: str) -> ModelSpec:
+    """The row with the UNet of the refiner at a place within MODELS_DIR."""
+    return replace(row, added_parts=((REFINER, place),), quantizable_parts=(*row.quantizable_parts, REFINER))
+
+
+def prompted_by_images(row: ModelSpec, place: str) -> ModelSpec:
+    """The row with the encoders of FLUX.1 Redux at a place within MODELS_DIR: its edits are prompted by images."""
+    return replace(
+        row,
+        added_parts=(("image_encoder", place),),
+        tasks=(*row.tasks, Task.EDIT),
+        max_references=4,
+        image_tokens=729,
+    )
 
 
 def drawn_families() -> str:

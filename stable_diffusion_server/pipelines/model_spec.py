@@ -13,6 +13,14 @@ from stable_diffusion_server.types import Task
 
 V = TypeVar("V")
 
+# The component of an SDXL pipeline that draws its last steps.
+REFINER = "refiner"
+# The parameter of models that are distilled with their guidance: the scale of a negative prompt beside it.
+TRUE_GUIDANCE = "true_cfg_scale"
+
+# What a model for text does with the same denoiser: images are the start of its schedule, a mask keeps a part of them.
+USUAL_TASKS = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINT)
+
 _CANDIDATES, _NEAREST, _SIMILAR, _COMPARED = 20, 3, 0.4, 100
 # Up to this many names are all listed to who gives an unknown one.
 _LISTED = 12
@@ -32,10 +40,10 @@ class SchedulerSpec:
 class CheckpointFiles:
     """The files of a model that is not a diffusers folder.
 
-    `family` is `sdxl` or `flux`; `parts` are pairs of a part (`denoiser`, `vae`, `clip_l`, `clip_g`, `t5`) and its
-    file's path within MODELS_DIR; a part that is not listed is in the denoiser's file. `tokenizer` is the place of T5's
-    tokenizer, a folder or a GGUF file. `prediction` is `epsilon` or `v_prediction`; with `zero_snr` the schedule ends
-    in pure noise.
+    `family` is `sdxl`, `sd15` or `flux`; `parts` are pairs of a part (`denoiser`, `vae`, `clip_l`, `clip_g`, `t5`) and
+    its file's path within MODELS_DIR; a part that is not listed is in the denoiser's file. `tokenizer` is the place of
+    T5's tokenizer, a folder or a GGUF file. `prediction` is `epsilon` or `v_prediction`; with `zero_snr` the schedule
+    ends in pure noise.
     """
 
     family: str
@@ -56,10 +64,6 @@ class ExtraParameter:
     description: str
 
 
-# What a model for text does with the same denoiser: images are the start of its schedule, a mask keeps a part of them.
-USUAL_TASKS = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINT)
-
-
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One row of the catalogue: everything the server knows of a model before it loads it.
@@ -74,12 +78,13 @@ class ModelSpec:
     overexposure that guidance causes in models with zero terminal SNR. `clip_skip` layers of the text encoders more
     than usual are left out, `scheduler_options` change the configuration of the model's scheduler, and `quantize` and
     `offload` come before QUANTIZE and OFFLOAD unless they are empty. `checkpoint` lists the files of a model that is
-    no diffusers folder; `folder` then is the name of the first of them.
+    no diffusers folder; `folder` then is the name of the first of them. `added_parts` are components that other models
+    give, as (component, place within MODELS_DIR): an SDXL `refiner`, or Redux as the `image_encoder` of a Flux.
 
-    `tasks` are those it draws, and `max_references` is the most images that an edit looks at. `extra` are parameters of
-    its own; with `any_extra`, they are those of its diffusers class. One that does not `batch` shares no forward pass.
-    `source` says where its defaults are from. `owner_keys` are keys of an owner's spec that have an effect on it beside
-    those that all models share.
+    `tasks` are those it draws, and `max_references` is the most images that an edit looks at; where they are a prompt,
+    they add `image_tokens` to it. `extra` are parameters of its own; with `any_extra`, they are those of its diffusers
+    class. One that does not `batch` shares no forward pass. `source` says where its defaults are from. `owner_keys` are
+    keys of an owner's spec that have an effect on it beside those that all models share.
 
     An `unread` model is loaded on demand and was not loaded yet: its revision is not final. `preload` loads it at the
     start, and a `pinned` one is not unloaded for others. `file_bytes` is the size of its files, 0 if unknown.
@@ -140,9 +145,11 @@ class ModelSpec:
     pinned: bool = False
     file_bytes: int = 0
     checkpoint: CheckpointFiles | None = None
+    added_parts: tuple[tuple[str, str], ...] = ()
     quantizable_parts: tuple[str, ...] = ("unet", "control")
     tasks: tuple[Task, ...] = USUAL_TASKS
     max_references: int = 0
+    image_tokens: int = 0
     extra: tuple[ExtraParameter, ...] = ()
     any_extra: bool = False
     batches: bool = True

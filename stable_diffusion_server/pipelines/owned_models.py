@@ -7,7 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.pipelines.family_rows import drawn_families, family_row
+from stable_diffusion_server.pipelines.family_rows import (
+    as_named,
+    drawn_families,
+    family_row,
+    prompted_by_images,
+    refined,
+)
 from stable_diffusion_server.pipelines.library import Kind, LibraryModel, ModelLibrary, ModelTask
 from stable_diffusion_server.pipelines.library.file_headers import shown
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
@@ -86,14 +92,26 @@ class _Builder:
         spec = replace(spec, name=model.name, folder=place, revision=identity.family)
         if identity.kind is not Kind.PIPELINE:
             spec = replace(spec, checkpoint=finder.files(model))
+        spec = self._with_added(spec, model, finder)
         return with_owner_values(spec, model, lambda name, kind: finder.path_of(model, name, kind))
+
+    def _with_added(self, spec: ModelSpec, model: LibraryModel, finder: PartFinder) -> ModelSpec:
+        """With the components of other models that the owner's spec names."""
+        values = model.spec.values
+        if "refiner" in values and "refiner" in spec.owner_keys:
+            return refined(spec, finder.refiner(model, values["refiner"]))
+        if "image_prompt" in values and "image_prompt" in spec.owner_keys:
+            return prompted_by_images(spec, finder.path_of(model, values["image_prompt"], Kind.IMAGE_PROMPT))
+        return spec
 
     def _row(self, model: LibraryModel) -> ModelSpec:
         """The row that a model follows. Raises `Unusable` for what no family here draws."""
         identity, name = model.identity, model.file_name
         # What a file does not say, its owner may.
-        said = replace(identity, variant=str(model.spec.values.get("variant", identity.variant)))
+        said = as_named(identity, str(model.spec.values.get("variant", identity.variant)))
         row = family_row(said) or family_row(identity)
+        if row is None and identity.task is ModelTask.REFINER:
+            raise Unusable(f"{name} is a refiner: name it in a model's spec, as refiner = {model.name!r}.")
         if row is None:
             families = ", ".join(identity.families) or "an unknown family"
             purpose = "" if identity.task is ModelTask.NORMAL else f"for {identity.task}"

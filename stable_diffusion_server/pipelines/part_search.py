@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from stable_diffusion_server.pipelines.library import Kind, LibraryModel
+from stable_diffusion_server.pipelines.library import Kind, LibraryModel, ModelTask
 from stable_diffusion_server.pipelines.library.gguf_header import GGUF, holds_t5_tokenizer
 from stable_diffusion_server.pipelines.library.identity import UnreadableModel
 from stable_diffusion_server.pipelines.loading.checkpoint_layout import CLIP_G, CLIP_L, COMPONENTS, T5, VAE
@@ -17,7 +17,7 @@ from stable_diffusion_server.pipelines.owner_values import Unusable
 
 # Folder in MODELS_DIR for T5's tokenizer, where no model brings it.
 TOKENIZER = "t5-tokenizer"
-PARTS = {"sdxl": (VAE, CLIP_L, CLIP_G), "flux": (VAE, CLIP_L, T5)}
+PARTS = {"sdxl": (VAE, CLIP_L, CLIP_G), "sd15": (VAE, CLIP_L), "flux": (VAE, CLIP_L, T5)}
 _SHOWN = {
     VAE: "a VAE",
     CLIP_L: "the text encoder CLIP-L (clip_l.safetensors)",
@@ -68,6 +68,17 @@ class PartFinder:
     def path_of(self, model: LibraryModel, name: str, kind: Kind) -> str:
         """The path of a file that the owner's spec names. Raises `Unusable` if there is none of this kind."""
         return path_within(self._named(model, name, kind), self.models_dir)
+
+    def refiner(self, model: LibraryModel, name: str) -> str:
+        """The path of the SDXL refiner that the owner's spec names. Raises `Unusable` for another model."""
+        files = (file for file in self.models if file.role == "model" and name in (file.name, file.file_name))
+        found = next(files, None)
+        if found is None or found.identity.task is not ModelTask.REFINER:
+            why = "is not in MODELS_DIR" if found is None else "is no refiner"
+            raise Unusable(f"The spec of {model.name} names the refiner {name!r}, which {why}.")
+        if found.faults:
+            raise Unusable(f"The spec of {model.name} names {name!r}: {' '.join(found.faults)}")
+        return path_within(found, self.models_dir)
 
     def _named(self, model: LibraryModel, name: str, kind: Kind) -> LibraryModel:
         """The file of a kind that the owner's spec names, by its name with or without ending."""

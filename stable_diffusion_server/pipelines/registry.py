@@ -26,7 +26,7 @@ from stable_diffusion_server.pipelines.loading.footprint import choose_device, f
 from stable_diffusion_server.pipelines.loading.loader import LoadOptions, measure_model, placement_settings
 from stable_diffusion_server.pipelines.loading.placement import USABLE, Residency
 from stable_diffusion_server.pipelines.loading.weight_digest import ignore_progress
-from stable_diffusion_server.pipelines.model_spec import ModelSpec
+from stable_diffusion_server.pipelines.model_spec import REFINER, ModelSpec
 from stable_diffusion_server.pipelines.residency import MemoryBudget, ModelNeed, ResidentModels
 from stable_diffusion_server.types import DiffusionRequest
 
@@ -34,7 +34,7 @@ __all__ = ["CpuDtypes", "LoadOptions", "LoadedFamily", "LoadedModelInfo", "Regis
 
 # Components that prepare a request, and those that take a step.
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
-_DENOISERS = ("unet", "transformer")
+_DENOISERS = ("unet", "transformer", REFINER)
 # Bytes of weights from which one request uses all cores of a CPU well: the embedded models have 60 MB, SDXL 7 GB.
 _LARGE = 1_000_000_000
 

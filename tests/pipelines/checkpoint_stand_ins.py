@@ -1,7 +1,7 @@
 """Small models with random weights, written as people download them: original key names, one file or several.
 
-The names are those of Stability's SDXL, Black Forest Labs' Flux, OpenCLIP and ComfyUI. The stand-ins have text encoders
-of unlike widths, since diffusers tells two of one width apart by nothing.
+The names are those of CompVis' SD 1.5, Stability's SDXL, Black Forest Labs' Flux, OpenCLIP and ComfyUI. The stand-ins
+have text encoders of unlike widths, since diffusers tells two of one width apart by nothing.
 """
 
 from __future__ import annotations
@@ -58,15 +58,71 @@ def sdxl_pipeline(seed: int = 0, *, in_channels: int = 4, scheduler: Mapping[str
     return _quiet(pipeline)
 
 
-def flux_pipeline(seed: int = 0, *, guided: bool = False, tokenizer: Path) -> Any:
-    """A small Flux (width 128) with the tokenizer of the embedded one; `guided` as FLUX.1-dev."""
+def refiner_unet(seed: int = 7) -> Any:
+    """The UNet of a small refiner for `sdxl_pipeline`: four blocks, of which the two in the middle have attention."""
+    torch.manual_seed(seed)
+    unet = diffusers.UNet2DConditionModel(
+        **base_configs("sdxl")["denoiser"],
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 64, 128, 64),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 2, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+        transformer_layers_per_block=2,
+        attention_head_dim=[1, 1, 2, 1],
+        cross_attention_dim=128,
+        use_linear_projection=True,
+        projection_class_embeddings_input_dim=128 + 5 * 256,
+    )
+    _enliven({"unet": unet})
+    return unet
+
+
+def sd15_pipeline(seed: int = 0, *, in_channels: int = 4, width: int = 64) -> Any:
+    """A small SD 1.5 with its layout: four blocks of two layers; the library knows it by a text encoder 768 wide."""
+    torch.manual_seed(seed)
+    base = base_configs("sd15")
+    unet = diffusers.UNet2DConditionModel(
+        **base["denoiser"],
+        in_channels=in_channels,
+        out_channels=4,
+        block_out_channels=(32, 64, 64, 64),
+        down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        cross_attention_dim=width,
+    )
+    parts = {
+        "unet": unet,
+        "vae": _vae("sd15", latent_channels=4),
+        "text_encoder": transformers.CLIPTextModel(_clip("sd15", "text_encoder", width, 2)),
+    }
+    _enliven(parts)
+    name = "StableDiffusionInpaintPipeline" if in_channels == 9 else "StableDiffusionPipeline"
+    pipeline = getattr(diffusers, name)(
+        **parts,
+        tokenizer=clip_tokenizer(),
+        scheduler=diffusers.PNDMScheduler.from_config(base["scheduler"]),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _quiet(pipeline)
+
+
+def flux_pipeline(seed: int = 0, *, guided: bool = False, tokenizer: Path, kind: str = "") -> Any:
+    """A small Flux (width 128) with the tokenizer of the embedded one; `guided` as FLUX.1-dev.
+
+    `kind` is `Fill`, `Kontext` or empty.
+    """
     torch.manual_seed(seed)
     base = base_configs("flux")
     t5_words = transformers.AutoTokenizer.from_pretrained(tokenizer)
     parts = {
         "transformer": diffusers.FluxTransformer2DModel(
             **base["denoiser"],
-            in_channels=64,
+            in_channels=384 if kind == "Fill" else 64,
+            out_channels=64,
             num_layers=2,
             num_single_layers=2,
             num_attention_heads=1,
@@ -90,7 +146,7 @@ def flux_pipeline(seed: int = 0, *, guided: bool = False, tokenizer: Path) -> An
     }
     _enliven(parts)
     scheduler = base["scheduler" if guided else "scheduler_schnell"]
-    pipeline = diffusers.FluxPipeline(
+    pipeline = getattr(diffusers, f"Flux{kind}Pipeline")(
         **parts,
         tokenizer=clip_tokenizer(),
         tokenizer_2=t5_words,

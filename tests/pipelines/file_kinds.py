@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from checkpoint_stand_ins import flux_pipeline, sdxl_pipeline, write
-from drawing import scene
+from checkpoint_stand_ins import flux_pipeline, sd15_pipeline, sdxl_pipeline, write
+from drawing import disc_mask, scene
 from five_models import MARKERS, WORDS
 from model_files import FILES, write_safetensors
 from original_names import (
     clip_tensors,
     flux_tensors,
+    sd15_tensors,
     sdxl_tensors,
     t5_tensors,
     transformer_tensors,
@@ -34,6 +35,10 @@ from stable_diffusion_server.pipelines.loading.network_assembly import assemble
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 FP32 = torch.float32
+
+
+# All of an image to be repainted, as a request without a mask has it.
+WHITE = {"image": Image.fromarray(scene().pixels), "mask_image": Image.new("L", (128, 128), 255), "strength": 1.0}
 
 
 class Built(NamedTuple):
@@ -87,8 +92,47 @@ def _v_prediction(folder: Path) -> Built:
 def _inpainting(folder: Path) -> Built:
     pipeline = sdxl_pipeline(3, in_channels=9)
     write(folder / "model.safetensors", sdxl_tensors(pipeline))
-    white = {"image": Image.fromarray(scene().pixels), "mask_image": Image.new("L", (128, 128), 255), "strength": 1.0}
-    return Built("model", pipeline, stock_arguments=white)
+    return Built("model", pipeline, stock_arguments=WHITE)
+
+
+def _sd15(*, in_channels: int = 4, spec: str = "") -> Callable[[Path], Built]:
+    def build(folder: Path) -> Built:
+        pipeline = sd15_pipeline(in_channels=in_channels, width=768)
+        write(folder / "model.safetensors", sd15_tensors(pipeline))
+        if not spec:
+            return Built("model", pipeline, stock_arguments=WHITE if in_channels == 9 else {})
+        (folder / "model.toml").write_text(spec)
+        scheduler = diffusers.PNDMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+        parts = {**pipeline.components, "scheduler": scheduler, "requires_safety_checker": False}
+        return Built("model", diffusers.StableDiffusionPipeline(**parts))
+
+    return build
+
+
+def _sd15_folder(folder: Path) -> Built:
+    pipeline = sd15_pipeline(width=768)
+    pipeline.save_pretrained(folder / "v1-5")
+    return Built("v1-5", pipeline)
+
+
+def _flux_tool(kind: str, spec: str = "") -> Callable[[Path], Built]:
+    """A transformer of FLUX.1 Fill or Kontext, beside a Flux folder, which gives it the rest."""
+
+    def build(folder: Path) -> Built:
+        own = flux_pipeline(5, guided=True, tokenizer=WORDS, kind=kind)
+        flux().save_pretrained(folder / "schnell")
+        write(folder / "mine.safetensors", transformer_tensors(own.transformer))
+        if spec:
+            (folder / "mine.toml").write_text(spec)
+        scheduler = own.scheduler
+        parts = {**flux().components, "transformer": own.transformer, "scheduler": scheduler}
+        stock = type(own)(**{name: part for name, part in parts.items() if name in own.components})
+        fills = kind == "Fill"
+        job = {"image": scene(), "mask": disc_mask()} if fills else {}
+        pictures = {"image": Image.fromarray(scene().pixels), "mask_image": Image.fromarray(disc_mask().pixels)}
+        return Built("mine", stock, job=job, stock_arguments=pictures if fills else {"max_area": 128 * 128})
+
+    return build
 
 
 def _bare_unet(folder: Path) -> Built:
@@ -263,6 +307,10 @@ LOADED = (
     Kind("SDXL folder, LCM", "my merge", _folder("LCMScheduler")),
     Kind("SDXL folder, TCD", "my merge", _folder("TCDScheduler")),
     Kind("cache of the hub as MODELS_DIR", "models--me--merge/snapshots/" + "0" * 40, _hub_cache),
+    Kind("SD 1.5 checkpoint", "model.safetensors", _sd15()),
+    Kind("SD 1.5 inpainting, 9 channels", "model.safetensors", _sd15(in_channels=9)),
+    Kind("SD 1.5 v-prediction (spec)", "model.safetensors", _sd15(spec='prediction_type = "v_prediction"\n')),
+    Kind("SD 1.5 diffusers folder", "v1-5", _sd15_folder),
     Kind("Flux schnell checkpoint", "model.safetensors", _flux_checkpoint(guided=False)),
     Kind("Flux dev checkpoint", "model.safetensors", _flux_checkpoint(guided=True)),
     Kind("Flux diffusers folder", "my flux", _flux_folder),
@@ -278,6 +326,8 @@ LOADED = (
     Kind("the same, scaled fp8 by row", _FLUX, _split(_scaled("rows"), _FLUX)),
     Kind("the same, transformer in GGUF Q8_0", "flux.gguf", _split(_gguf, "flux.gguf")),
     Kind("the same, T5 in GGUF Q8_0", "t5.gguf", _gguf_t5),
+    Kind("Flux Fill transformer, beside a Flux folder", "mine.safetensors", _flux_tool("Fill")),
+    Kind("Flux Kontext transformer (spec)", "mine.safetensors", _flux_tool("Kontext", 'variant = "kontext"\n')),
 )  # fmt: skip
 
 
@@ -296,6 +346,14 @@ def _changed(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]
 
 def _without(start: str) -> Callable[[Path], None]:
     return _changed(lambda tensors: {name: one for name, one in tensors.items() if not name.startswith(start)})
+
+
+def _sd15_without(start: str) -> Callable[[Path], None]:
+    def build(folder: Path) -> None:
+        tensors = sd15_tensors(sd15_pipeline(width=768))
+        write(folder / "model.safetensors", {name: one for name, one in tensors.items() if not name.startswith(start)})
+
+    return build
 
 
 def _more(**more: torch.Tensor) -> Callable[[Path], None]:
@@ -374,10 +432,13 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
     "a scale without a weight": _more(**{"out.2.scale_weight": torch.ones(1)}),
     "scaled fp8 of an unknown format": _more(**{"out.2.comfy_quant": _NVFP4}),
     "SDXL UNet alone, nothing beside it": _bare_lacks,
+    "SD 1.5 checkpoint without CLIP-L": _sd15_without("cond_stage_model."),
+    "SD 1.5 checkpoint that lacks a layer": _sd15_without("model.diffusion_model.middle_block.0.out_layers.3"),
     "Flux checkpoint without T5's tokenizer": _flux_lacks,
     "truncated GGUF": _truncated_gguf,
     **{title: _shaped(name) for title, name in (
-        ("Stable Diffusion 1.5", "sd15"), ("SDXL refiner", "sdxl-refiner"), ("Flux Fill", "flux-fill"),
+        ("Stable Diffusion 2", "sd2"), ("SD 1.5 that edits by instruction", "sd15-pix2pix"),
+        ("SDXL refiner", "sdxl-refiner"), ("Flux Fill, nothing beside it", "flux-fill"),
         ("Flux Canny or Depth", "flux-canny"), ("FLUX.2 klein", "klein-4b"), ("Z-Image", "z-image"),
         ("SDXL UNet in the names of diffusers", "sdxl-unet-diffusers"),
         ("Flux transformer, nothing beside it", "flux-dev"),

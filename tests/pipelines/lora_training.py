@@ -40,10 +40,7 @@ def train_swap(family: Any, folder: Path, steps: int = 60) -> Path:
             alpha = scheduler.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
             noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
             velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-            conditions = {
-                "text_embeds": conditioning.pooled[-1:].expand(4, -1),
-                "time_ids": conditioning.time_ids[-1:].expand(4, -1),
-            }
+            conditions = {name: rows[-1:].expand(4, -1) for name, rows in conditioning.added.items()}
             embeds = conditioning.embeds[-1:].expand(4, -1, -1)
             predicted = unet(noisy, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=conditions)[0]
             loss = torch.nn.functional.mse_loss(predicted, velocity)

@@ -1,6 +1,6 @@
 """The tensors of diffusers' networks under the names that downloaded files have.
 
-The names are those of Stability's SDXL, Black Forest Labs' Flux, OpenCLIP and ComfyUI.
+The names are those of CompVis' SD 1.5, Stability's SDXL, Black Forest Labs' Flux, OpenCLIP and ComfyUI.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _RESNET = {
 }
 
 
-def _unet_blocks() -> dict[str, str]:
+def _unet_blocks(unet: Any) -> dict[str, str]:
     blocks = {
         "mid_block.attentions.0.": "middle_block.1.",
         "mid_block.resnets.0.": "middle_block.0.",
         "mid_block.resnets.1.": "middle_block.2.",
     }
-    for i in range(3):
+    for i in range(len(unet.config.block_out_channels)):
         for j in range(2):
             blocks[f"down_blocks.{i}.resnets.{j}."] = f"input_blocks.{3 * i + j + 1}.0."
             blocks[f"down_blocks.{i}.attentions.{j}."] = f"input_blocks.{3 * i + j + 1}.1."
@@ -44,19 +44,21 @@ def _unet_blocks() -> dict[str, str]:
             blocks[f"up_blocks.{i}.resnets.{j}."] = f"output_blocks.{3 * i + j}.0."
             blocks[f"up_blocks.{i}.attentions.{j}."] = f"output_blocks.{3 * i + j}.1."
         blocks[f"down_blocks.{i}.downsamplers.0.conv."] = f"input_blocks.{3 * (i + 1)}.0.op."
-        blocks[f"up_blocks.{i}.upsamplers.0."] = f"output_blocks.{3 * i + 2}.2."
+        place = 2 if hasattr(unet.up_blocks[i], "attentions") else 1
+        blocks[f"up_blocks.{i}.upsamplers.0."] = f"output_blocks.{3 * i + 2}.{place}."
     return blocks
 
 
 def unet_tensors(unet: Any) -> Tensors:
     """A UNet in the names of Stability's code, without prefix."""
     found: Tensors = {}
+    blocks = _unet_blocks(unet)
     for name, tensor in unet.state_dict().items():
         head = next((old for old in _UNET if name.startswith(f"{old}.")), None)
         if head is not None:
             found[_UNET[head] + name[len(head) :]] = tensor
             continue
-        old, new = next((old, new) for old, new in _unet_blocks().items() if name.startswith(old))
+        old, new = next((old, new) for old, new in blocks.items() if name.startswith(old))
         rest = name[len(old) :]
         if "resnets" in old:
             part = next(part for part in _RESNET if rest.startswith(f"{part}."))
@@ -184,6 +186,18 @@ def sdxl_tensors(pipeline: Any) -> Tensors:
         **_under("conditioner.embedders.0.transformer.", clip_tensors(pipeline.text_encoder)),
         "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
         **_under("conditioner.embedders.1.model.", open_clip_tensors(pipeline.text_encoder_2)),
+    }
+
+
+def sd15_tensors(pipeline: Any) -> Tensors:
+    """A whole checkpoint of SD 1.5, with what training leaves in it."""
+    return {
+        **_under("model.diffusion_model.", unet_tensors(pipeline.unet)),
+        **_under("first_stage_model.", vae_tensors(pipeline.vae)),
+        **_under("cond_stage_model.transformer.", clip_tensors(pipeline.text_encoder)),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+        "alphas_cumprod": torch.linspace(1, 0, 1000),
+        "model_ema.decay": torch.tensor(0.9999),
     }
 
 

@@ -11,6 +11,9 @@ from drawing import MODELS_DIR
 from original_names import clip_tensors, t5_tensors, vae_tensors
 
 from stable_diffusion_server.pipelines.catalog import REAL_MODELS
+from stable_diffusion_server.pipelines.family_rows import family_row
+from stable_diffusion_server.pipelines.library import Kind, ModelTask
+from stable_diffusion_server.pipelines.library.identity import FileIdentity
 from stable_diffusion_server.pipelines.model_spec import CheckpointFiles, ModelSpec
 
 T5_WORDS = MODELS_DIR / "embedded-flux" / "tokenizer_2"
@@ -21,6 +24,13 @@ def sdxl_spec(*parts: tuple[str, str], **changes: Any) -> ModelSpec:
     given = {key: changes.pop(key) for key in ("prediction", "zero_snr") if key in changes}
     files = CheckpointFiles("sdxl", parts, **given)
     return replace(REAL_MODELS["sdxl"][1], folder=parts[0][1], checkpoint=files, control_folder=None, **changes)
+
+
+def sd15_spec(*parts: tuple[str, str], task: ModelTask = ModelTask.NORMAL, **given: Any) -> ModelSpec:
+    """A spec of files of SD 1.5."""
+    row = family_row(FileIdentity(Kind.CHECKPOINT, ("sd15",), task=task))
+    assert row is not None
+    return replace(row, folder=parts[0][1], checkpoint=CheckpointFiles("sd15", parts, **given))
 
 
 def flux_spec(*parts: tuple[str, str], tokenizer: str = "words") -> ModelSpec:

@@ -74,7 +74,7 @@ def flux_kontext() -> Any:
     return d.FluxKontextPipeline(**_flux_parts(64, guidance=True))
 
 
-def _sd_parts(in_channels: int) -> dict[str, Any]:
+def _sd_parts(in_channels: int, width: int = 32) -> dict[str, Any]:
     clip = clip_tokenizer()
     unet = d.UNet2DConditionModel(
         in_channels=in_channels,
@@ -84,7 +84,7 @@ def _sd_parts(in_channels: int) -> dict[str, Any]:
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
+        cross_attention_dim=width,
         attention_head_dim=8,
         norm_num_groups=8,
     )
@@ -98,7 +98,7 @@ def _sd_parts(in_channels: int) -> dict[str, Any]:
     )
     return {
         "vae": kl_vae(4),
-        "text_encoder": clip_text(clip),
+        "text_encoder": clip_text(clip, width),
         "tokenizer": clip,
         "unet": unet,
         "scheduler": scheduler,
@@ -108,8 +108,9 @@ def _sd_parts(in_channels: int) -> dict[str, Any]:
     }
 
 
-def sd15() -> Any:
-    return d.StableDiffusionPipeline(**_sd_parts(4))
+def sd15(width: int = 32) -> Any:
+    """The library knows it by a text encoder 768 wide."""
+    return d.StableDiffusionPipeline(**_sd_parts(4, width))
 
 
 def sd15_inpaint() -> Any:

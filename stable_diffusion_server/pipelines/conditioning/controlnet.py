@@ -15,7 +15,7 @@ from stable_diffusion_server.errors import ModelLoadError
 class ControlNetInput:
     """ControlNet conditioning of one request: `hint` holds the edges, `scale` multiplies the residuals.
 
-    SDXL takes pixels in 0..1, 1 × 3 × height × width; Flux packed latents, 1 × patches × channels, or pixels in
+    UNets take pixels in 0..1, 1 × 3 × height × width; Flux packed latents, 1 × patches × channels, or pixels in
     -1..1 where the network has a hint block of its own.
     """
 
@@ -24,7 +24,7 @@ class ControlNetInput:
 
 
 def check_grid(controlnet: Any, pixels_per_latent: int) -> None:
-    """Raise `ModelLoadError` when an SDXL ControlNet downsamples by another factor than the VAE."""
+    """Raise `ModelLoadError` when a ControlNet of a UNet downsamples by another factor than the VAE."""
     shrinks = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
     if shrinks != pixels_per_latent:
         raise ModelLoadError(

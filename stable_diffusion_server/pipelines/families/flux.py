@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.pipelines.base import (
@@ -16,6 +17,7 @@ from stable_diffusion_server.pipelines.base import (
     InpaintConstraint,
     PipelineState,
     await_device,
+    by_row,
     latent_mask,
     seeded,
     to_tensor,
@@ -26,6 +28,12 @@ from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNet
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, LoraManager, digests_and_weights
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.diffusers_family import DiffusersFamily
+from stable_diffusion_server.pipelines.flux_inputs import (
+    as_reference,
+    image_and_mask,
+    pixels_as_channels,
+    true_guidance,
+)
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler, token_counter
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
@@ -36,8 +44,10 @@ from stable_diffusion_server.types import DiffusionRequest, ImageArray
 class Conditioning:
     """The transformer's conditioning for one request.
 
-    `embeds` is 1 × tokens × channels (T5), `pooled` 1 × channels (CLIP), `guidance` one number, for models distilled
-    with it. `text_ids` (tokens × 3) and `image_ids` (patches × 3) are positions, equal for all requests of a shape.
+    Rows are [negative, positive] with true guidance, [positive] without. `embeds` is rows × tokens × channels (T5),
+    `pooled` rows × channels (CLIP), `guidance` one number a row, for models distilled with it. `text_ids` (tokens × 3)
+    and `image_ids` (patches × 3) are positions, equal for all requests of a shape. `masked` (1 × patches × channels) is
+    what Fill takes beside the latents, `reference` (1 × patches × channels) are the latents that Kontext looks at.
     """
 
     embeds: torch.Tensor
@@ -45,6 +55,8 @@ class Conditioning:
     guidance: torch.Tensor
     text_ids: torch.Tensor
     image_ids: torch.Tensor
+    masked: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
 
 
 class Flux(DiffusersFamily):
@@ -70,7 +82,8 @@ class Flux(DiffusersFamily):
     def _prepared(self, request: DiffusionRequest) -> PipelineState[Conditioning]:
         """Encode the prompt and the input images, draw the noise, set the timesteps.
 
-        Uses the generator in the order of the stock pipelines: latents of the edges, latents of the input image, noise.
+        Uses the generator in the order of the stock pipelines: latents of the edges, latents of the input image, noise,
+        latents of its visible part for Fill.
         Raises `InvalidInput` for a strength that leaves no step, an unknown LoRA, or edges without a ControlNet.
         """
         with translate_torch_errors():
@@ -84,7 +97,9 @@ class Flux(DiffusersFamily):
             segments = [self._segment(request, skipped, generator, dtype)]
             latents = segments[0].noise if original is None else segments[0].add_noise(original, 0)
             inpaint = None
-            if request.mask is not None and original is not None:
+            if self._fills:
+                conditioning = replace(conditioning, masked=self._masked(request, generator, dtype))
+            elif request.mask is not None and original is not None:
                 channels = self.pipeline.vae.config.latent_channels
                 like = torch.empty(1, 1, *self._size(request), device=original.device, dtype=dtype)
                 mask = self._packed(latent_mask(request.mask, like).repeat(1, channels, 1, 1))
@@ -109,26 +124,28 @@ class Flux(DiffusersFamily):
         with translate_torch_errors():
             self.loras.switch(states[0].loras)
             conditionings = [state.conditioning for state in states]
+            rows = [len(conditioning.embeds) for conditioning in conditionings]
             guidance = torch.cat([c.guidance for c in conditionings])
-            latents = torch.cat([state.model_input for state in states])
+            latents = by_row([_sample(state) for state in states], rows)
+            timesteps = by_row([state.timestep.reshape(1) for state in states], rows)
             transformer = self.pipeline.transformer
             inputs = {
                 "hidden_states": latents,
-                "timestep": torch.stack([state.timestep for state in states]).to(latents.dtype) / 1000,
+                "timestep": timesteps.to(latents.dtype) / 1000,
                 "pooled_projections": torch.cat([c.pooled for c in conditionings]),
                 "encoder_hidden_states": torch.cat([c.embeds for c in conditionings]),
                 "txt_ids": conditionings[0].text_ids,
                 "img_ids": conditionings[0].image_ids,
             }
-            controls = [state.control for state in states]
+            controls = [state.control for state, n in zip(states, rows, strict=True) for _ in range(n)]
             predicted = transformer(
                 **inputs,
                 **transformer_residuals(self.controlnet, inputs, guidance, controls),
                 guidance=guidance if transformer.config.guidance_embeds else None,
                 return_dict=False,
             )[0]
-            for state, prediction in zip(states, predicted.split(1), strict=True):
-                state.advance(prediction)
+            for state, prediction in zip(states, predicted.split(rows), strict=True):
+                state.advance(_guide(prediction[:, : state.latents.shape[1]], state))
             await_device(predicted.device)
 
     def _vae_latents(self, state: PipelineState[Conditioning], latents: torch.Tensor) -> torch.Tensor:
@@ -138,19 +155,72 @@ class Flux(DiffusersFamily):
         return unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
 
     def _encode(self, request: DiffusionRequest, loras: ActiveLoras = ()) -> Conditioning:
-        pipe = self.pipeline
-        device = self.device
-        text = _text(self.spec, request.prompt)
-        embeds, pooled, text_ids = self.prompt_cache.get_or_create(
+        if request.references and getattr(self.pipeline, "image_encoder", None) is not None:
+            return self._prompted_by_images(request, loras)
+        scale = true_guidance(request)
+        prompts = [request.prompt] if scale is None else [request.negative_prompt or "", request.prompt]
+        found = [self._embeds(prompt, loras) for prompt in prompts]
+        embeds, pooled = (torch.cat([one[part] for one in found]) for part in (0, 1))
+        height, width = self._size(request)
+        image_ids = self._positions(height, width, embeds.dtype)
+        guidance = torch.full([len(found)], request.guidance_scale, device=self.device, dtype=torch.float32)
+        reference = None
+        if request.references:
+            latents = self._latents(as_reference(request.references[0]), None).to(embeds.dtype)
+            reference = self._packed(latents)
+            high, wide = latents.shape[-2:]
+            beside = self._positions(high, wide, embeds.dtype)
+            beside[:, 0] = 1  # the position of a reference is that of the picture, one level above
+            image_ids = torch.cat([image_ids, beside])
+        return Conditioning(embeds, pooled, guidance, found[0][2], image_ids, reference=reference)
+
+    def _prompted_by_images(self, request: DiffusionRequest, loras: ActiveLoras) -> Conditioning:
+        """The conditioning of images as prompts (Redux): their embeddings, summed, after those of the text."""
+        if true_guidance(request) is not None:
+            raise InvalidInput("Images as prompts take no negative prompt.", field="negative_prompt")
+        embeds, pooled, _ = self._embeds(request.prompt, loras)
+        images = [Image.fromarray(image.pixels) for image in request.references]
+        seen = self.pipeline.image_encoder(images).to(embeds.dtype)
+        # The text is summed over the images too, as the stock pipeline does.
+        embeds = torch.cat([len(images) * embeds, seen.sum(dim=0, keepdim=True)], dim=1)
+        height, width = self._size(request)
+        guidance = torch.full([1], request.guidance_scale, device=self.device, dtype=torch.float32)
+        positions = torch.zeros(embeds.shape[1], 3, device=self.device, dtype=embeds.dtype)
+        return Conditioning(
+            embeds, len(images) * pooled, guidance, positions, self._positions(height, width, embeds.dtype)
+        )
+
+    def _embeds(self, prompt: str, loras: ActiveLoras) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """T5's and CLIP's embeddings of a prompt, and the positions of its tokens."""
+        text = _text(self.spec, prompt)
+        embeds: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self.prompt_cache.get_or_create(
             (text, digests_and_weights(loras)),
-            lambda: pipe.encode_prompt(
-                prompt=text, prompt_2=None, device=device, max_sequence_length=self.spec.text_tokens
+            lambda: self.pipeline.encode_prompt(
+                prompt=text, prompt_2=None, device=self.device, max_sequence_length=self.spec.text_tokens
             ),
         )
-        height, width = self._size(request)
-        image_ids = pipe._prepare_latent_image_ids(1, height // 2, width // 2, device, embeds.dtype)
-        guidance = torch.full([1], request.guidance_scale, device=device, dtype=torch.float32)
-        return Conditioning(embeds, pooled, guidance, text_ids, image_ids)
+        return embeds
+
+    def _positions(self, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """The positions of the patches of latents of this size: patches × 3."""
+        ids: torch.Tensor = self.pipeline._prepare_latent_image_ids(1, height // 2, width // 2, self.device, dtype)
+        return ids
+
+    @property
+    def _fills(self) -> bool:
+        """Whether the transformer was made for filling: mask and visible image are inputs of it."""
+        config = self.pipeline.transformer.config
+        return config.out_channels is not None and config.in_channels != config.out_channels
+
+    def _masked(self, request: DiffusionRequest, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+        """What Fill takes beside the latents: those of the image without its masked part, then the mask, packed."""
+        image, mask = image_and_mask(request)
+        hidden = (to_tensor(mask, self.device)[:, :1] >= 0.5).float()
+        # In 0..1 the stock pipeline's zero in -1..1 is one half.
+        visible = (to_tensor(image, self.device) - 0.5) * (1 - hidden) + 0.5
+        latents = self._packed(self._scaled(self._encoded(visible, generator)).to(dtype))
+        pixels = self._packed(pixels_as_channels(hidden, self.pipeline.vae_scale_factor)).to(dtype)
+        return torch.cat([latents, pixels], dim=-1)
 
     def _control(self, request: DiffusionRequest, generator: torch.Generator) -> ControlNetInput | None:
         """The edges as the ControlNet takes them: packed latents, or pixels in -1..1."""
@@ -166,9 +236,17 @@ class Flux(DiffusersFamily):
 
     def _latents_of(self, image: ImageArray, generator: torch.Generator) -> torch.Tensor:
         """The packed latents of an image, scaled as the transformer takes them."""
-        vae = self.pipeline.vae
-        latents = self._encoded(to_tensor(image, self.device), generator)
-        return self._packed((latents - vae.config.shift_factor) * vae.config.scaling_factor)
+        return self._packed(self._latents(image, generator))
+
+    def _latents(self, image: ImageArray, generator: torch.Generator | None) -> torch.Tensor:
+        """The latents of an image, scaled as the transformer takes them: 1 × channels × h × w."""
+        return self._scaled(self._encoded(to_tensor(image, self.device), generator))
+
+    def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE's latents in the scale of the transformer."""
+        config = self.pipeline.vae.config
+        scaled: torch.Tensor = (latents - config.shift_factor) * config.scaling_factor
+        return scaled
 
     def _packed(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents 1 × channels × h × w packed into patches of 2 × 2: 1 × (h·w / 4) × 4·channels."""
@@ -190,8 +268,7 @@ class Flux(DiffusersFamily):
         pipe = self.pipeline
         device = self.device
         steps = request.num_inference_steps
-        # A patch packs 2 × 2 latent pixels into channels.
-        shape = (1, pipe.transformer.config.in_channels // 4, *self._size(request))
+        shape = (1, pipe.vae.config.latent_channels, *self._size(request))
         noise = self._packed(torch.randn(shape, generator=generator, dtype=dtype).to(device))
         scheduler = make_scheduler(scheduler_of(self.spec, request.scheduler, steps), like=pipe.scheduler)
         config = scheduler.config
@@ -206,3 +283,22 @@ class Flux(DiffusersFamily):
 
 def _text(spec: ModelSpec, prompt: str) -> str:
     return prompt.lower() if spec.lowercase_prompts else prompt
+
+
+def _sample(state: PipelineState[Conditioning]) -> torch.Tensor:
+    """The transformer's input: the latents, with what Fill takes beside them or Kontext after them."""
+    conditioning = state.conditioning
+    if conditioning.masked is not None:
+        return torch.cat([state.model_input, conditioning.masked], dim=2)
+    if conditioning.reference is not None:
+        return torch.cat([state.model_input, conditioning.reference], dim=1)
+    return state.model_input
+
+
+def _guide(prediction: torch.Tensor, state: PipelineState[Conditioning]) -> torch.Tensor:
+    """True classifier-free guidance: negative + scale · (positive − negative)."""
+    scale = true_guidance(state.request)
+    if scale is None:
+        return prediction
+    negative, positive = prediction.chunk(2)
+    return negative + scale * (positive - negative)

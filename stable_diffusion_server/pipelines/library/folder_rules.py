@@ -31,6 +31,8 @@ _PIPELINES = (
     ("Kandinsky", "kandinsky"), ("OmniGen", "omnigen"), ("Bria", "bria"), ("CogView", "cogview"),
     ("LatentConsistencyModel", "sd15"),
 )  # fmt: skip
+# The pipeline of images as prompts, which draws nothing itself.
+_REDUX = "FluxPriorReduxPipeline"
 # Parts of pipeline classes, and the task they stand for.
 _TASKS = (
     ("Kontext", ModelTask.EDIT), ("Edit", ModelTask.EDIT), ("InstructPix2Pix", ModelTask.EDIT),
@@ -105,6 +107,8 @@ def _pipeline(folder: Path, index: dict[str, Any], identify_file: Callable[[Path
         for name, value in index.items()
         if isinstance(value, list) and len(value) == 2 and None not in value
     )[:_MAX_PARTS]
+    if class_name == _REDUX:
+        return FileIdentity(Kind.IMAGE_PROMPT, ("flux",), "redux", container="folder", layout="diffusers", parts=parts)
     family = next((family for start, family in _PIPELINES if class_name.startswith(start)), None)
     if family is None:
         reason = f"holds a pipeline of the class {shown(class_name)}, which is not known"

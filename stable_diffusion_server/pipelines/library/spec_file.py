@@ -137,6 +137,8 @@ KEYS: Mapping[str, _Key] = {
     "text_encoders": _Key(_names, _LIST),
     "controlnets": _Key(_names, _LIST),
     "loras": _Key(_loras, 'a list of names with weights from -8 to 8, such as ["detail:0.6"]'),
+    "refiner": _Key(_name, "the name of an SDXL refiner in MODELS_DIR"),
+    "image_prompt": _Key(_name, "the name of a folder of FLUX.1 Redux in MODELS_DIR"),
     "dtype": _one_of("float32", "float16", "bfloat16"),
     "quantization": _one_of("auto", "none", "int8", "float8", "torchao-int8", "torchao-float8"),
     "placement": _one_of("auto", "none", "model", "group", "sequential"),

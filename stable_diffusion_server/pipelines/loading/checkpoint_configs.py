@@ -16,52 +16,66 @@ Shapes = Mapping[str, tuple[int, ...]]
 CONFIGS = Path(__file__).parent / "configs"
 # Channels of one attention head in SDXL's UNet, in CLIP and in T5.
 _HEAD = 64
+# The refiner has a block more than SDXL's base, without attention.
+_REFINER_BLOCKS = 4
+_UNETS = {"sdxl": "SDXL", "sd15": "SD 1.5"}
 
 
 @functools.cache
 def base_configs(family: str) -> Mapping[str, Mapping[str, Any]]:
-    """What the package says of a family (`sdxl` or `flux`), by component."""
+    """What the package says of a family (`sdxl`, `sd15` or `flux`), by component."""
     read: dict[str, dict[str, Any]] = json.loads((CONFIGS / f"{family}.json").read_text())
     return read
 
 
-def unet_config(shapes: Shapes) -> dict[str, Any]:
-    """The configuration of an SDXL UNet with original names. Raises `WeightFileError` for another architecture."""
+def unet_config(shapes: Shapes, family: str) -> dict[str, Any]:
+    """The configuration of a UNet of `sdxl` or `sd15` with original names.
+
+    Raises `WeightFileError` for another architecture.
+    """
     inputs = count(shapes, r"input_blocks\.(\d+)\.")
     downs = [i for i in range(inputs) if f"input_blocks.{i}.0.op.weight" in shapes]
     layers = (downs[0] if downs else inputs) - 1
     if layers < 1 or inputs % (layers + 1) or "middle_block.1.norm.weight" not in shapes:
-        raise WeightFileError("the UNet is not laid out as SDXL's (pruned, or of another family)")
+        raise WeightFileError(f"the UNet is not laid out as {_UNETS[family]}'s (pruned, or of another family)")
     blocks = range(inputs // (layers + 1))
     first = [1 + block * (layers + 1) for block in blocks]
     channels = [side_of(shapes, f"input_blocks.{i}.0.out_layers.3.weight", 0) for i in first]
     depths = [count(shapes, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") for i in first]
     return {
-        **unet_blocks(channels, depths, layers),
+        **unet_blocks(family, channels, depths, layers),
         "in_channels": side_of(shapes, "input_blocks.0.0.weight", 1),
         "out_channels": side_of(shapes, "out.2.weight", 0),
         "cross_attention_dim": side_of(shapes, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
         "use_linear_projection": len(shape_of(shapes, "middle_block.1.proj_in.weight")) == 2,
-        "projection_class_embeddings_input_dim": side_of(shapes, "label_emb.0.0.weight", 1),
+        **unet_additions(shapes, family, "label_emb.0.0.weight"),
     }
 
 
-def unet_blocks(channels: Sequence[int], depths: Sequence[int], layers: int) -> dict[str, Any]:
-    """The blocks of an SDXL UNet: `channels` of each, transformer layers (`depths`) in each, `layers` of each.
+def unet_additions(shapes: Shapes, family: str, name: str) -> dict[str, Any]:
+    """What a UNet of `sdxl` takes beside the prompt, by the tensor of that `name`; `sd15` takes nothing."""
+    return {"projection_class_embeddings_input_dim": side_of(shapes, name, 1)} if family == "sdxl" else {}
+
+
+def unet_blocks(family: str, channels: Sequence[int], depths: Sequence[int], layers: int) -> dict[str, Any]:
+    """The blocks of a UNet: `channels` of each, transformer layers (`depths`) in each, `layers` of each.
 
     Raises `WeightFileError` for another architecture.
     """
     attends = [depth > 0 for depth in depths]
-    if not attends[-1]:
+    if family == "sdxl" and not attends[-1] and len(channels) != _REFINER_BLOCKS:
         raise WeightFileError("the UNet is not laid out as SDXL's (no attention in its last block)")
+    base = base_configs(family)["denoiser"]
     return {
-        **base_configs("sdxl")["denoiser"],
+        **base,
         "block_out_channels": list(channels),
         "layers_per_block": layers,
         "down_block_types": ["CrossAttnDownBlock2D" if attended else "DownBlock2D" for attended in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if attended else "UpBlock2D" for attended in reversed(attends)],
-        "transformer_layers_per_block": [max(depth, 1) for depth in depths],
-        "attention_head_dim": [width // _HEAD for width in channels],
+        # The block in the middle is as deep as the last one is said to be.
+        "transformer_layers_per_block": [*(max(depth, 1) for depth in depths[:-1]), depths[-1] or max(depths)],
+        # SD 1.5 has eight heads of any width; diffusers calls their number so.
+        "attention_head_dim": base.get("attention_head_dim") or [width // _HEAD for width in channels],
     }
 
 
@@ -70,7 +84,7 @@ def transformer_config(shapes: Shapes) -> dict[str, Any]:
     base = base_configs("flux")["denoiser"]
     return {
         **base,
-        "in_channels": side_of(shapes, "img_in.weight", 1),
+        **transformer_channels(shapes, "img_in.weight", "final_layer.linear.weight"),
         "num_attention_heads": side_of(shapes, "img_in.weight", 0) // int(base["attention_head_dim"]),
         "num_layers": count(shapes, r"double_blocks\.(\d+)\."),
         "num_single_layers": count(shapes, r"single_blocks\.(\d+)\."),
@@ -78,6 +92,12 @@ def transformer_config(shapes: Shapes) -> dict[str, Any]:
         "pooled_projection_dim": side_of(shapes, "vector_in.in_layer.weight", 1),
         "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
     }
+
+
+def transformer_channels(shapes: Shapes, first: str, last: str) -> dict[str, int | None]:
+    """The channels of a Flux transformer, by its first and last layer; Fill takes more of them than it gives."""
+    taken, given = side_of(shapes, first, 1), side_of(shapes, last, 0)
+    return {"in_channels": taken, "out_channels": None if given == taken else given}
 
 
 class VaeNames(NamedTuple):

@@ -12,6 +12,7 @@ DENOISER, VAE, CLIP_L, CLIP_G, T5 = "denoiser", "vae", "clip_l", "clip_g", "t5"
 # Family → part → component of the pipeline, and the folder of it in a diffusers folder.
 COMPONENTS: Mapping[str, Mapping[str, str]] = {
     "sdxl": {DENOISER: "unet", VAE: "vae", CLIP_L: "text_encoder", CLIP_G: "text_encoder_2"},
+    "sd15": {DENOISER: "unet", VAE: "vae", CLIP_L: "text_encoder"},
     "flux": {DENOISER: "transformer", VAE: "vae", CLIP_L: "text_encoder", T5: "text_encoder_2"},
 }
 # Component of the pipeline → its tokenizer's folder.
@@ -21,7 +22,11 @@ TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _PREFIXES = {
     DENOISER: ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet."),
     VAE: ("first_stage_model.", "vae."),
-    CLIP_L: ("conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer."),
+    CLIP_L: (
+        "conditioner.embedders.0.transformer.",
+        "text_encoders.clip_l.transformer.",
+        "cond_stage_model.transformer.",
+    ),
     CLIP_G: ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
     T5: ("text_encoders.t5xxl.transformer.",),
 }

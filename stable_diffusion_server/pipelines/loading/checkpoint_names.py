@@ -70,7 +70,7 @@ _T5_OUTER = {"token_embd.weight": "shared.weight", "enc.output_norm.weight": "en
 
 
 def unet_names(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensors:
-    """SDXL's UNet: diffusers' own table, which moves tensors without touching them."""
+    """A UNet: diffusers' own table, which moves tensors without touching them."""
     prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
     return dict(convert_ldm_unet_checkpoint(prefixed, config))
 

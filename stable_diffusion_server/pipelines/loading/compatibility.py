@@ -52,7 +52,56 @@ def check_controlnet(folder: str, pipeline: Any, controlnet: Any) -> None:
             raise ModelLoadError(f"{folder} was made for another model: its {name} is {own}, and the model's {wanted}.")
 
 
-def _check_unet(folder: str, pipeline: Any, latent_channels: int) -> None:
+def check_refiner(folder: str, pipeline: Any, refiner: Any) -> None:
+    """Raise `ModelLoadError` when a UNet is no refiner for an SDXL pipeline, whose second text encoder it reads."""
+    config, encoder = refiner.config, pipeline.text_encoder_2.config
+    channels = pipeline.unet.config.in_channels
+    _check_equal(
+        folder,
+        ("unet", "in_channels", config.in_channels, "the base model's", channels),
+        ("unet", "cross_attention_dim", config.cross_attention_dim, "what text_encoder_2 gives", encoder.hidden_size),
+        (
+            "unet",
+            "projection_class_embeddings_input_dim",
+            config.projection_class_embeddings_input_dim,
+            "what text_encoder_2, the size, the crop and the score give",
+            encoder.projection_dim + 5 * (config.addition_time_embed_dim or 0),
+        ),
+    )
+
+
+def check_redux(folder: str, pipeline: Any, embedder: Any) -> None:
+    """Raise `ModelLoadError` when Redux gives embeddings of another width than a Flux transformer takes."""
+    taken = pipeline.transformer.config.joint_attention_dim
+    _check_equal(
+        folder, ("image_embedder", "txt_in_features", embedder.config.txt_in_features, "the transformer takes", taken)
+    )
+
+
+def _check_sdxl(folder: str, pipeline: Any, latent_channels: int) -> None:
+    config, projection = pipeline.unet.config, pipeline.text_encoder_2.config.projection_dim
+    texts = pipeline.text_encoder.config.hidden_size + pipeline.text_encoder_2.config.hidden_size
+    _check_unet(folder, pipeline, latent_channels, texts)
+    _check_equal(
+        folder,
+        (
+            "unet",
+            "projection_class_embeddings_input_dim",
+            config.projection_class_embeddings_input_dim,
+            "what text_encoder_2 and the sizes give",
+            projection + 6 * config.addition_time_embed_dim,
+        ),
+    )
+
+
+def _check_sd15(folder: str, pipeline: Any, latent_channels: int) -> None:
+    if pipeline.unet.config.addition_embed_type is not None:
+        raise ModelLoadError(f"{folder}/unet takes more than a prompt, which is not given here.")
+    _check_unet(folder, pipeline, latent_channels, pipeline.text_encoder.config.hidden_size)
+
+
+def _check_unet(folder: str, pipeline: Any, latent_channels: int, texts: int) -> None:
+    """`texts` is the width of what the text encoders give."""
     config = pipeline.unet.config
     inpaints = "Inpaint" in type(pipeline).__name__
     # An inpainting UNet also takes the mask, one channel, and the masked image.
@@ -64,29 +113,27 @@ def _check_unet(folder: str, pipeline: Any, latent_channels: int) -> None:
     _check_equal(
         folder,
         ("unet", "out_channels", config.out_channels, "the VAE's channels", latent_channels),
-        (
-            "unet",
-            "cross_attention_dim",
-            config.cross_attention_dim,
-            "what the text encoders give",
-            pipeline.text_encoder.config.hidden_size + pipeline.text_encoder_2.config.hidden_size,
-        ),
-        (
-            "unet",
-            "projection_class_embeddings_input_dim",
-            config.projection_class_embeddings_input_dim,
-            "what text_encoder_2 and the sizes give",
-            pipeline.text_encoder_2.config.projection_dim + 6 * config.addition_time_embed_dim,
-        ),
+        ("unet", "cross_attention_dim", config.cross_attention_dim, "what the text encoders give", texts),
     )
     if config.time_cond_proj_dim is not None:
         raise ModelLoadError(f"{folder}/unet was distilled with its guidance as an input, which is not given here.")
 
 
-def _check_transformer(folder: str, pipeline: Any, latent_channels: int) -> None:
+def _check_fill(folder: str, pipeline: Any, latent_channels: int) -> None:
+    # Beside the latents, those of the visible image, and the mask's pixels, each as a channel.
+    _check_transformer(folder, pipeline, latent_channels, 4 * (latent_channels + pipeline.vae_scale_factor**2))
+
+
+def _check_transformer(folder: str, pipeline: Any, latent_channels: int, more: int = 0) -> None:
+    """`more` are the channels that the transformer takes beside the latents."""
     config = pipeline.transformer.config
     # A patch packs 2 × 2 latent pixels into channels.
-    if config.in_channels != 4 * latent_channels:
+    if more and config.in_channels != 4 * latent_channels + more:
+        raise ModelLoadError(
+            f"{folder}/transformer takes {config.in_channels} channels, and one for filling takes "
+            f"{4 * latent_channels + more}."
+        )
+    if not more and config.in_channels != 4 * latent_channels:
         raise ModelLoadError(
             f"{folder}/transformer takes {config.in_channels} channels, and one that draws from text takes "
             f"{4 * latent_channels}: it was made for filling, control or the like."
@@ -148,10 +195,13 @@ def _check_z_image(folder: str, pipeline: Any, latent_channels: int) -> None:
 
 # Pipeline class, without what follows its model's name → the check of its denoiser.
 _CHECKS: Mapping[str, Callable[[str, Any, int], None]] = {
-    "StableDiffusionXL": _check_unet,
+    "StableDiffusionXL": _check_sdxl,
+    "StableDiffusion": _check_sd15,
     "Flux": _check_transformer,
     "Flux2Klein": _check_klein,
     "ZImage": _check_z_image,
+    "FluxFill": _check_fill,
+    "FluxKontext": _check_transformer,
 }
 
 

@@ -15,6 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from stable_diffusion_server.errors import ModelLoadError
+from stable_diffusion_server.pipelines.loading.added_parts import load_added, with_added
 from stable_diffusion_server.pipelines.loading.compatibility import check_pipeline
 from stable_diffusion_server.pipelines.loading.footprint import dtype_of
 from stable_diffusion_server.pipelines.loading.hub import HubClient
@@ -24,6 +25,7 @@ from stable_diffusion_server.pipelines.loading.model_files import (
     model_folder,
     translate_load_errors,
 )
+from stable_diffusion_server.pipelines.loading.network_assembly import load_complete
 from stable_diffusion_server.pipelines.loading.packed_weights import UNPACKED, WeightStorage
 from stable_diffusion_server.pipelines.loading.placement import CONTROL
 from stable_diffusion_server.pipelines.loading.single_file import empty_checkpoint, load_checkpoint
@@ -37,6 +39,7 @@ from stable_diffusion_server.pipelines.loading.weight_files import (
     check_texts,
     parts_of,
     read_json,
+    unused_parts,
 )
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
@@ -62,6 +65,7 @@ def load_pipeline(
     dtype = dtype_of(spec, device)
     if spec.checkpoint is not None:
         pipeline = load_checkpoint(spec, models_dir, dtype, report, storage)
+        pipeline = with_added(pipeline, load_added(spec, models_dir, dtype), spec)
         pipeline.scheduler.register_to_config(**dict(spec.scheduler_options))
         return pipeline.to(device) if move else pipeline
     folder = model_folder(spec, models_dir, hub=hub)
@@ -70,16 +74,22 @@ def load_pipeline(
         parts = {}
         for number, (part, variant) in enumerate(variants.items(), 1):
             name = f"{spec.folder}/{part.name}"
-            parts[part.name] = _load_complete(_class_of(part), folder / part.name, name, dtype, variant)
+            parts[part.name] = load_complete(_class_of(part), folder / part.name, name, dtype, variant)
             report(number / len(variants))
         pipeline = getattr(diffusers, spec.pipeline_class).from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, **parts
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            **parts,
+            **unused_parts(spec.pipeline_class),
         )
         check_pipeline(spec.folder, pipeline)
         vae = getattr(pipeline, "vae", None)
         if vae is not None and vae.config.get("force_upcast") and dtype == torch.float16:
             vae.to(torch.float32)  # SDXL's VAE overflows in fp16
     pipeline.set_progress_bar_config(disable=True)
+    pipeline = with_added(pipeline, load_added(spec, models_dir, dtype), spec)
     pipeline.scheduler.register_to_config(**dict(spec.scheduler_options))
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
@@ -103,7 +113,7 @@ def load_controlnet(
             raise ModelLoadError(f"{spec.control_folder} holds a {found}, and a {spec.control_class} is needed.")
         variant = check_part(folder, DIFFUSERS, CONTROL_VARIANT).variant
         control_class = getattr(diffusers, spec.control_class)
-        network = _load_complete(control_class, folder, spec.control_folder, dtype_of(spec, device), variant)
+        network = load_complete(control_class, folder, spec.control_folder, dtype_of(spec, device), variant)
     network.requires_grad_(False)
     return network.to(device) if move else network
 
@@ -118,6 +128,7 @@ def empty_pipeline(
     """
     single = spec.checkpoint is not None
     parts = empty_checkpoint(spec, models_dir, storage) if single else _empty_folder(spec, models_dir, hub)
+    parts |= load_added(spec, models_dir, torch.float32, meta=True)
     try:
         edges = control_folder(spec, models_dir, hub=hub)
         if edges is not None:
@@ -164,20 +175,6 @@ def _check(spec: ModelSpec, folder: Path) -> dict[WeightPart, str | None]:
         if part.has_weights:
             variants[part] = check_part(folder / part.name, part.stem, spec.variant).variant
     return variants
-
-
-def _load_complete(part_class: Any, folder: Path, name: str, dtype: torch.dtype, variant: str | None) -> Any:
-    """Load a network and require all of its weights; the libraries would initialise missing ones at random."""
-    given = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "variant": variant}
-    if not issubclass(part_class, diffusers.ModelMixin):
-        given["ignore_mismatched_sizes"] = True  # otherwise transformers prints the names and does not return them
-    network, found = part_class.from_pretrained(folder, **given, output_loading_info=True)
-    if lacking := sorted({*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])}):
-        raise ModelLoadError(f"{name} lacks {len(lacking)} of its weights ({', '.join(lacking[:2])}).")
-    empty = [parameter for parameter, tensor in network.named_parameters() if tensor.is_meta]
-    if empty:
-        raise ModelLoadError(f"{name} lacks {len(empty)} of its weights ({', '.join(empty[:2])}).")
-    return network
 
 
 def quieten_libraries() -> None:

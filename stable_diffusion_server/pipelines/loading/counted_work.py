@@ -15,6 +15,7 @@ from stable_diffusion_server.pipelines.conditioning.controlnet import (
 from stable_diffusion_server.pipelines.loading.counted_transformers import TRANSFORMER_INPUTS
 from stable_diffusion_server.pipelines.loading.live_bytes import peak_bytes
 from stable_diffusion_server.pipelines.loading.placement import CONTROL
+from stable_diffusion_server.pipelines.model_spec import REFINER
 
 META = torch.device("meta")
 # Components that predict the noise.
@@ -82,17 +83,22 @@ def _count_text_encoder(model: CountedModel, name: str, side: int) -> int:
 def _count_unet(model: CountedModel, name: str, side: int) -> int:
     unet, latents = model.plain(name), side // model.pixels_per_latent
     config = unet.config
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    added: dict[str, torch.Tensor] = {}
+    if config.addition_embed_type == "text_time":
+        numbers = 5 if name == REFINER else 6  # a score in place of a size
+        pooled = config.projection_class_embeddings_input_dim - numbers * config.addition_time_embed_dim
+        added = {"text_embeds": model.empty(name, 1, pooled), "time_ids": model.empty(name, 1, numbers)}
     inputs = {
         "sample": model.empty(name, 1, config.in_channels, latents, latents),
         "timestep": torch.empty(1, device=META),
         "encoder_hidden_states": model.empty(name, 1, model.text_tokens, config.cross_attention_dim),
-        "added_cond_kwargs": {"text_embeds": model.empty(name, 1, pooled), "time_ids": model.empty(name, 1, 6)},
+        "added_cond_kwargs": added,
     }
 
     def step() -> object:
-        guide = [None if CONTROL not in model.parts else ControlNetInput(model.empty(name, 1, 3, side, side), 1.0)]
-        network = model.plain(CONTROL) if CONTROL in model.parts else None
+        guided = CONTROL in model.parts and name in DENOISERS
+        guide = [ControlNetInput(model.empty(name, 1, 3, side, side), 1.0) if guided else None]
+        network = model.plain(CONTROL) if guided else None
         return unet(**inputs, **unet_residuals(network, inputs, guide), return_dict=False)
 
     return peak_bytes(step)
@@ -100,7 +106,8 @@ def _count_unet(model: CountedModel, name: str, side: int) -> int:
 
 def _count_transformer(model: CountedModel, name: str, side: int) -> int:
     transformer = model.plain(name)
-    config, patches = transformer.config, (side // (2 * model.pixels_per_latent)) ** 2
+    patch = 2 * model.pixels_per_latent
+    config, patches = transformer.config, (side // patch) ** 2 + model.references * (REFERENCE_PIXELS // patch**2)
     inputs = {
         "hidden_states": model.empty(name, 1, patches, config.in_channels),
         "timestep": model.empty(name, 1),

@@ -11,6 +11,8 @@ from stable_diffusion_server.pipelines.loading.checkpoint_configs import (
     count,
     shape_of,
     side_of,
+    transformer_channels,
+    unet_additions,
     unet_blocks,
     vae_config,
 )
@@ -19,20 +21,20 @@ from stable_diffusion_server.pipelines.loading.weight_files import WeightFileErr
 _MIDDLE = "mid_block.attentions.0"
 
 
-def diffusers_unet_config(shapes: Shapes) -> dict[str, Any]:
-    """The configuration of an SDXL UNet. Raises `WeightFileError` for another architecture."""
+def diffusers_unet_config(shapes: Shapes, family: str) -> dict[str, Any]:
+    """The configuration of a UNet of `sdxl` or `sd15`. Raises `WeightFileError` for another architecture."""
     blocks = range(count(shapes, r"down_blocks\.(\d+)\."))
     if not blocks:
-        raise WeightFileError("the UNet is not laid out as SDXL's (no down_blocks)")
+        raise WeightFileError("the UNet is not laid out as Stable Diffusion's (no down_blocks)")
     channels = [side_of(shapes, f"down_blocks.{i}.resnets.0.conv1.weight", 0) for i in blocks]
     depths = [count(shapes, rf"down_blocks\.{i}\.attentions\.0\.transformer_blocks\.(\d+)\.") for i in blocks]
     return {
-        **unet_blocks(channels, depths, count(shapes, r"down_blocks\.0\.resnets\.(\d+)\.")),
+        **unet_blocks(family, channels, depths, count(shapes, r"down_blocks\.0\.resnets\.(\d+)\.")),
         "in_channels": side_of(shapes, "conv_in.weight", 1),
         "out_channels": side_of(shapes, "conv_out.weight", 0),
         "cross_attention_dim": side_of(shapes, f"{_MIDDLE}.transformer_blocks.0.attn2.to_k.weight", 1),
         "use_linear_projection": len(shape_of(shapes, f"{_MIDDLE}.proj_in.weight")) == 2,
-        "projection_class_embeddings_input_dim": side_of(shapes, "add_embedding.linear_1.weight", 1),
+        **unet_additions(shapes, family, "add_embedding.linear_1.weight"),
     }
 
 
@@ -42,7 +44,7 @@ def diffusers_transformer_config(shapes: Shapes) -> dict[str, Any]:
     embedders = "time_text_embed"
     return {
         **base,
-        "in_channels": side_of(shapes, "x_embedder.weight", 1),
+        **transformer_channels(shapes, "x_embedder.weight", "proj_out.weight"),
         "num_attention_heads": side_of(shapes, "x_embedder.weight", 0) // int(base["attention_head_dim"]),
         "num_layers": count(shapes, r"transformer_blocks\.(\d+)\."),
         "num_single_layers": count(shapes, r"single_transformer_blocks\.(\d+)\."),

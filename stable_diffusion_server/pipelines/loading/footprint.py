@@ -17,7 +17,7 @@ from stable_diffusion_server.pipelines.loading.host_memory import free_host_memo
 from stable_diffusion_server.pipelines.loading.placement import Footprint
 from stable_diffusion_server.pipelines.loading.shared_weights import storages_of
 from stable_diffusion_server.pipelines.loading.working_memory import Architecture, WorkingBytes
-from stable_diffusion_server.pipelines.model_spec import ModelSpec
+from stable_diffusion_server.pipelines.model_spec import REFINER, ModelSpec
 from stable_diffusion_server.pipelines.vae_tiles import SMALLEST_SIDE, USUAL_SIDE, WHOLE, VaeTiling
 
 # Share of the device's whole memory that decoding an image may take before it is done in tiles.
@@ -48,8 +48,9 @@ def working_bytes(spec: ModelSpec, model: Architecture, work: Workload, tiling: 
     """Bytes that each part of a model needs for the largest work, by its name."""
     rows = 2 if spec.takes_negative_prompt else 1  # with guidance, one with the prompt and one without
     needs = {name: need.of(0) for name, need in model.working_bytes.items()}  # a text encoder reads one prompt
-    denoiser, vae = model.working_bytes[spec.denoiser_part], model.working_bytes.get("vae")
-    needs[spec.denoiser_part] = denoiser.of(rows * work.batch_pixels, rows * work.max_batch)
+    vae = model.working_bytes.get("vae")
+    for name in (spec.denoiser_part, *({REFINER} & needs.keys())):
+        needs[name] = model.working_bytes[name].of(rows * work.batch_pixels, rows * work.max_batch)
     if vae is not None:
         needs["vae"] = vae_bytes(vae, tiling, work.largest_pixels, model.dtypes["vae"].itemsize)
     return needs
@@ -129,7 +130,8 @@ def memory_of(device: torch.device) -> dict[str, int]:
 def architecture_of(spec: ModelSpec, parts: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> Architecture:
     """The networks of a model as they compute when it is loaded in `dtype`."""
     dtypes = {name: _dtype_of_part(part, dtype) for name, part in parts.items()}
-    return Architecture(parts, dtypes, spec.text_tokens, spec.max_references)
+    references = 0 if spec.image_tokens else spec.max_references  # a prompt, or latents beside the picture's
+    return Architecture(parts, dtypes, spec.text_tokens + spec.image_tokens, references)
 
 
 def footprint_of(

@@ -19,6 +19,7 @@ from stable_diffusion_server.pipelines.conditioning.controlnet import check_grid
 from stable_diffusion_server.pipelines.conditioning.lora import LoraManager, add_to_controlnet
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import LIMIT_BYTES
+from stable_diffusion_server.pipelines.loading.added_parts import added_files
 from stable_diffusion_server.pipelines.loading.compatibility import check_controlnet
 from stable_diffusion_server.pipelines.loading.components import empty_pipeline, load_controlnet, load_pipeline
 from stable_diffusion_server.pipelines.loading.cpu_dtype import CpuDtypes
@@ -177,10 +178,7 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
     placement, remark = measured.place(room, options.work, **placement_settings(spec, device, options))
     always = [(lcm_file(spec, folder, models_dir, hub=hub), weight) for folder, weight in spec.builtin_loras]
     own = model_files(spec, models_dir, hub=hub) if spec.checkpoint is None else checkpoint_files(spec, models_dir)
-    files = {
-        **own,
-        **{f"always/{number}": file for number, (file, _) in enumerate(always)},
-    }
+    files = own | added_files(spec, models_dir) | {f"always/{number}": file for number, (file, _) in enumerate(always)}
     weights = options.digests.of(files, lambda share: options.report(_DIGESTED * share))
     pipeline = load_pipeline(
         spec,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ from stable_diffusion_server.pipelines.model_spec import CheckpointFiles
 _SHOWN = {DENOISER: "denoiser", VAE: "VAE", CLIP_L: "CLIP-L", CLIP_G: "CLIP-G", T5: "T5"}
 _CLASSES: Mapping[tuple[str, str], Any] = {
     ("sdxl", DENOISER): diffusers.UNet2DConditionModel,
+    ("sd15", DENOISER): diffusers.UNet2DConditionModel,
     ("flux", DENOISER): diffusers.FluxTransformer2DModel,
     **{(family, VAE): diffusers.AutoencoderKL for family in COMPONENTS},
     **{(family, CLIP_L): transformers.CLIPTextModel for family in COMPONENTS},
@@ -85,11 +86,12 @@ def networks_of(
     storage: WeightStorage = UNPACKED,
     *,
     meta: bool,
+    only: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The networks by component name, with `meta` without weights. A file that holds several parts is read once.
+    """The networks by component name, with `meta` without weights, or `only` those of some parts.
 
-    Of a folder the weights of `variant` are read if it has them. `storage` says what is packed of the denoiser and of
-    CLIP. Raises `WeightFileError`.
+    A file that holds several parts is read once. Of a folder the weights of `variant` are read if it has them.
+    `storage` says what is packed of the denoiser and of CLIP. Raises `WeightFileError`.
     """
     places = dict(files.parts)
 
@@ -98,7 +100,7 @@ def networks_of(
         return split_parts(read_tensors(*_weights_in(models_dir / name), meta=meta))
 
     networks: dict[str, Any] = {}
-    components = COMPONENTS[files.family]
+    components = {part: name for part, name in COMPONENTS[files.family].items() if not only or part in only}
     for part, component in components.items():
         place, network_class = places.get(part, places[DENOISER]), _CLASSES[files.family, part]
         is_folder = (models_dir / place).is_dir()
@@ -169,12 +171,13 @@ def _recipe(family: str, part: str, component: str, tensors: Tensors, dtype: tor
         named = t5_names(tensors)
         return _Recipe(t5_config(shapes_of(named)), named)
     of_diffusers = has_diffusers_names(tensors)
-    if part == DENOISER and of_diffusers:
-        read_config = diffusers_unet_config if family == "sdxl" else diffusers_transformer_config
-        return _Recipe(read_config(shapes_of(tensors)), tensors)
-    if part == DENOISER and family == "sdxl":
-        config = unet_config(shapes_of(tensors))
+    if component == "unet" and of_diffusers:
+        return _Recipe(diffusers_unet_config(shapes_of(tensors), family), tensors)
+    if component == "unet":
+        config = unet_config(shapes_of(tensors), family)
         return _Recipe(config, unet_names(tensors, config))
+    if part == DENOISER and of_diffusers:
+        return _Recipe(diffusers_transformer_config(shapes_of(tensors)), tensors)
     if part == DENOISER:
         return _Recipe(transformer_config(shapes_of(tensors)), transformer_names(tensors))
     plain = {

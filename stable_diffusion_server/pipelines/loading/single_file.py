@@ -84,12 +84,7 @@ def _place(files: CheckpointFiles, models_dir: Path, part: str) -> Path:
 
 
 def _sdxl(spec: ModelSpec, files: CheckpointFiles, models_dir: Path, parts: Mapping[str, Any]) -> Any:
-    config = dict(base_configs("sdxl")["scheduler"])
-    if files.prediction:
-        config["prediction_type"] = files.prediction
-    if files.zero_snr:
-        # Lin et al. 2023 (arXiv 2305.08891): the last step starts from pure noise, so the schedule must begin there.
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    config = _as_predicted(dict(base_configs("sdxl")["scheduler"]), files)
     # Without `add_watermarker`, the pipeline would mark images wherever the package invisible-watermark is installed.
     return getattr(diffusers, spec.pipeline_class)(
         **parts,
@@ -99,6 +94,29 @@ def _sdxl(spec: ModelSpec, files: CheckpointFiles, models_dir: Path, parts: Mapp
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
+
+
+def _sd15(spec: ModelSpec, files: CheckpointFiles, models_dir: Path, parts: Mapping[str, Any]) -> Any:
+    config = dict(base_configs("sd15")["scheduler"])
+    scheduler = diffusers.EulerDiscreteScheduler if files.zero_snr else diffusers.PNDMScheduler
+    return getattr(diffusers, spec.pipeline_class)(
+        **parts,
+        tokenizer=clip_tokenizer_of(_place(files, models_dir, CLIP_L)),
+        scheduler=scheduler.from_config(_as_predicted(config, files)),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _as_predicted(config: dict[str, Any], files: CheckpointFiles) -> dict[str, Any]:
+    """A scheduler's configuration with what the files say of the UNet's training."""
+    if files.prediction:
+        config["prediction_type"] = files.prediction
+    if files.zero_snr:
+        # Lin et al. 2023 (arXiv 2305.08891): the last step starts from pure noise, so the schedule must begin there.
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return config
 
 
 def _flux(spec: ModelSpec, files: CheckpointFiles, models_dir: Path, parts: Mapping[str, Any]) -> Any:
@@ -116,5 +134,6 @@ def _flux(spec: ModelSpec, files: CheckpointFiles, models_dir: Path, parts: Mapp
 
 _PIPELINES: Mapping[str, Callable[[ModelSpec, CheckpointFiles, Path, Mapping[str, Any]], Any]] = {
     "sdxl": _sdxl,
+    "sd15": _sd15,
     "flux": _flux,
 }

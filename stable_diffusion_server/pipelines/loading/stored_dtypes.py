@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from stable_diffusion_server.errors import ModelLoadError
+from stable_diffusion_server.pipelines.loading.added_parts import added_files
 from stable_diffusion_server.pipelines.loading.checkpoint_layout import COMPONENTS, DENOISER
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.model_files import (
@@ -56,6 +57,8 @@ def _files_of(spec: ModelSpec, models_dir: Path, name: str, hub: HubClient | Non
     if name == CONTROL:
         folder = control_folder(spec, models_dir, hub=hub)
         return () if folder is None else weight_files(folder, DIFFUSERS, CONTROL_VARIANT).files
+    if name in dict(spec.added_parts):
+        return [file for role, file in added_files(spec, models_dir).items() if role.startswith(f"{name}/")]
     if spec.checkpoint is not None:
         places, components = dict(spec.checkpoint.parts), COMPONENTS[spec.checkpoint.family]
         part = next(part for part, component in components.items() if component == name)

@@ -71,11 +71,21 @@ class WeightFiles:
 def parts_of(folder: Path) -> list[WeightPart]:
     """The components listed in the index of a model's folder. Raises `WeightFileError`."""
     index = read_json(folder / INDEX)
+    unused = unused_parts(str(index.get("_class_name")))
     listed = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    listed = {name: value for name, value in listed.items() if name not in unused}
     parts = [WeightPart(name, str(value[0]), str(value[1])) for name, value in listed.items() if None not in value]
     if not parts:
         raise WeightFileError(f"{INDEX} lists no parts")
     return parts
+
+
+def unused_parts(pipeline_class: str) -> dict[str, Any]:
+    """Arguments of a pipeline class that leave out what is not used: SD 1's safety checker, which is no part of it."""
+    kind = pipeline_class.partition("Pipeline")[0]
+    if kind not in ("StableDiffusion", "StableDiffusionInpaint"):
+        return {}
+    return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 def check_pipeline_folder(folder: Path, variant: str | None = "fp16") -> None:

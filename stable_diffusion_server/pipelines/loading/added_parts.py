@@ -1,0 +1,164 @@
+"""Components that another model of MODELS_DIR gives a pipeline: the UNet of an SDXL refiner, the encoders of Redux."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+from PIL import Image
+
+from stable_diffusion_server.errors import ModelLoadError
+from stable_diffusion_server.pipelines.loading.checkpoint_layout import DENOISER
+from stable_diffusion_server.pipelines.loading.compatibility import check_redux, check_refiner
+from stable_diffusion_server.pipelines.loading.model_files import translate_load_errors
+from stable_diffusion_server.pipelines.loading.network_assembly import load_complete
+from stable_diffusion_server.pipelines.loading.part_networks import files_of_place, networks_of
+from stable_diffusion_server.pipelines.loading.weight_digest import ignore_progress
+from stable_diffusion_server.pipelines.loading.weight_files import DIFFUSERS, TRANSFORMERS, check_part, texts_in
+from stable_diffusion_server.pipelines.model_spec import CheckpointFiles, ModelSpec
+
+# Component → what it is made of: (folder, library) of each network in a diffusers folder.
+_REDUX = (("image_encoder", TRANSFORMERS), ("image_embedder", DIFFUSERS))
+
+
+class RefinedXLPipeline(diffusers.StableDiffusionXLPipeline):  # type: ignore[misc]  # diffusers has no types
+    """A stock pipeline with one component more, so that it is moved and counted as the others."""
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->unet->refiner->vae"
+
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        text_encoder_2: Any,
+        tokenizer: Any,
+        tokenizer_2: Any,
+        unet: Any,
+        scheduler: Any,
+        refiner: Any,
+        image_encoder: Any = None,
+        feature_extractor: Any = None,
+        force_zeros_for_empty_prompt: bool = True,
+        add_watermarker: bool = False,
+    ) -> None:
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=unet,
+            scheduler=scheduler,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
+            add_watermarker=add_watermarker,
+        )
+        self.register_modules(refiner=refiner)
+
+
+class ReduxEncoder(torch.nn.Module):  # type: ignore[misc]  # torch is read without types
+    """Makes the embeddings of a prompt of images: SigLIP, then Redux, in the transformer's width."""
+
+    def __init__(self, image_encoder: Any, image_embedder: Any, processor: Any) -> None:
+        super().__init__()
+        self.image_encoder, self.image_embedder, self.processor = image_encoder, image_embedder, processor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its weights."""
+        dtype: torch.dtype = self.image_encoder.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its weights."""
+        device: torch.device = self.image_encoder.device
+        return device
+
+    def forward(self, images: list[Image.Image]) -> torch.Tensor:
+        """Images → images × tokens × channels."""
+        pixels = self.processor.preprocess(images=images, do_resize=True, do_convert_rgb=True, return_tensors="pt")
+        seen = self.image_encoder(pixel_values=pixels["pixel_values"].to(self.device, self.dtype)).last_hidden_state
+        embeds: torch.Tensor = self.image_embedder(seen).image_embeds
+        return embeds
+
+
+def load_added(spec: ModelSpec, models_dir: Path, dtype: torch.dtype, *, meta: bool = False) -> dict[str, Any]:
+    """The components of `spec.added_parts` by name, on the CPU; with `meta` without weights.
+
+    Raises `ModelLoadError`.
+    """
+    parts = {}
+    for component, place in spec.added_parts:
+        with translate_load_errors(place, models_dir):
+            if component == "refiner":
+                files = CheckpointFiles("sdxl", ((DENOISER, _unet_place(models_dir, place)),))
+                unet = networks_of(files, models_dir, spec.variant, dtype, ignore_progress, meta=meta, only=(DENOISER,))
+                parts[component] = unet["unet"]
+            else:
+                parts[component] = _redux(models_dir / place, place, dtype, spec.variant, meta=meta)
+    return parts
+
+
+def added_files(spec: ModelSpec, models_dir: Path) -> dict[str, Path]:
+    """The files that these components are read from, by what they are used for. Raises `ModelLoadError`."""
+    found: dict[str, Path] = {}
+    for component, place in spec.added_parts:
+        with translate_load_errors(place, models_dir):
+            if component == "refiner":
+                files = files_of_place(models_dir / _unet_place(models_dir, place), DENOISER, spec.variant)
+            else:
+                folder = models_dir / place
+                files = [*texts_in(folder / "feature_extractor")]
+                for name, stem in _REDUX:
+                    files += [folder / name / "config.json", *check_part(folder / name, stem, spec.variant).files]
+        found |= {f"{component}/{file.parent.name}/{file.name}": file for file in files}
+    return found
+
+
+def with_added(pipeline: Any, parts: Mapping[str, Any], spec: ModelSpec) -> Any:
+    """The pipeline with these components. Raises `ModelLoadError` for one that does not fit the others."""
+    places = dict(spec.added_parts)
+    if "refiner" in parts:
+        check_refiner(places["refiner"], pipeline, parts["refiner"])
+        given = {name: part for name, part in pipeline.components.items() if name != "refiner"}
+        zeros = pipeline.config.force_zeros_for_empty_prompt
+        pipeline = RefinedXLPipeline(**given, refiner=parts["refiner"], force_zeros_for_empty_prompt=zeros)
+        pipeline.set_progress_bar_config(disable=True)
+    if "image_encoder" in parts:
+        check_redux(places["image_encoder"], pipeline, parts["image_encoder"].image_embedder)
+        pipeline.register_modules(image_encoder=parts["image_encoder"])
+    return pipeline
+
+
+def _unet_place(models_dir: Path, place: str) -> str:
+    """The place of a model's UNet: a folder within its own, or its file."""
+    return f"{place}/unet" if (models_dir / place / "unet").is_dir() else place
+
+
+def _redux(folder: Path, name: str, dtype: torch.dtype, variant: str | None, *, meta: bool) -> ReduxEncoder:
+    if not (folder / "image_embedder").is_dir():
+        raise ModelLoadError(f"{name} is not a folder of FLUX.1 Redux: it holds no image_embedder.")
+    processor = transformers.SiglipImageProcessor.from_pretrained(folder / "feature_extractor", local_files_only=True)
+    classes = {"image_encoder": transformers.SiglipVisionModel, "image_embedder": ReduxImageEncoder}
+    networks = {}
+    for part, stem in _REDUX:
+        own = check_part(folder / part, stem, variant).variant
+        if not meta:
+            networks[part] = load_complete(classes[part], folder / part, f"{name}/{part}", dtype, own)
+            continue
+        with torch.device("meta"):
+            networks[part] = (
+                ReduxImageEncoder.from_config(ReduxImageEncoder.load_config(folder / part))
+                if part == "image_embedder"
+                else transformers.SiglipVisionModel(transformers.SiglipVisionConfig.from_pretrained(folder / part))
+            )
+    encoder = ReduxEncoder(**networks, processor=processor)
+    encoder.requires_grad_(False).eval()
+    return encoder
