@@ -113,7 +113,10 @@ class _Shared:
         self._call_waits.acquire()
         if self.error is not None:
             error, self.error = self.error, None
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # a circle by this frame, which would hold the state until the collector runs
 
     def hand_back(self) -> None:
         """In the call's thread: let the controlling thread go on, and wait for it."""
