@@ -162,3 +162,24 @@ def residency_of(client: TestClient, headers: dict[str, str], name: str) -> str:
     listed = {model["id"]: model for model in client.get("/v1/models", headers=headers).json()["data"]}
     assert listed[name]["residency"] == one["residency"]
     return str(one["residency"])
+
+
+def test_after_a_restart_a_stored_picture_needs_no_model(start: Callable[..., TestClient], tmp_path: Path) -> None:
+    """The revision of the last load is remembered, by the files: other files under the name are another model."""
+    home, weights = tmp_path / "kept", tmp_path / "own"
+    weights.mkdir()
+    for seed, name in ((1, "first"), (2, "second")):
+        write(weights / f"{name}.safetensors", sdxl_tensors(sdxl_pipeline(seed)))
+    values: dict[str, Any] = {"models_dir": weights, "data_dir": home / "data", "local_bucket_dir": home / "bucket"}
+    asked = {**SIZE, "model": "second", "seed": 3}
+    before = start(**values).get("/create_and_upload_image", params=asked).json()
+    again = start(**values)
+    answer = again.get("/create_and_upload_image", params=asked).json()
+    assert (answer["key"], answer["cached"]) == (before["key"], True)
+    assert residency(again)["second"] == "unloaded"
+    drawn = again.get("/create_and_upload_image", params={**asked, "seed": 4}).json()
+    assert not drawn["cached"]
+    assert residency(again)["second"] == "resident"
+    write(weights / "second.safetensors", sdxl_tensors(sdxl_pipeline(3)))
+    other = start(**values).get("/create_and_upload_image", params=asked).json()
+    assert (other["key"] != before["key"], other["cached"]) == (True, False)

@@ -22,6 +22,8 @@ from stable_diffusion_server.settings import Settings, SettingsError
 
 # Files whose reasons are in the sentence that no model can be used.
 _SHOWN = 12
+# Files of a model folder that a stamp is made of.
+_MAX_FILES = 1000
 
 
 class ModelChoice(NamedTuple):
@@ -78,20 +80,24 @@ def folder_with_models(settings: Settings) -> Path:
 def file_stamp(settings: Settings, spec: ModelSpec) -> tuple[object, ...]:
     """Return what changes when the files of a model are replaced: their places, sizes and times."""
     folder = folder_with_models(settings)
-    parts = [name for _, name in spec.checkpoint.parts] if spec.checkpoint is not None else [spec.folder]
-    places = [folder / name for name in parts]
+    files = spec.checkpoint
+    names = [spec.folder] if files is None else [name for _, name in files.parts]
+    names += [files.tokenizer] if files is not None and files.tokenizer else []
+    names += [spec.control_folder] if spec.control_folder else []
+    names += [name for name, _ in spec.builtin_loras]
     stamps = []
-    for file in (file for place in places for file in _weights_in(place)):
+    for file in (file for name in names for file in _files_in(folder / name)):
         with suppress(OSError):
             facts = file.stat()
-            stamps.append((str(file), facts.st_ino, facts.st_size, facts.st_mtime_ns))
+            times = facts.st_mtime_ns, facts.st_ctime_ns
+            stamps.append((str(file), facts.st_dev, facts.st_ino, facts.st_size, *times))
     return tuple(stamps)
 
 
-def _weights_in(place: Path) -> list[Path]:
-    """Return the weight files in a folder and its folders; of an index of shards also the files beside it."""
+def _files_in(place: Path) -> list[Path]:
+    """Return the files in a folder and its folders; of an index of shards also the weights beside it."""
     if place.is_dir():
-        return sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")])
+        return sorted(file for file in (*place.glob("*"), *place.glob("*/*")) if not file.is_dir())[:_MAX_FILES]
     return [place, *sorted(place.parent.glob("*.safetensors"))] if place.suffix == ".json" else [place]
 
 

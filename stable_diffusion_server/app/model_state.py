@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stable_diffusion_server.app.key_callers import unknown_models_of_keys
+from stable_diffusion_server.app.known_revisions import KnownRevisions
 from stable_diffusion_server.app.model_choice import check_model_names, choose_from_folder
 from stable_diffusion_server.engine import Denoiser
 from stable_diffusion_server.errors import ModelLoadError, NotReady
@@ -43,7 +44,8 @@ class ModelState:
     `facts` holds the specs of the configured models (`asked`); loading replaces them by specs with the revision of the
     files. `unusable` maps models that could not be loaded to the reason. `fault` is the reason if no model can be
     loaded, `default_model` is for requests that name no model, `progress` returns the state of a download as a text,
-    `loras` is the folder of LoRAs, `notes` are remarks on the files in MODELS_DIR.
+    `loras` is the folder of LoRAs, `notes` are remarks on the files in MODELS_DIR. `revisions` remembers what loading
+    decided.
     """
 
     facts: ModelTable[ModelSpec]
@@ -55,6 +57,7 @@ class ModelState:
     progress: Callable[[], str] = str
     loras: LoraFolder = field(default_factory=lambda: LoraFolder(None))
     notes: tuple[str, ...] = ()
+    revisions: KnownRevisions | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> ModelState:
@@ -72,7 +75,15 @@ class ModelState:
             name: with_quantization(lcm(facts), facts.quantize or settings.quantize) for name, facts in chosen.items()
         }
         unread = ModelTable({name: without_identity(facts) for name, facts in asked.items()}, chosen.aliases)
-        return cls(unread, default_model=default, asked=asked, unusable=dict(refused), loras=loras, notes=notes)
+        return cls(
+            unread,
+            default_model=default,
+            asked=asked,
+            unusable=dict(refused),
+            loras=loras,
+            notes=notes,
+            revisions=KnownRevisions(settings),
+        )
 
     @property
     def default(self) -> ModelSpec:
@@ -104,13 +115,20 @@ class ModelState:
         self.unusable.update(faults)
         self.unusable.update((alias, faults[name]) for alias, name in aliases if name in faults)
         self.facts.drop(faults)
-        waiting = {name: replace(facts, unread=True) for name, facts in self.facts.items() if name not in loaded}
+        waiting = {name: self._waiting(facts) for name, facts in self.facts.items() if name not in loaded}
         self.facts.put({**waiting, **loaded})
 
     def loaded(self, spec: ModelSpec) -> None:
         """Record the spec of a model that was loaded on demand; called on the engine's thread."""
         self.facts.put({spec.name: spec})
         self.unusable.pop(spec.name, None)
+        if self.revisions is not None and spec.name in self.asked:
+            self.revisions.keep(self.asked[spec.name], spec)
+
+    def _waiting(self, facts: ModelSpec) -> ModelSpec:
+        """Return the spec of a model that was not loaded yet, with its revision if that is remembered."""
+        known = self.revisions.find(self.asked[facts.name]) if self.revisions and facts.name in self.asked else None
+        return known or replace(facts, unread=True)
 
     def failed(self, name: str, why: str) -> None:
         """Record why a model could not be loaded on demand, so that it is not tried again and again."""
@@ -119,7 +137,7 @@ class ModelState:
     def refresh(self, new: ModelState, changed: Collection[str]) -> None:
         """Take the models of another reading of MODELS_DIR; what did not change keeps its revision."""
         kept = {name: facts for name, facts in self.facts.items() if name in new.facts and name not in changed}
-        unread = {name: replace(facts, unread=True) for name, facts in new.facts.items()}
+        unread = {name: new._waiting(facts) for name, facts in new.facts.items()}
         self.asked, self.notes = new.asked, new.notes
         self.facts.replace_with(ModelTable({**unread, **kept}, new.facts.aliases))
         self.unusable.clear()

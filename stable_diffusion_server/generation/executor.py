@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from stable_diffusion_server.engine import EngineResult
 from stable_diffusion_server.generation.interfaces import EngineQueue
 from stable_diffusion_server.generation.prompts import shorten_too_long_text
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels, RetryPolicy, generate_with_retries
-from stable_diffusion_server.generation.resolver import GenerationOptions
+from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest
 from stable_diffusion_server.generation.single_flight import ProgressBroadcaster, ProgressListener, SingleFlight
-from stable_diffusion_server.pipelines import ModelSpec, spec_of
+from stable_diffusion_server.pipelines import spec_of
 from stable_diffusion_server.types import (
     Caller,
     DiffusionRequest,
     EngineEvent,
     EngineEventKind,
     GenerationProgress,
+    StoredObject,
     image_digest,
 )
 
@@ -56,12 +57,21 @@ class GenerationExecutor:
             negative_prompt=request.negative_prompt if negative is None else negative,
         )
 
-    async def load_unread(self, spec: ModelSpec, context: SubmissionContext, listener: ProgressListener) -> bool:
-        """Have a model loaded whose revision is not final, and wait until it is; returns whether that was so.
+    async def load_unread(
+        self,
+        resolved: ResolvedRequest,
+        find: Callable[[ResolvedRequest], Awaitable[StoredObject | None]],
+        context: SubmissionContext,
+        listener: ProgressListener,
+    ) -> bool:
+        """Have a model loaded that was not loaded yet, and wait until it is; returns whether that was so.
 
-        Raises the errors of `EngineQueue.load_model` and of the load.
+        It is not loaded for an image that `find` finds stored under a remembered revision. Raises the errors of `find`,
+        of `EngineQueue.load_model` and of the load.
         """
-        if not spec.unread:
+        spec = resolved.parameters.spec
+        known = spec.remembered and all(source.url is None for source in resolved.request.sources)
+        if not spec.unread or (known and await find(resolved) is not None):
             return False
         loop = asyncio.get_running_loop()
 

@@ -220,7 +220,7 @@ class GenerationService:
         started, ownership, caller = time.perf_counter(), self._options.ownership, context.caller
         resolved = await self._resolve(permitted_request(request, caller, self._options))
         async with deadline(request.timeout or self._options.limits.max_timeout):
-            if await self._executor.load_unread(resolved.parameters.spec, context, listener):
+            if await self._executor.load_unread(resolved, self._find, context, listener):
                 resolved = await self._resolve(resolved.request)  # the key is final now
             if request.overwrite and not caller.has_full_access:
                 ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.peek, resolved.key))

@@ -86,8 +86,9 @@ class ModelSpec:
     class. One that does not `batch` shares no forward pass. `source` says where its defaults are from. `owner_keys` are
     keys of an owner's spec that have an effect on it beside those that all models share.
 
-    An `unread` model is loaded on demand and was not loaded yet: its revision is not final. `preload` loads it at the
-    start, and a `pinned` one is not unloaded for others. `file_bytes` is the size of its files, 0 if unknown.
+    An `unread` model is loaded on demand and was not loaded yet: its revision is not final, or it is `remembered` from
+    the last load of the same files. `preload` loads it at the start, and a `pinned` one is not unloaded for others.
+    `file_bytes` is the size of its files, 0 if unknown.
 
     `revision` identifies the weights in digests and metadata. `weights` and `control_weights` are the SHA-256 digests
     of the files the revision stands for; for other files `with_weights` adds their digest to the revision.
@@ -141,6 +142,7 @@ class ModelSpec:
     quantize: str = ""
     offload: str = ""
     unread: bool = False
+    remembered: bool = False
     preload: bool = False
     pinned: bool = False
     file_bytes: int = 0
