@@ -31,7 +31,7 @@ MODEL = "flux-2-klein-4b"
 PROMPT = "make it green, turn the sky dark"
 SIZES = (96, 64, 160)
 FILES = [file_of(np.asarray(picture(side, seed))) for seed, side in enumerate(SIZES)]
-SIDE, STEPS, SEED = 128, 2, 5
+SIDE, STEPS, SEED = 256, 2, 5
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_models_that_cannot_say_which_can(url: str) -> None:
     assert (unread.status_code, unread.json()["field"]) == (415, "image_file[1]")
     other = httpx.post(
         f"{url}/v1/images/edits",
-        data={"model": "embedded-sdxl", "prompt": PROMPT, "size": "128x128"},
+        data={"model": "embedded-sdxl", "prompt": PROMPT, "size": "256x256"},
         files=[("image[]", file[1]) for file in files],
         timeout=60,
     )

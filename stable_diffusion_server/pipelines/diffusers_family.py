@@ -115,17 +115,19 @@ class DiffusersFamily(Family):
         skipped: int,
         noise: torch.Tensor,
         generator: torch.Generator,
-        sigmas: Sequence[float],
+        sigmas: Sequence[float] | None,
         shift: float,
     ) -> DenoisingSegment:
         """The request's steps without the first `skipped`, by a flow-matching scheduler.
 
-        `sigmas` are the noise levels before the scheduler shifts them, from 1 downwards; `shift` is its `mu`, which
-        counts only if the shift depends on the size. Raises `InvalidInput` for a scheduler that the model lacks.
+        `sigmas` are the noise levels before the scheduler shifts them, from 1 downwards, by default its own; `shift` is
+        its `mu`, which counts only if the shift depends on the size. Raises `InvalidInput` for a scheduler that the
+        model lacks.
         """
         spec = scheduler_of(self.spec, request.scheduler, request.num_inference_steps)
         scheduler = make_scheduler(spec, like=self.pipeline.scheduler)
-        scheduler.set_timesteps(sigmas=[*sigmas], device=noise.device, mu=shift)
+        levels = {"num_inference_steps": request.num_inference_steps} if sigmas is None else {"sigmas": [*sigmas]}
+        scheduler.set_timesteps(**levels, device=noise.device, mu=shift)
         first = skipped * scheduler.order
         scheduler.set_begin_index(first)
         return DenoisingSegment(scheduler, scheduler.timesteps[first:], generator, noise)

@@ -146,6 +146,24 @@ _Z_IMAGE = replace(
     owner_keys=("negative_prompt",),
     source="model card of Tongyi-MAI/Z-Image: 28 to 50 steps, guidance 3 to 5",
 )
+_SD3 = replace(
+    _KLEIN,
+    name="sd3",
+    family="stable_diffusion_server.pipelines.families.sd3:StableDiffusion3",
+    pipeline_class="StableDiffusion3Pipeline",
+    min_side=512,
+    text_tokens=256,
+    default_steps=28,
+    default_guidance=3.5,
+    takes_negative_prompt=True,
+    takes_guidance=True,
+    quantizable_parts=("transformer", "text_encoder_3"),
+    dtype="bfloat16",
+    tasks=USUAL_TASKS,
+    max_references=0,
+    owner_keys=("negative_prompt", "clip_skip"),
+    source="model card of stabilityai/stable-diffusion-3.5-large: 28 steps, guidance 3.5, 256 tokens",
+)
 
 # (family, variant, task) as a `FileIdentity` has them → the row. A variant that has no row of its own takes that of "".
 _ROWS: Mapping[tuple[str, str, ModelTask], ModelSpec] = {
@@ -164,6 +182,7 @@ _ROWS: Mapping[tuple[str, str, ModelTask], ModelSpec] = {
     ("flux", "krea", ModelTask.NORMAL): _KREA,
     ("flux", "fill", ModelTask.FILL): _FILL,
     ("flux", "kontext", ModelTask.EDIT): _KONTEXT,
+    ("sd3", "", ModelTask.NORMAL): _SD3,
 }
 
 

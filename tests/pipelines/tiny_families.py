@@ -233,7 +233,7 @@ def sd3() -> Any:
         joint_attention_dim=64,
         caption_projection_dim=32,
         pooled_projection_dim=64,
-        pos_embed_max_size=32,
+        pos_embed_max_size=64,
     )
     return d.StableDiffusion3Pipeline(
         transformer=transformer,

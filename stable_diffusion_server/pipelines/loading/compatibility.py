@@ -193,10 +193,26 @@ def _check_z_image(folder: str, pipeline: Any, latent_channels: int) -> None:
     )
 
 
+def _check_sd3(folder: str, pipeline: Any, latent_channels: int) -> None:
+    config = pipeline.transformer.config
+    clip = pipeline.text_encoder.config.projection_dim + pipeline.text_encoder_2.config.projection_dim
+    _check_equal(
+        folder,
+        ("transformer", "in_channels", config.in_channels, "the VAE gives", latent_channels),
+        ("transformer", "pooled_projection_dim", config.pooled_projection_dim, "both CLIP encoders give", clip),
+    )
+    if pipeline.text_encoder_3 is not None:
+        width = pipeline.text_encoder_3.config.d_model
+        _check_equal(
+            folder, ("transformer", "joint_attention_dim", config.joint_attention_dim, "text_encoder_3 gives", width)
+        )
+
+
 # Pipeline class, without what follows its model's name → the check of its denoiser.
 _CHECKS: Mapping[str, Callable[[str, Any, int], None]] = {
     "StableDiffusionXL": _check_sdxl,
     "StableDiffusion": _check_sd15,
+    "StableDiffusion3": _check_sd3,
     "Flux": _check_transformer,
     "Flux2Klein": _check_klein,
     "ZImage": _check_z_image,
