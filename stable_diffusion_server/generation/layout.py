@@ -87,36 +87,23 @@ def lay_out_images(
     mask: Pixels | None = None,
     references: Sequence[Pixels] = (),
 ) -> ImageLayout:
-    """Return the layout of a request with its decoded images (uint8, height × width × 3). Raises `InvalidInput`.
-
-    An edit without a size has that of its first reference.
-    """
+    """Return the layout of a request with its decoded images (uint8, height × width × 3). Raises `InvalidInput`."""
     request, parameters, spec = resolved.request, resolved.parameters, resolved.parameters.spec
     whole_image, whole_mask, box = image, None, None
     if image is not None:
-        mask_on_image = to_mask(mask, image.shape[1], image.shape[0]) if mask is not None else None
-        if mask_on_image is not None and request.mask is not None and request.mask.inverted:
-            mask_on_image = 255 - mask_on_image
-        if mask_on_image is not None and request.mask is not None and not mask_on_image.any():
-            lack = "has no transparent part" if request.mask.transparency else "covers nothing"
-            lack = lack if request.mask.transparency or request.mask.inverted else "is black all over"
-            field = request.mask.parameter
-            raise InvalidInput(f"{field} {lack}: nothing is to be repainted.", field=field)
-        whole_mask = mask_on_image
+        mask_on_image = whole_mask = _mask_over(image, mask, request.mask)
         image, mask_on_image, box = _fit_inputs(request, image, mask_on_image)
         height, width = image.shape[:2]
     elif request.width is not None and request.height is not None:
         width, height, mask_on_image = request.width, request.height, None
-    elif references:
+    elif references:  # an edit without a size has that of its first one
         (height, width), mask_on_image = references[0].shape[:2], None
     else:
         raise ValueError("an order without an image has a size")
     canvas = plan_canvas(width, height, spec.native_pixels, spec.min_side)
-    filled = (
-        fill_masked(image, mask_on_image, request.fill, resolved.seed)
-        if image is not None and mask_on_image is not None
-        else image
-    )
+    filled = image
+    if image is not None and mask_on_image is not None:
+        filled = fill_masked(image, mask_on_image, request.fill, resolved.seed)
     on_canvas = to_canvas(filled, canvas) if filled is not None else None
     job = DiffusionRequest(
         task=request.task,
@@ -153,6 +140,19 @@ def lay_out_images(
         height, width = crop.image.shape[:2]
     kept_image = image if mask_on_image is not None else None
     return ImageLayout(job, canvas, width, height, kept_image, soft_mask, resampling, crop)
+
+
+def _mask_over(image: Pixels, mask: Pixels | None, source: ImageInput | None) -> Pixels | None:
+    """Return the mask in the size of the image. Raises `InvalidInput` if it covers nothing."""
+    if mask is None or source is None:
+        return None
+    scaled = to_mask(mask, image.shape[1], image.shape[0])
+    scaled = 255 - scaled if source.inverted else scaled
+    if not scaled.any():
+        lack = "has no transparent part" if source.transparency else "covers nothing"
+        lack = lack if source.transparency or source.inverted else "is black all over"
+        raise InvalidInput(f"{source.parameter} {lack}: nothing is to be repainted.", field=source.parameter)
+    return scaled
 
 
 def _fit_inputs(

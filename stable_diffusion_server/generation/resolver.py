@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from secrets import randbelow
 from typing import TypeVar
-from uuid import NAMESPACE_OID, uuid5
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
+from stable_diffusion_server.generation.derived_values import file_format_of, object_name, seed_of
 from stable_diffusion_server.generation.library import Ownership
 from stable_diffusion_server.generation.limits import RequestLimits
 from stable_diffusion_server.generation.model_abilities import check_extra, negative_prompt_scale
@@ -17,7 +16,6 @@ from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopW
 from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength, scheduler_of, spec_of
 from stable_diffusion_server.storage import object_key
 from stable_diffusion_server.types import (
-    SEED_MAX,
     Fill,
     Fit,
     Format,
@@ -30,9 +28,6 @@ from stable_diffusion_server.types import (
 T = TypeVar("T")
 
 DEFAULT_QUALITY = 85
-_EXTENSIONS = {"webp": Format.WEBP, "png": Format.PNG, "jpg": Format.JPEG, "jpeg": Format.JPEG}
-# Extensions of image files that this server does not produce.
-_OTHER_IMAGE_EXTENSIONS = frozenset("gif svg bmp tif tiff avif heic heif jxl ico pdf psd jp2 ppm tga".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +127,16 @@ def resolve_request(
     spec = _identity_fields(request, parameters, adapters, options.stop_words)
     seed_asked = {"seed": request.seed, **({"variation": request.variation} if request.variation else {})}
     request_digest = digest({**spec, **pictures, **seed_asked})
-    seed = _seed(request, request_digest)
+    seed = seed_of(request, request_digest)
     content = digest({**spec, **pictures, "seed": seed})
-    file_format = _file_format(request)
+    file_format = file_format_of(request)
     # PNG is lossless, so its quality must not make two files differ.
     quality = 100 if file_format is Format.PNG else _or_default(request.quality, DEFAULT_QUALITY)
     conceal = options.ownership.conceal
     key_digest = conceal(digest({"content": content, "format": file_format, "quality": quality}), request)
     name = f"{request.folder}{key_digest[:32]}.{file_format}"
     if request.save_path is not None:
-        name = _name(request, conceal(f"{request_digest}/{file_format}/{quality}", request))
+        name = object_name(request, conceal(f"{request_digest}/{file_format}/{quality}", request))
     return ResolvedRequest(
         request=request,
         parameters=parameters,
@@ -289,22 +284,6 @@ def reference_name(number: int) -> str:
     return f"reference_{number}"
 
 
-def _seed(request: GenerationRequest, request_digest: str) -> int:
-    """Return the requested seed, a random one, or one derived from the digest (equal requests, equal images)."""
-    if request.seed == "random":
-        return randbelow(SEED_MAX + 1)
-    return int(request_digest[:8], 16) if request.seed is None else (request.seed + request.variation) % (SEED_MAX + 1)
-
-
-def _name(request: GenerationRequest, request_digest: str) -> str:
-    """Return `save_path`; with `named_by_content`, the file name gets a prefix of 8 digits of a UUIDv5."""
-    name = request.save_path or ""
-    if not request.named_by_content or not name:
-        return name
-    folder, slash, file = name.rpartition("/")
-    return f"{folder}{slash}{str(uuid5(NAMESPACE_OID, request_digest))[:8]}-{file}" if file else name
-
-
 def _or_default(value: T | None, default: T) -> T:
     return default if value is None else value
 
@@ -314,15 +293,3 @@ def _cleaned(text: str, field: str) -> str:
         return clean_prompt(text)
     except ValueError as error:
         raise InvalidInput(f"{field} {error}.", field=field) from error
-
-
-def _file_format(request: GenerationRequest) -> Format:
-    """Return the requested format, or that of the extension of `save_path`, or WebP. Raises `InvalidInput`."""
-    name = (request.save_path or "").rsplit("/", 1)[-1]
-    ending = name.rsplit(".", 1)[1].lower() if "." in name else ""
-    if ending in _OTHER_IMAGE_EXTENSIONS:
-        raise InvalidInput(f"save_path ends in .{ending}; there are .webp, .png and .jpg.", field="save_path")
-    promised = _EXTENSIONS.get(ending)
-    if request.format and promised and request.format is not promised:
-        raise InvalidInput(f"format is {request.format}, and save_path ends in .{ending}.", field="format")
-    return request.format or promised or Format.WEBP

@@ -33,8 +33,8 @@ from stable_diffusion_server.types import DiffusionRequest
 __all__ = ["CpuDtypes", "LoadOptions", "LoadedFamily", "LoadedModelInfo", "Registry", "load"]
 
 # Components that prepare a request, and those that take a step.
-_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
-_DENOISERS = ("unet", "transformer", REFINER)
+_ENCODERS = "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder"
+_DENOISERS = "unet", "transformer", REFINER
 # Bytes of weights from which one request uses all cores of a CPU well: the embedded models have 60 MB, SDXL 7 GB.
 _LARGE = 1_000_000_000
 
@@ -123,16 +123,14 @@ class Registry:
     def prepare(self, request: DiffusionRequest) -> PipelineState[Any]:
         """The state of a request before its first step."""
         loaded = self.residents[request.model]
-        revisions = (loaded.spec.revision, loaded.spec.revision_for(edges=True))
-        if self.on_demand and request.revision not in revisions:
+        if self.on_demand and request.revision not in (loaded.spec.revision, loaded.spec.revision_for(edges=True)):
             raise ModelChanged(f"The files of {request.model} were changed while the request waited; send it again.")
         with self._only(request.model, *_ENCODERS):
             return loaded.family.prepare(request)
 
     def step(self, states: Sequence[PipelineState[Any]]) -> None:
         """One denoising step for states of one shape, hence of one model."""
-        model = states[0].request.model
-        with self._only(model, *_DENOISERS):
+        with self._only(model := states[0].request.model, *_DENOISERS):
             self.residents[model].family.step(states)
 
     def finish(self, state: PipelineState[Any]) -> DecodedImage:
@@ -203,9 +201,8 @@ class Registry:
 
     def batch_limit(self, request: DiffusionRequest) -> int:
         """The most requests of this size in a forward pass that the placement of the model has memory for."""
-        if not self.residents.specs[request.model].batches:
-            return 1
-        pixels = self.residents.batch_pixels(request.model)
+        shares = self.residents.specs[request.model].batches
+        pixels = self.residents.batch_pixels(request.model) if shares else 0
         return max(1, pixels // (request.width * request.height))
 
     def shrink(self, state: PipelineState[Any]) -> bool:

@@ -178,19 +178,19 @@ def gemma_text(tokenizer: Any) -> Any:
 
 def kl_vae(channels: int, **changes: Any) -> Any:
     """Eight pixels to one, as the real ones."""
-    given: dict[str, Any] = dict(  # noqa
-        block_out_channels=(8, 16, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=channels,
-        norm_num_groups=4,
-        sample_size=SIDE,
-        use_quant_conv=channels == 4,
-        use_post_quant_conv=channels == 4,
-        scaling_factor=0.18215 if channels == 4 else 0.3611,
-        shift_factor=None if channels == 4 else 0.1159,
-    )
+    given: dict[str, Any] = {
+        "block_out_channels": (8, 16, 16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 1,
+        "latent_channels": channels,
+        "norm_num_groups": 4,
+        "sample_size": SIDE,
+        "use_quant_conv": channels == 4,
+        "use_post_quant_conv": channels == 4,
+        "scaling_factor": 0.18215 if channels == 4 else 0.3611,
+        "shift_factor": None if channels == 4 else 0.1159,
+    }
     return d.AutoencoderKL(**{**given, **changes})
 
 
