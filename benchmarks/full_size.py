@@ -1,4 +1,4 @@
-"""SDXL and FLUX.1-schnell at their published sizes with random weights: speed and memory without a download.
+"""Models at their published sizes without a download: SDXL and FLUX.1-schnell with random weights, others with none.
 
 Tokenizers and schedulers are those of the embedded models, since they cost nothing.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 
 from stable_diffusion_server.pipelines import MODELS, ModelSpec
 from stable_diffusion_server.pipelines.loading.components import empty_pipeline
@@ -110,10 +111,53 @@ TRANSFORMER = {
     "guidance_embeds": False,
     "axes_dims_rope": [16, 56, 56],
 }
+KLEIN_4B = {
+    "_class_name": "Flux2Transformer2DModel",
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+QWEN3_4B = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
 CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "sdxl": {"unet": UNET, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
     "flux": {"transformer": TRANSFORMER, "vae": FLUX_VAE, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL},
 }
+# Of other families: (part → class and configuration), for `skeleton`.
+SKELETONS: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
+    "flux2": {
+        "transformer": (diffusers.Flux2Transformer2DModel, KLEIN_4B),
+        "vae": (diffusers.AutoencoderKLFlux2, {}),
+        "text_encoder": (transformers.Qwen3ForCausalLM, QWEN3_4B),
+    },
+    "z-image": {
+        "transformer": (diffusers.ZImageTransformer2DModel, {}),
+        "vae": (diffusers.AutoencoderKL, FLUX_VAE),
+        "text_encoder": (transformers.Qwen3Model, QWEN3_4B),
+    },
+}
+
+
+def skeleton(family: str) -> dict[str, torch.nn.Module]:
+    """The networks of a family of `SKELETONS` on the meta device, by component."""
+    parts: dict[str, torch.nn.Module] = {}
+    with torch.device("meta"):
+        for name, (kind, config) in SKELETONS[family].items():
+            own = kind.config_class(**config) if kind.__module__.startswith("transformers") else None
+            parts[name] = kind.from_config(config) if own is None else kind(own)
+    return parts
 
 
 def write_configurations(folder: Path, facts: ModelSpec) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.full_size import write_configurations
+from benchmarks.full_size import skeleton, write_configurations
+from scripts.memory_tables import FAMILIES
 from stable_diffusion_server.pipelines import MODELS, REAL_MODELS
 from stable_diffusion_server.pipelines.loading.components import empty_pipeline
 from stable_diffusion_server.pipelines.loading.footprint import architecture_of
@@ -36,6 +37,8 @@ def architectures(folder: Path) -> Iterator[Architecture]:
         plain = {name: part for name, part in parts.items() if name != "control"}
         for dtype in _DTYPES:
             yield from (architecture_of(spec, some, dtype) for some in (parts, plain))
+    for spec in FAMILIES.values():
+        yield from (architecture_of(spec, skeleton(spec.name), dtype) for dtype in (torch.bfloat16, torch.float32))
 
 
 def main() -> None:

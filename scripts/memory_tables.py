@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.full_size import write_configurations
+from benchmarks.full_size import skeleton, write_configurations
 from stable_diffusion_server.errors import ModelTooLarge
 from stable_diffusion_server.pipelines import REAL_MODELS, ModelSpec
+from stable_diffusion_server.pipelines.family_rows import family_row
+from stable_diffusion_server.pipelines.library import FileIdentity, Kind
 from stable_diffusion_server.pipelines.loading.components import empty_pipeline
 from stable_diffusion_server.pipelines.loading.footprint import Workload, architecture_of, dtype_of
 from stable_diffusion_server.pipelines.loading.measurement import MeasuredModel, MemoryRoom
@@ -25,7 +27,18 @@ _ROOT = Path(__file__).resolve().parent.parent
 PAGE, README = _ROOT / "docs" / "models.md", _ROOT / "README.md"
 _H200 = _ROOT / "benchmarks" / "results" / "2026-11-26-gpu-h200.md"
 START, END = "<!-- computed by scripts/memory_tables.py -->\n", "<!-- end -->\n"
+START_FAMILIES = "<!-- families, computed by scripts/memory_tables.py -->\n"
 SDXL, FLUX = REAL_MODELS["sdxl"][-1], REAL_MODELS["flux"][0]
+FAMILIES = {
+    title: row
+    for title, family, variant in (
+        ("FLUX.2 klein 4B", "flux2", "klein"),
+        ("FLUX.2 klein base 4B", "flux2", "klein-base"),
+        ("Z-Image-Turbo", "z-image", "turbo"),
+        ("Z-Image", "z-image", "base"),
+    )
+    if (row := family_row(FileIdentity(Kind.PIPELINE, (family,), variant=variant))) is not None
+}
 CARDS = (80, 48, 40, 32, 24, 16, 12, 10, 8)
 # The README's, the H200 first.
 _FEW_CARDS = (141, 80, 48, 24, 16, 12, 8)
@@ -67,6 +80,23 @@ def cards(models: Mapping[str, Architecture]) -> str:
         if card == _FEW_CARDS[0]:
             times = f"H200: SDXL {_seconds('sdxl'):.2f}, FLUX {_seconds('flux'):.2f}"
         lines.append(f"| {card} GB | {' | '.join(cells)} | {times} |")
+    return "\n".join([*lines, ""])
+
+
+def families() -> str:
+    """The table of the families of `FAMILIES`, as Markdown: one image, references and both guided rows included."""
+    cards = (24, 16, 12, 8)
+    work = ("step at 1024²", "step at 2048²", "decode 1024²", "decode 2048²", "prompt")
+    lines = [f"| family | weights | {' | '.join(work)} | {' | '.join(f'{card} GB' for card in cards)} |"]
+    lines.append("| --- " * (len(lines[0].split("|")) - 2) + "|")
+    for title, spec in FAMILIES.items():
+        model = architecture_of(spec, skeleton(spec.name), torch.bfloat16)
+        needs, rows = model.working_bytes, 2 if spec.takes_negative_prompt else 1
+        steps = [needs["transformer"].of(rows * side * side, rows) for side in (1024, 2048)]
+        others = [*(needs["vae"].of(side * side) for side in (1024, 2048)), needs["text_encoder"].of(0)]
+        sizes = [f"{size / _GB:.2f} GB" for size in (*steps, *others)]
+        places = [_shown(placed(spec, model, card)) for card in cards]
+        lines.append(f"| {title} | {sum(model.bytes.values()) / _GB:.1f} GB | {' | '.join((*sizes, *places))} |")
     return "\n".join([*lines, ""])
 
 
@@ -136,10 +166,10 @@ def _machine(models: Mapping[str, Architecture]) -> list[str]:
     return lines
 
 
-def page_with(text: str, page: Path = PAGE) -> str:
-    """A page with other tables."""
-    before, _, rest = page.read_text().partition(START)
-    return f"{before}{START}{text}{END}{rest.partition(END)[2]}"
+def page_with(text: str, page: Path = PAGE, start: str = START) -> str:
+    """A page with other tables after the line `start`."""
+    before, _, rest = page.read_text().partition(start)
+    return f"{before}{start}{text}{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:
@@ -149,6 +179,7 @@ def main() -> None:
             write_configurations(Path(folder), spec)
         models = {spec.name: architecture(spec, Path(folder)) for spec in (SDXL, FLUX)}
     PAGE.write_text(page_with(tables(models)))
+    PAGE.write_text(page_with(families(), start=START_FAMILIES))
     README.write_text(page_with(cards(models), README))
 
 

@@ -10,16 +10,29 @@ import pytest
 import torch
 from drawing import draw, job_for
 
-from benchmarks.full_size import random_pipeline, write_configurations
-from scripts.memory_tables import CARDS, PAGE, README, WORK, cards, page_with, placed, tables
+from benchmarks.full_size import random_pipeline, skeleton, write_configurations
+from scripts.memory_tables import (
+    CARDS,
+    FAMILIES,
+    PAGE,
+    README,
+    START_FAMILIES,
+    WORK,
+    cards,
+    families,
+    page_with,
+    placed,
+    tables,
+)
 from stable_diffusion_server.pipelines.catalog import REAL_MODELS
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.loading.components import empty_pipeline
+from stable_diffusion_server.pipelines.loading.counted_work import counter_of
 from stable_diffusion_server.pipelines.loading.footprint import architecture_of, dtype_of, parameters_of
 from stable_diffusion_server.pipelines.loading.measurement import MeasuredModel
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import token_counter
-from stable_diffusion_server.pipelines.loading.working_memory import _COUNTS, TABLE, Architecture
+from stable_diffusion_server.pipelines.loading.working_memory import TABLE, Architecture
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 pytestmark = pytest.mark.slow
@@ -78,6 +91,7 @@ def architectures(skeletons: dict[str, Any]) -> dict[str, Architecture]:
 def test_the_pages_hold_the_tables_that_are_computed_now(architectures: dict[str, Architecture]) -> None:
     """docs/models.md and README equal the output of `python -m scripts.memory_tables`."""
     assert PAGE.read_text() == page_with(tables(architectures))
+    assert PAGE.read_text() == page_with(families(), start=START_FAMILIES)
     assert README.read_text() == page_with(cards(architectures), README)
 
 
@@ -141,8 +155,37 @@ def test_a_card_of_24_with_32_of_ram_gets_no_flux_that_the_kernel_would_end(
 def test_the_stored_figures_are_counted_again(name: str, part: str, architectures: dict[str, Architecture]) -> None:
     """One size that the table was not made from, on the meta device: equal within a thousandth."""
     model = architectures[name]
+    counter = counter_of(part, model.parts[part])
+    assert counter is not None
     assert model.key(part) in TABLE.read_text()
-    assert model.working_bytes[part].of(768 * 768) == pytest.approx(_COUNTS[part](model, part, 768), rel=1e-3)
+    assert model.working_bytes[part].of(768 * 768) == pytest.approx(counter(model, part, 768), rel=1e-3)
+
+
+@pytest.mark.parametrize(("title", "billions"), [("FLUX.2 klein 4B", 3.88), ("Z-Image-Turbo", 6.15)])
+def test_new_families_are_counted_at_full_size(title: str, billions: float) -> None:
+    """Parameters as published, both with the 4.02 billion of Qwen3-4B; the stored figures are counted again."""
+    spec = FAMILIES[title]
+    parts = skeleton(spec.name)
+    assert round(parameters_of(parts["transformer"]) / 1e9, 2) == billions
+    assert round(parameters_of(parts["text_encoder"]) / 1e9, 2) == 4.02
+    model = architecture_of(spec, parts, torch.bfloat16)
+    counter = counter_of("transformer", parts["transformer"])
+    assert counter is not None
+    assert all(model.key(part) in TABLE.read_text() for part in parts)
+    counted = counter(model, "transformer", 768)
+    assert model.working_bytes["transformer"].of(768 * 768) == pytest.approx(counted, rel=1e-3)
+
+
+def test_references_count_in_the_memory_of_a_step() -> None:
+    """Four of 1024² take four times the patches of one, whatever the size of the picture."""
+    klein, parts = FAMILIES["FLUX.2 klein 4B"], skeleton("flux2")
+    without, with_four = (
+        architecture_of(replace(klein, max_references=count), parts, torch.bfloat16).count("transformer")
+        for count in (0, 4)
+    )
+    assert with_four.per_pixel == pytest.approx(without.per_pixel, rel=1e-3)
+    # An image and its input image have 2 patches for every 256 pixels, a reference 1.
+    assert with_four.fixed - without.fixed == pytest.approx(without.per_pixel / 2 * 4 * 1024**2, rel=0.02)
 
 
 def test_the_published_figures_of_sdxl_are_met(architectures: dict[str, Architecture]) -> None:

@@ -48,11 +48,15 @@ def storages_of(networks: Iterable[torch.nn.Module]) -> dict[tuple[str, int], in
 
 
 def _weights(networks: Networks) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
-    """The plain weights by component and name; the layers of an adapter hold the weights under a longer name."""
+    """The plain weights by component and name; the layers of an adapter hold the weights under a longer name.
+
+    So does a language model with a head: FLUX.2 klein and Z-Image have the same Qwen3 with and without one.
+    """
     for component, network in networks.items():
+        headless = f"{getattr(network, 'base_model_prefix', '')}."
         for name, tensor in (*network.named_parameters(), *network.named_buffers()):
             if type(tensor.data) is torch.Tensor and not tensor.is_meta and tensor.numel():
-                yield (component, name.replace(".base_layer.", ".")), tensor
+                yield (component, name.removeprefix(headless).replace(".base_layer.", ".")), tensor
 
 
 def _are_equal(weight: torch.Tensor, other: torch.Tensor) -> bool:
