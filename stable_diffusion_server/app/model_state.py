@@ -24,7 +24,7 @@ from stable_diffusion_server.pipelines import (
     without_identity,
 )
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.types import Caller
+from stable_diffusion_server.types import Caller, Task
 
 # What `residency` says of a model that is not in memory.
 UNLOADED, LOADING = "unloaded", "loading"
@@ -87,8 +87,10 @@ class ModelState:
 
     @property
     def default(self) -> ModelSpec:
-        """The model of requests that name none."""
-        return self.facts.get(self.default_model) or next(iter(self.facts.values()))
+        """The model of requests that name none: if there is not that of the setting, the first that draws from text."""
+        every = self.facts.values()
+        from_text = (facts for facts in every if Task.TEXT_TO_IMAGE in facts.tasks)
+        return self.facts.get(self.default_model) or next(from_text, None) or next(iter(every))
 
     def shares(self, settings: Settings) -> dict[str, float | None]:
         """Return the shares in MODEL_SHARES of the models that are here, by their own names."""
@@ -177,8 +179,7 @@ class ModelState:
         """
         if self.models is None:
             return []
-        default = self.facts.get(self.default_model) or next(iter(self.facts.values()), None)
-        usual = default.name if default is not None else ""
+        usual = self.default.name if self.facts else ""
         loaded = {model.name: asdict(model) for model in getattr(self.models, "loaded", ())}
         demanded = getattr(self.models, "on_demand", False)
         known = {name: self._unloaded(facts) for name, facts in self.facts.items() if demanded and name not in loaded}
@@ -248,8 +249,9 @@ class ModelState:
 
 
 def _family_of(facts: ModelSpec) -> str:
-    """Return the name of a model's family: `sdxl` or `flux`."""
-    return next((name for name, spec in MODELS.items() if spec.family == facts.family), "")
+    """Return the name of a model's family, such as `sdxl`; of one drawn by its own pipeline, that of its class."""
+    module = facts.family.partition(":")[0].rpartition(".")[2]
+    return facts.pipeline_class.removesuffix("Pipeline") if module == "stock" else module.replace("_", "-")
 
 
 def _parts_of(facts: ModelSpec) -> dict[str, str]:

@@ -60,7 +60,7 @@ class RetryPolicy:
         Steps stay within the scheduler's bounds. The strength stays unchanged if less of it would leave no step.
         """
         request = replace(request, prompt=self.fit(request.prompt + _DETAIL))
-        if request.task is Task.TEXT_TO_IMAGE:
+        if request.task in (Task.TEXT_TO_IMAGE, Task.EDIT):
             most = min(self.max_steps, SCHEDULERS[request.scheduler].max_steps)
             return replace(request, num_inference_steps=min(request.num_inference_steps + 1, most))
         weaker = round(request.strength - _LESS_STRENGTH, 4)

@@ -12,8 +12,10 @@ _PATHS = {
     "text_to_image": "/create_and_upload_image",
     "image_to_image": "/style_transfer_and_upload_image",
     "inpaint": "/inpaint_and_upload_image",
+    "edit": "/edit_and_upload_image",
 }
-_FILES = {"text_to_image": (), "image_to_image": ("image_file",), "inpaint": ("image_file", "mask_file")}
+_READ = "rb"
+_FILES = {"image_to_image": ("image",), "inpaint": ("image", "mask")}
 
 
 def curl(base: str, record: Mapping[str, Any], *, keyed: bool = False) -> str:
@@ -23,9 +25,9 @@ def curl(base: str, record: Mapping[str, Any], *, keyed: bool = False) -> str:
     if keyed:
         parts.append('--header "Authorization: Bearer $API_KEY"')
     words = _words(record)
-    if files := _FILES.get(task, ()):
+    if files := _files_of(task, record):
         parts += [f"--form {shlex.quote(f'{name}={value}')}" for name, value in words.items()]
-        parts += [f"--form {name}=@{name.removesuffix('_file')}.png" for name in files]
+        parts += [f"--form {name}_file=@{file}" for name, file in files]
     else:
         words |= {side: record[side] for side in ("width", "height") if side in record}
         body = json.dumps(words, ensure_ascii=False)
@@ -39,8 +41,10 @@ def openai(base: str, record: Mapping[str, Any], *, keyed: bool = False) -> str:
     prompt, model = words.pop("prompt", ""), words.pop("model", "")
     task = str(record.get("task", "text_to_image"))
     key = 'os.environ["API_KEY"]' if keyed else '"none"'
-    names = {"image_to_image": {"image": "image.png"}, "inpaint": {"image": "image.png", "mask": "mask.png"}}
-    files = "".join(f'    {name}=open("{file}", "rb"),\n' for name, file in names.get(task, {}).items())
+    pairs = _files_of(task, record)
+    files = "".join(f'    {name}=open("{file}", "rb"),\n' for name, file in pairs)
+    if task == "edit":
+        files = f"    image=[{', '.join(f'open({file!r}, {_READ!r})' for _, file in pairs)}],\n"
     size = f'    size="{record["width"]}x{record["height"]}",\n' if "width" in record and not files else ""
     imported = "import os\n\n" if keyed else ""
     return (
@@ -49,6 +53,13 @@ def openai(base: str, record: Mapping[str, Any], *, keyed: bool = False) -> str:
         f"answer = client.images.{'edit' if files else 'generate'}(\n"
         f"{files}    model={str(model)!r},\n    prompt={str(prompt)!r},\n{size}    extra_body={words!r},\n)\n"
     )
+
+
+def _files_of(task: str, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the names and the placeholder files of a record's input images."""
+    if task == "edit":
+        return [("image", f"image{number}.png") for number in range(1, len(record.get("references") or "1") + 1)]
+    return [(name, f"{name}.png") for name in _FILES.get(task, ())]
 
 
 def _words(record: Mapping[str, Any]) -> dict[str, Any]:

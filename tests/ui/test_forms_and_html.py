@@ -161,6 +161,13 @@ def test_a_record_becomes_calls_that_can_be_pasted() -> None:
     files = code_snippets.curl("http://x", {**record, "task": "inpaint"})
     assert "--form mask_file=@mask.png" in files
     compile(code_snippets.openai("http://x", {**record, "task": "inpaint"}), "call", "exec")
+    edit = {**record, "task": "edit", "references": ["1a", "2b"]}
+    line = code_snippets.curl("http://x", edit)
+    assert "/edit_and_upload_image" in line
+    assert line.count("--form image_file=@") == 2
+    call = code_snippets.openai("http://x", edit)
+    compile(call, "call", "exec")
+    assert call.count("open(") == 2
 
 
 def test_the_oldest_sessions_are_dropped() -> None:

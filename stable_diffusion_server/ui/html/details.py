@@ -9,7 +9,7 @@ from typing import Any
 
 from stable_diffusion_server.ui.html import progress
 
-_TASKS = {"text_to_image": "Created", "image_to_image": "Restyled", "inpaint": "Inpainted"}
+_TASKS = {"text_to_image": "Created", "image_to_image": "Restyled", "inpaint": "Inpainted", "edit": "Edited"}
 
 
 def picture(entry: Mapping[str, Any]) -> str:
