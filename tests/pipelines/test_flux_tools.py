@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import tiny_families
 import torch
 from checkpoint_stand_ins import flux_pipeline, write
 from drawing import draw, largest_difference
@@ -26,6 +27,7 @@ from stable_diffusion_server.pipelines.library.identity import FileIdentity
 from stable_diffusion_server.pipelines.loading.single_file import empty_checkpoint, load_checkpoint
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.pipelines.owned_models import find_owned_models
+from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 __all__ = ["narrow_converter", "no_network"]  # pytest uses them here
@@ -87,6 +89,25 @@ def test_the_owner_says_what_the_tensors_do_not(tmp_path: Path) -> None:
     }
     fill = empty_checkpoint(found.specs["d"], tmp_path)["transformer"]
     assert (fill.config.in_channels, fill.config.out_channels) == (384, 64)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("flux-fill", "Fill"), ("flux-kontext", "Kontext")])
+def test_a_folder_is_found_loaded_and_drawn_as_stock(name: str, kind: str, tmp_path: Path) -> None:
+    """By its class; a truncated part is refused by a sentence."""
+    tiny_families.build(name).save_pretrained(tmp_path / "mine")
+    found = find_owned_models(tmp_path, (tmp_path,))
+    assert (dict(found.refused), found.remarks) == ({}, [])
+    spec = replace(found.specs["mine"], cpu_dtype="float32", measured_dtype=False)
+    registry = load(tmp_path, "cpu", 1, LoadOptions(models={"mine": spec}))
+    assert registry.unusable == {}
+    family = registry.residents["mine"].family
+    request = request_for(spec, **(MASKED if kind == "Fill" else {}))
+    case = TinyCase("folder", "flux", f"Flux{kind}Pipeline", arguments={"max_area": 64 * 64})
+    assert largest_difference(draw(family, request), stock_picture(family, case, request)) <= 2
+    weights = tmp_path / "mine" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelLoadError, match="is truncated"):
+        load(tmp_path, "cpu", 1, LoadOptions(models={"mine": spec}))
 
 
 @pytest.mark.parametrize(("kind", "of"), [("Fill", "Kontext"), ("Kontext", "Fill")])

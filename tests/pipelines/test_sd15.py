@@ -28,6 +28,8 @@ from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolde
 from stable_diffusion_server.pipelines.families.sd15 import Sd15
 from stable_diffusion_server.pipelines.library import ModelTask
 from stable_diffusion_server.pipelines.loading.components import load_pipeline
+from stable_diffusion_server.pipelines.loading.footprint import Workload, architecture_of, footprint_of
+from stable_diffusion_server.pipelines.loading.placement import Residency, place
 from stable_diffusion_server.pipelines.loading.single_file import empty_checkpoint, load_checkpoint
 from stable_diffusion_server.pipelines.owned_models import find_owned_models
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
@@ -169,8 +171,12 @@ def test_a_file_is_found_with_its_owners_values(tmp_path: Path) -> None:
     assert (dream.native_pixels, dream.default_steps, paint.clip_skip) == (512 * 512, 50, 0)
     assert (dream.pipeline_class, paint.pipeline_class) == ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
     assert found.remarks == ["The spec of dream.safetensors has keys without an effect on this model: refiner."]
-    unet = empty_checkpoint(dream, tmp_path)["unet"]
-    assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
+    parts = empty_checkpoint(dream, tmp_path)
+    assert sum(parameter.numel() for parameter in parts["unet"].parameters()) == 859_520_964
+    model = architecture_of(dream, parts, torch.float16)
+    footprint = footprint_of(dream, model, Workload(512 * 512))
+    assert 1.7e9 < model.bytes["unet"] < 1.8e9
+    assert place(int(3.7e9), footprint, accelerated=True).residency is Residency.RESIDENT, "on a card of 4 GB"
 
 
 def _without_its_vae(folder: Path) -> None:

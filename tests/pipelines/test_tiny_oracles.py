@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_families
+import torch
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from drawing import draw, draw_together, largest_difference, psnr
 from tiny_oracles import IMAGE, MASKED, OTHER, PICTURE, WIDE, WRONG, TinyCase, request_for, stock_picture
 from tiny_parts import SIDE
 
+from stable_diffusion_server.errors import OutOfMemory
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sd15 import Sd15
 from stable_diffusion_server.pipelines.family_rows import family_row
@@ -165,6 +167,34 @@ def test_unlike_requests_share_their_passes(
     assert rows[0] >= len(requests)
     assert min(psnr(one, other) for one, other in zip(alone, together, strict=True)) >= 45
     assert min(psnr(alone[0], other) for other in alone[1:]) < 45, "unlike requests give unlike pictures"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_too_little_memory_is_said(name: str, tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step and in the end; the state stays as it was, and draws on."""
+    family = tiny(name)
+    request = request_for(family.spec, **({} if Task.TEXT_TO_IMAGE in family.spec.tasks else MASKED))
+    state = family.prepare(request)
+    while not state.done:
+        before = (state.index, state.latents)
+        _run_out_of_memory(monkeypatch, getattr(family.pipeline, family.spec.denoiser_part), "forward")
+        with pytest.raises(OutOfMemory):
+            family.step([state])
+        monkeypatch.undo()
+        assert (state.index, state.latents) == before
+        family.step([state])
+    _run_out_of_memory(monkeypatch, family.pipeline.vae, "decode")
+    with pytest.raises(OutOfMemory):
+        family.finish(state)
+    monkeypatch.undo()
+    assert np.array_equal(family.finish(state).pixels, draw(family, request))
+
+
+def _run_out_of_memory(monkeypatch: pytest.MonkeyPatch, network: Any, method: str) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("the allocator says so")
+
+    monkeypatch.setattr(network, method, fail)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
