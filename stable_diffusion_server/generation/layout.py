@@ -25,6 +25,7 @@ from stable_diffusion_server.imaging import (
     paste_back,
     plan_canvas,
     resize_image,
+    shrink_to_area,
     to_canvas,
     to_mask,
 )
@@ -128,7 +129,7 @@ def lay_out_images(
         loras=request.loras,
         alone=request.alone,
         lora_digests=resolved.lora_digests,
-        references=tuple(ImageArray(pixels) for pixels in references),
+        references=tuple(ImageArray(shrink_to_area(pixels, spec.reference_pixels)) for pixels in references),
         extra=request.extra,
     )
     soft_mask = feather_mask(mask_on_image, request.feather) if mask_on_image is not None else None

@@ -26,7 +26,15 @@ from stable_diffusion_server.imaging.metadata import (
     source_type_of,
     xmp_packet,
 )
-from stable_diffusion_server.imaging.resize import CropBox, Pixels, crop_around, fill_masked, fit_image, resize_image
+from stable_diffusion_server.imaging.resize import (
+    CropBox,
+    Pixels,
+    crop_around,
+    fill_masked,
+    fit_image,
+    resize_image,
+    shrink_to_area,
+)
 from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 from stable_diffusion_server.imaging.upscaling import Resampling, blend, upscale
 
@@ -66,6 +74,7 @@ __all__ = [
     "read_record",
     "resize_image",
     "score_artifacts",
+    "shrink_to_area",
     "source_type_of",
     "to_canvas",
     "to_mask",

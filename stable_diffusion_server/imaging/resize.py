@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -115,6 +116,15 @@ def scale_to_fit(pixels: Pixels, width: int, height: int) -> Pixels:
     """Scale an image or a mask to the largest size within `width` × `height`, with its aspect ratio kept."""
     scale = min(width / pixels.shape[1], height / pixels.shape[0])
     return resize_image(pixels, max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
+
+
+def shrink_to_area(pixels: Pixels, area: int) -> Pixels:
+    """Scale an image of more than `area` pixels down to that (Lanczos), each side rounded down as diffusers does."""
+    height, width = pixels.shape[:2]
+    if width * height <= area:
+        return pixels
+    scale = math.sqrt(area / (width * height))
+    return resize_image(pixels, max(1, int(width * scale)), max(1, int(height * scale)))
 
 
 def pad_image(pixels: Pixels, width: int, height: int, value: int | None = None) -> Pixels:

@@ -113,6 +113,7 @@ _KLEIN = ModelSpec(
     measured_dtype=True,
     tasks=(*USUAL_TASKS, Task.EDIT),
     max_references=4,
+    reference_pixels=1024 * 1024,
     source="model card of black-forest-labs/FLUX.2-klein-4B: 4 steps, guidance 1",
 )
 _KLEIN_BASE = replace(

@@ -25,6 +25,7 @@ ROUTES = [
         MULTIPART,
         b"--x\r\nContent-Disposition: form-data; name=prompt\r\n\r\na",
     ),
+    ("/edit_and_upload_image", "application/json", b'{"image_url": ["'),
     ("/v1/images/generations", "application/json", b"{"),
     ("/v1/images/edits", MULTIPART, b"--x\r\n"),
     ("/sdapi/v1/txt2img", "application/json", b"{"),

@@ -73,6 +73,8 @@ ROUTES = {
     ("GET", "/make_image"): (401, 401, 200),
     ("POST", "/inpaint_and_upload_image"): (401, 401, 422),
     ("POST", "/style_transfer_and_upload_image"): (401, 401, 422),
+    ("GET", "/edit_and_upload_image"): (401, 401, 422),
+    ("POST", "/edit_and_upload_image"): (401, 401, 422),
     ("POST", "/style_transfer_bytes_and_upload_image"): (401, 401, 422),
     ("POST", "/v1/images/generations"): (401, 401, 400),
     ("POST", "/v1/images/edits"): (401, 401, 400),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stable_diffusion_server.errors import Forbidden, InvalidInput
+from stable_diffusion_server.generation.layout import lay_out_images
 from stable_diffusion_server.generation.limits import RequestLimits
 from stable_diffusion_server.generation.model_abilities import permitted_request, with_able_model
-from stable_diffusion_server.generation.resolver import GenerationOptions
+from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.pipelines import MODELS, ModelTable
 from stable_diffusion_server.types import Caller, GenerationRequest, ImageInput, Task
 
@@ -71,3 +73,17 @@ def test_a_limited_key_learns_of_its_own_models_only() -> None:
     with pytest.raises(Forbidden):
         permitted_request(order(Task.EDIT, model="editor"), limited, options)
     assert permitted_request(order(Task.INPAINT, model="filler"), limited, options).model == "filler"
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"), [((64, 64), (64, 64)), ((64, 65), (63, 64)), ((400, 100), (128, 32)), ((1, 40_000), (1, 12_800))]
+)
+def test_a_waiting_edit_holds_no_more_than_the_model_reads(size: tuple[int, int], kept: tuple[int, int]) -> None:
+    """References over the model's area are shrunk at once, in proportion; the output has the first one's size."""
+    spec = replace(EDITOR, reference_pixels=64 * 64, native_pixels=128 * 128, min_side=64)
+    options = GenerationOptions(RequestLimits(), "editor", "", models={"editor": spec})
+    resolved = resolve_request(order(Task.EDIT, 1), options)
+    layout = lay_out_images(resolved, references=[np.zeros((*size, 3), np.uint8)])
+    (held,) = layout.request.references
+    assert held.pixels.shape[:2] == kept
+    assert (layout.height, layout.width) == size

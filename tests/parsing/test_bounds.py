@@ -28,7 +28,8 @@ OPENAI, TXT2IMG, IMG2IMG = "/v1/images/generations", "/sdapi/v1/txt2img", "/sdap
 OPTIONS, PNG_INFO, REPLAY = "/sdapi/v1/options", "/sdapi/v1/png-info", "/v1/replay"
 DRAWING = [CREATE, STYLE, OPENAI, TXT2IMG, IMG2IMG]
 ENLARGING = ["/sdapi/v1/extra-single-image", "/sdapi/v1/extra-batch-images", "/controlnet/detect"]
-READING = [*DRAWING, *ENLARGING, INPAINT, OPTIONS, PNG_INFO, REPLAY, "/internal/progress", "/v1/images/edits"]
+EDIT = "/edit_and_upload_image"
+READING = [*DRAWING, *ENLARGING, INPAINT, EDIT, OPTIONS, PNG_INFO, REPLAY, "/internal/progress", "/v1/images/edits"]
 JSON = {"content-type": "application/json"}
 PICTURE = base64.b64encode(file_of(disc(64, 64))).decode()
 

@@ -47,7 +47,7 @@ _CHEAP_PATHS = (
 # Routes whose JSON bodies hold images in base64.
 _IMAGE_PATHS = (
     *("/v1/images/edits", "/v1/images/variations"),
-    *("/inpaint_", "/style_transfer_", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/png-info"),
+    *("/inpaint_", "/style_transfer_", "/edit_", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/png-info"),
     *("/sdapi/v1/extra-single-image", "/sdapi/v1/extra-batch-images", "/sdapi/v1/interrogate", "/controlnet/detect"),
 )
 # Maximum digits of a `Content-Length`; `int` raises for more than 4300.
