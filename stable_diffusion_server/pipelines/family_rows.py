@@ -15,7 +15,7 @@ from stable_diffusion_server.pipelines.model_spec import (
     ExtraParameter,
     ModelSpec,
 )
-from stable_diffusion_server.pipelines.stock_rows import STOCK_ROWS, stock_row
+from stable_diffusion_server.pipelines.stock_rows import stock_row
 from stable_diffusion_server.types import Task
 
 # Keys of owners' specs that models with a UNet have a use for.
@@ -226,5 +226,4 @@ def prompted_by_images(row: ModelSpec, place: str) -> ModelSpec:
 
 def drawn_families() -> str:
     """The families that are drawn, for a sentence."""
-    families = ", ".join(dict.fromkeys(family for family, _, _ in _ROWS))
-    return f"{families}, and diffusers folders of {len(STOCK_ROWS)} further classes (docs/models.md)"
+    return ", ".join(dict.fromkeys(family for family, _, _ in _ROWS))

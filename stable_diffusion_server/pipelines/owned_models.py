@@ -116,10 +116,11 @@ class _Builder:
             families = ", ".join(identity.families) or "an unknown family"
             purpose = "" if identity.task is ModelTask.NORMAL else f"for {identity.task}"
             kind = " ".join(part for part in (identity.variant, purpose) if part)
-            drawn = f"drawn are models of {drawn_families()}"
-            what = f"is a model of {families}{f' ({kind})' if kind else ''}"
-            by_class = f" with the class {identity.pipeline_class}" if identity.pipeline_class else ""
-            raise Unusable(f"{name} {what}{by_class}, which is not drawn here; {drawn}.")
+            what = f"{name} is a model of {families}{f' ({kind})' if kind else ''}"
+            if identity.pipeline_class:
+                listed = "docs/models.md lists the families and classes that are"
+                raise Unusable(f"{what} with the class {identity.pipeline_class}, which is not drawn here; {listed}.")
+            raise Unusable(f"{what}, and models of {drawn_families()} are drawn here.")
         if identity.kind is not Kind.PIPELINE and identity.family not in PARTS:
             raise Unusable(f"{name} is a file of {identity.family}, which is drawn from diffusers folders only.")
         return row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         guidance = arguments.get("guidance_scale") or arguments["true_cfg_scale"]
         (models / f"{name}.toml").write_text(SPEC.replace("GUIDANCE", str(guidance)))
     return models
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to copy and damage."""
+    made = tmp_path_factory.mktemp("whole") / "mine"
+    tiny_families.build("aura-flow").save_pretrained(made)
+    return made
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -93,9 +102,9 @@ def test_int8_is_another_revision_and_another_picture(folder: Path) -> None:
         (lambda files: _relist(files, text_encoder=["transformers", "AutoModel"]), "which is no network"),
     ],
 )
-def test_what_is_broken_is_refused_by_a_sentence(damage: Any, sentence: str, tmp_path: Path) -> None:
+def test_what_is_broken_is_refused_by_a_sentence(damage: Any, sentence: str, whole: Path, tmp_path: Path) -> None:
     """Before anything is read in whole, and without importing what an index names."""
-    tiny_families.build("aura-flow").save_pretrained(tmp_path / "mine")
+    shutil.copytree(whole, tmp_path / "mine")
     damage(tmp_path / "mine")
     owned = find_owned_models(tmp_path, [tmp_path])
     said = owned.refused.get("mine", "")
@@ -124,9 +133,9 @@ def _relist(folder: Path, **parts: list[str]) -> None:
         ["AuraFlowPipeline"], {"a": 1},
     ],
 )  # fmt: skip
-def test_a_folder_of_an_odd_class_is_refused_by_a_sentence(class_name: Any, tmp_path: Path) -> None:
+def test_a_folder_of_an_odd_class_is_refused_by_a_sentence(class_name: Any, whole: Path, tmp_path: Path) -> None:
     """Classes of other modules, modular ones, video ones and no classes at all."""
-    tiny_families.build("aura-flow").save_pretrained(tmp_path / "mine")
+    shutil.copytree(whole, tmp_path / "mine")
     _relist(tmp_path / "mine", _class_name=class_name)
     owned = find_owned_models(tmp_path, [tmp_path])
     said = owned.refused.get("mine", "")
