@@ -85,16 +85,6 @@ _ROWS = (
     ),
     _edit("QwenImageEdit", 50, 1, "model card of Qwen/Qwen-Image-Edit", tasks=(_EDIT, _MASK)),
     _edit("QwenImageEditPlus", 40, 3, "model card of Qwen/Qwen-Image-Edit-2509"),
-    _edit(
-        "FluxKontext",
-        28,
-        1,
-        "model card of black-forest-labs/FLUX.1-Kontext-dev",
-        default_guidance=2.5,
-        takes_negative_prompt=False,
-        owner_keys=(),
-        quantizable_parts=("transformer", "text_encoder_2"),
-    ),
     _row("Krea2", 28, 4.5, _CLASS, text_tokens=512, quantizable_parts=_T5),
     _row(
         "HiDreamImage",

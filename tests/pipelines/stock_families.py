@@ -22,7 +22,13 @@ from stable_diffusion_server.types import DiffusionRequest, ImageArray, Task
 CHANGES: dict[str, dict[str, Any]] = {
     "sd3": {"text_tokens": 64},
     "chroma": {"text_tokens": 64},
-    "flux-kontext": {"text_tokens": 64},
+    "flux-kontext": {
+        "text_tokens": 64,
+        "takes_negative_prompt": False,
+        "tasks": (Task.EDIT,),
+        "max_references": 1,
+        "default_guidance": 2.5,
+    },
     "flux-dev": {"text_tokens": 64, "takes_negative_prompt": False},
     "flux2-klein": {"text_tokens": 64, "takes_negative_prompt": False},
     "sd15": {"tasks": (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINT), "denoiser_part": "unet"},
