@@ -33,14 +33,17 @@ def with_able_model(
 ) -> GenerationRequest:
     """Return the request with a model that draws its task, `models` being those that the caller may use.
 
-    A request that names no model gets the first one that draws its task, if the default one does not. Raises
-    `InvalidInput`, with the names of models that can, for a named model that does not, and where none does.
+    A request that names no model gets the first one that draws its task, with all its references if there is one, if
+    the default model does not. Raises `InvalidInput`, with the names of models that can, for a named model that does
+    not, and where none does.
     """
     spec = models.get(request.model or default_model) or next(iter(models.values()), None)
     if spec is None or (request.model is not None and request.model not in models):
         return request  # refused by name later
     if request.task not in spec.tasks:
-        other = next((name for name, one in models.items() if request.task in one.tasks), None)
+        able_ones = {name: one.max_references for name, one in models.items() if request.task in one.tasks}
+        enough = (name for name, most in able_ones.items() if most >= len(request.references))
+        other = next(enough, next(iter(able_ones), None))
         if request.model is not None or other is None:
             raise InvalidInput(
                 f"{spec.name} does not {_WORDS[request.task]}; {able(request.task, models)}.", field="model"

@@ -42,6 +42,16 @@ def test_a_request_without_a_model_gets_one_that_draws_it(task: Task, default: s
     assert with_able_model(order(task), MODELS_HERE, default).model == chosen
 
 
+def test_a_model_that_takes_all_images_is_chosen_before_others() -> None:
+    """The first by name takes one; where none takes all, the first says how many it takes."""
+    single = replace(EDITOR, name="single", max_references=1)
+    models = ModelTable({"single": single, **MODELS_HERE})
+    assert with_able_model(order(Task.EDIT, 1), models, "sdxl").model == "single"
+    assert with_able_model(order(Task.EDIT, 2), models, "sdxl").model == "editor"
+    with pytest.raises(InvalidInput, match="single takes at most 1, and 3"):
+        with_able_model(order(Task.EDIT, 3), models, "sdxl")
+
+
 def test_a_named_model_is_never_replaced() -> None:
     """By its name or an alias: refused, with the names of those that can."""
     for name, task, able in (("sdxl", Task.EDIT, "editor"), ("ed", Task.INPAINT, "filler, sdxl")):
