@@ -6,14 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from stable_diffusion_server.pipelines import family_rows
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.pipelines.family_rows import (
-    as_named,
-    drawn_families,
-    family_row,
-    prompted_by_images,
-    refined,
-)
 from stable_diffusion_server.pipelines.library import Kind, LibraryModel, ModelLibrary, ModelTask
 from stable_diffusion_server.pipelines.library.file_headers import shown
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
@@ -97,19 +91,19 @@ class _Builder:
 
     def _with_added(self, spec: ModelSpec, model: LibraryModel, finder: PartFinder) -> ModelSpec:
         """With the components of other models that the owner's spec names."""
-        values = model.spec.values
-        if "refiner" in values and "refiner" in spec.owner_keys:
-            return refined(spec, finder.refiner(model, values["refiner"]))
-        if "image_prompt" in values and "image_prompt" in spec.owner_keys:
-            return prompted_by_images(spec, finder.path_of(model, values["image_prompt"], Kind.IMAGE_PROMPT))
-        return spec
+        named = {key: value for key, value in model.spec.values.items() if key in spec.owner_keys}
+        if "refiner" in named:
+            return family_rows.refined(spec, finder.refiner(model, named["refiner"]))
+        if "image_prompt" not in named:
+            return spec
+        return family_rows.prompted_by_images(spec, finder.path_of(model, named["image_prompt"], Kind.IMAGE_PROMPT))
 
     def _row(self, model: LibraryModel) -> ModelSpec:
         """The row that a model follows. Raises `Unusable` for what no family here draws."""
         identity, name = model.identity, model.file_name
         # What a file does not say, its owner may.
-        said = as_named(identity, str(model.spec.values.get("variant", identity.variant)))
-        row = family_row(said) or family_row(identity)
+        said = family_rows.as_named(identity, str(model.spec.values.get("variant", identity.variant)))
+        row = family_rows.family_row(said) or family_rows.family_row(identity)
         if row is None and identity.task is ModelTask.REFINER:
             raise Unusable(f"{name} is a refiner: name it in a model's spec, as refiner = {model.name!r}.")
         if row is None:
@@ -120,7 +114,7 @@ class _Builder:
             if identity.pipeline_class:
                 listed = "docs/models.md lists the families and classes that are"
                 raise Unusable(f"{what} with the class {identity.pipeline_class}, which is not drawn here; {listed}.")
-            raise Unusable(f"{what}, and models of {drawn_families()} are drawn here.")
+            raise Unusable(f"{what}, and models of {family_rows.drawn_families()} are drawn here.")
         if identity.kind is not Kind.PIPELINE and identity.family not in PARTS:
             raise Unusable(f"{name} is a file of {identity.family}, which is drawn from diffusers folders only.")
         return row

@@ -20,7 +20,7 @@ from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.family_rows import family_row, refined
 from stable_diffusion_server.pipelines.library import Kind
 from stable_diffusion_server.pipelines.library.identity import FileIdentity
-from stable_diffusion_server.pipelines.loading.added_parts import added_files, with_added
+from stable_diffusion_server.pipelines.loading.added_parts import added_files, load_added, with_added
 from stable_diffusion_server.pipelines.loading.components import empty_pipeline, load_pipeline
 from stable_diffusion_server.pipelines.loading.footprint import USUAL_WORK, architecture_of, footprint_of
 from stable_diffusion_server.pipelines.owned_models import find_owned_models
@@ -144,6 +144,18 @@ def test_the_owners_spec_names_the_refiner(family: Any, tmp_path: Path) -> None:
     pipeline = load_pipeline(spec, tmp_path, torch.device("cpu"))
     job = job_for("sdxl", refine=True, prompt=PROMPT, **STEPS)
     assert np.array_equal(draw(Sdxl(pipeline, spec), job), draw(family, job))
+
+
+def test_a_refiners_folder_gives_its_unet(family: Any, tmp_path: Path) -> None:
+    """As `stable-diffusion-xl-refiner-1.0`; a folder without weights is refused by a sentence."""
+    family.pipeline.refiner.save_pretrained(tmp_path / "refiner" / "unet")
+    spec = replace(SPEC, added_parts=(("refiner", "refiner"),))
+    loaded = load_added(spec, tmp_path, torch.float32)["refiner"].state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in family.pipeline.refiner.state_dict().items())
+    assert len(added_files(spec, tmp_path)) == 2
+    (tmp_path / "refiner" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match="holds no weights"):
+        load_added(spec, tmp_path, torch.float32)
 
 
 def test_another_model_is_no_refiner(family: Any, tmp_path: Path) -> None:

@@ -8,22 +8,15 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
-from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
-from PIL import Image
 
-from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.loading.checkpoint_layout import DENOISER
 from stable_diffusion_server.pipelines.loading.compatibility import check_redux, check_refiner
 from stable_diffusion_server.pipelines.loading.model_files import translate_load_errors
-from stable_diffusion_server.pipelines.loading.network_assembly import load_complete
 from stable_diffusion_server.pipelines.loading.part_networks import files_of_place, networks_of
+from stable_diffusion_server.pipelines.loading.redux_encoder import REDUX, load_redux
 from stable_diffusion_server.pipelines.loading.weight_digest import ignore_progress
-from stable_diffusion_server.pipelines.loading.weight_files import DIFFUSERS, TRANSFORMERS, check_part, texts_in
+from stable_diffusion_server.pipelines.loading.weight_files import check_part, texts_in
 from stable_diffusion_server.pipelines.model_spec import CheckpointFiles, ModelSpec
-
-# Component → what it is made of: (folder, library) of each network in a diffusers folder.
-_REDUX = (("image_encoder", TRANSFORMERS), ("image_embedder", DIFFUSERS))
 
 
 class RefinedXLPipeline(diffusers.StableDiffusionXLPipeline):  # type: ignore[misc]  # diffusers has no types
@@ -62,33 +55,6 @@ class RefinedXLPipeline(diffusers.StableDiffusionXLPipeline):  # type: ignore[mi
         self.register_modules(refiner=refiner)
 
 
-class ReduxEncoder(torch.nn.Module):  # type: ignore[misc]  # torch is read without types
-    """Makes the embeddings of a prompt of images: SigLIP, then Redux, in the transformer's width."""
-
-    def __init__(self, image_encoder: Any, image_embedder: Any, processor: Any) -> None:
-        super().__init__()
-        self.image_encoder, self.image_embedder, self.processor = image_encoder, image_embedder, processor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of its weights."""
-        dtype: torch.dtype = self.image_encoder.dtype
-        return dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of its weights."""
-        device: torch.device = self.image_encoder.device
-        return device
-
-    def forward(self, images: list[Image.Image]) -> torch.Tensor:
-        """Images → images × tokens × channels."""
-        pixels = self.processor.preprocess(images=images, do_resize=True, do_convert_rgb=True, return_tensors="pt")
-        seen = self.image_encoder(pixel_values=pixels["pixel_values"].to(self.device, self.dtype)).last_hidden_state
-        embeds: torch.Tensor = self.image_embedder(seen).image_embeds
-        return embeds
-
-
 def load_added(spec: ModelSpec, models_dir: Path, dtype: torch.dtype, *, meta: bool = False) -> dict[str, Any]:
     """The components of `spec.added_parts` by name, on the CPU; with `meta` without weights.
 
@@ -102,7 +68,7 @@ def load_added(spec: ModelSpec, models_dir: Path, dtype: torch.dtype, *, meta: b
                 unet = networks_of(files, models_dir, spec.variant, dtype, ignore_progress, meta=meta, only=(DENOISER,))
                 parts[component] = unet["unet"]
             else:
-                parts[component] = _redux(models_dir / place, place, dtype, spec.variant, meta=meta)
+                parts[component] = load_redux(models_dir / place, place, dtype, spec.variant, meta=meta)
     return parts
 
 
@@ -116,7 +82,7 @@ def added_files(spec: ModelSpec, models_dir: Path) -> dict[str, Path]:
             else:
                 folder = models_dir / place
                 files = [*texts_in(folder / "feature_extractor")]
-                for name, stem in _REDUX:
+                for name, stem in REDUX:
                     files += [folder / name / "config.json", *check_part(folder / name, stem, spec.variant).files]
         found |= {f"{component}/{file.parent.name}/{file.name}": file for file in files}
     return found
@@ -140,25 +106,3 @@ def with_added(pipeline: Any, parts: Mapping[str, Any], spec: ModelSpec) -> Any:
 def _unet_place(models_dir: Path, place: str) -> str:
     """The place of a model's UNet: a folder within its own, or its file."""
     return f"{place}/unet" if (models_dir / place / "unet").is_dir() else place
-
-
-def _redux(folder: Path, name: str, dtype: torch.dtype, variant: str | None, *, meta: bool) -> ReduxEncoder:
-    if not (folder / "image_embedder").is_dir():
-        raise ModelLoadError(f"{name} is not a folder of FLUX.1 Redux: it holds no image_embedder.")
-    processor = transformers.SiglipImageProcessor.from_pretrained(folder / "feature_extractor", local_files_only=True)
-    classes = {"image_encoder": transformers.SiglipVisionModel, "image_embedder": ReduxImageEncoder}
-    networks = {}
-    for part, stem in _REDUX:
-        own = check_part(folder / part, stem, variant).variant
-        if not meta:
-            networks[part] = load_complete(classes[part], folder / part, f"{name}/{part}", dtype, own)
-            continue
-        with torch.device("meta"):
-            networks[part] = (
-                ReduxImageEncoder.from_config(ReduxImageEncoder.load_config(folder / part))
-                if part == "image_embedder"
-                else transformers.SiglipVisionModel(transformers.SiglipVisionConfig.from_pretrained(folder / part))
-            )
-    encoder = ReduxEncoder(**networks, processor=processor)
-    encoder.requires_grad_(False).eval()
-    return encoder

@@ -10,13 +10,13 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.loading.added_parts import load_added, with_added
 from stable_diffusion_server.pipelines.loading.compatibility import check_pipeline
+from stable_diffusion_server.pipelines.loading.complete_networks import class_of, empty_network, load_complete
 from stable_diffusion_server.pipelines.loading.footprint import dtype_of
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.model_files import (
@@ -25,15 +25,12 @@ from stable_diffusion_server.pipelines.loading.model_files import (
     model_folder,
     translate_load_errors,
 )
-from stable_diffusion_server.pipelines.loading.network_assembly import load_complete
 from stable_diffusion_server.pipelines.loading.packed_weights import UNPACKED, WeightStorage
 from stable_diffusion_server.pipelines.loading.placement import CONTROL
 from stable_diffusion_server.pipelines.loading.single_file import empty_checkpoint, load_checkpoint
 from stable_diffusion_server.pipelines.loading.weight_digest import ignore_progress
 from stable_diffusion_server.pipelines.loading.weight_files import (
     DIFFUSERS,
-    INDEX,
-    WeightFileError,
     WeightPart,
     check_part,
     check_texts,
@@ -74,7 +71,7 @@ def load_pipeline(
         parts = {}
         for number, (part, variant) in enumerate(variants.items(), 1):
             name = f"{spec.folder}/{part.name}"
-            parts[part.name] = load_complete(_class_of(part), folder / part.name, name, dtype, variant)
+            parts[part.name] = load_complete(class_of(part), folder / part.name, name, dtype, variant)
             report(number / len(variants))
         pipeline = getattr(diffusers, spec.pipeline_class).from_pretrained(
             folder,
@@ -145,25 +142,9 @@ def _empty_folder(spec: ModelSpec, models_dir: Path, hub: HubClient | None) -> d
     parts: dict[str, torch.nn.Module] = {}
     with translate_load_errors(spec.folder, folder), torch.device("meta"):
         for part in (part for part in parts_of(folder) if part.has_weights):
-            part_class = _class_of(part)
-            if part.library == "diffusers":
-                parts[part.name] = part_class.from_config(part_class.load_config(folder / part.name))
-            else:
-                parts[part.name] = part_class(part_class.config_class.from_pretrained(folder / part.name))
+            part_class = class_of(part)
+            parts[part.name] = empty_network(part_class, folder / part.name)
     return parts
-
-
-def _class_of(part: WeightPart) -> Any:
-    """The class of a component. Raises `WeightFileError` unless it belongs to a library in use."""
-    library = {"diffusers": diffusers, "transformers": transformers}.get(part.library)
-    part_class = getattr(library, part.kind, None)
-    if part_class is None:
-        raise WeightFileError(
-            f"{INDEX} lists {part.kind[:60]} of {part.library[:60]} as {part.name[:60]}, which is not known here"
-        )
-    if part.has_weights and not (isinstance(part_class, type) and issubclass(part_class, torch.nn.Module)):
-        raise WeightFileError(f"{INDEX} lists {part.kind[:60]} as {part.name[:60]}, which is no network")
-    return part_class
 
 
 def _check(spec: ModelSpec, folder: Path) -> dict[WeightPart, str | None]:
@@ -171,7 +152,7 @@ def _check(spec: ModelSpec, folder: Path) -> dict[WeightPart, str | None]:
     variants = {}
     for part in parts_of(folder):
         check_texts(folder / part.name)
-        _class_of(part)  # diffusers would import whatever library an index names
+        class_of(part)  # diffusers would import whatever library an index names
         if part.has_weights:
             variants[part] = check_part(folder / part.name, part.stem, spec.variant).variant
     return variants

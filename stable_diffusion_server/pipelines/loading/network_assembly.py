@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -11,7 +10,6 @@ import torch
 from accelerate import init_empty_weights
 from transformers.initialization import no_init_weights
 
-from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.loading.packed_weights import (
     PackedWeight,
     can_be_packed,
@@ -80,23 +78,6 @@ def assemble(
         network.tie_weights()
     network.requires_grad_(False)
     return network.eval()
-
-
-def load_complete(part_class: Any, folder: Path, name: str, dtype: torch.dtype, variant: str | None) -> Any:
-    """A network from its folder, with all of its weights; the libraries would initialise missing ones at random.
-
-    Raises `ModelLoadError` that names the folder by `name`.
-    """
-    given = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "variant": variant}
-    if not issubclass(part_class, diffusers.ModelMixin):
-        given["ignore_mismatched_sizes"] = True  # otherwise transformers prints the names and does not return them
-    network, found = part_class.from_pretrained(folder, **given, output_loading_info=True)
-    if lacking := sorted({*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])}):
-        raise ModelLoadError(f"{name} lacks {len(lacking)} of its weights ({', '.join(lacking[:2])}).")
-    empty = [parameter for parameter, tensor in network.named_parameters() if tensor.is_meta]
-    if empty:
-        raise ModelLoadError(f"{name} lacks {len(empty)} of its weights ({', '.join(empty[:2])}).")
-    return network
 
 
 def _as_named(network: Any, tensors: Mapping[str, torch.Tensor | PackedWeight]) -> dict[str, Any]:
