@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from stable_diffusion_server.generation.executor import SubmissionContext
 from stable_diffusion_server.generation.interfaces import DecodeImage
-from stable_diffusion_server.generation.library import ImageLibrary, Ownership, not_permitted, permitted_models
+from stable_diffusion_server.generation.library import ImageLibrary
 from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX, RequestLimits, parse_int, range_sentence
-from stable_diffusion_server.generation.model_abilities import able
+from stable_diffusion_server.generation.permissions import Ownership, able, not_permitted, permitted_models
 from stable_diffusion_server.generation.prompts import load_stop_words
 from stable_diffusion_server.generation.quality import DecodedPixels
 from stable_diffusion_server.generation.replay import IMAGE_FIELD, EmbeddedProvenance, ReplayService, with_sources

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from stable_diffusion_server.errors import InvalidInput, StorageRefused
 from stable_diffusion_server.generation.layout import ImageLayout
-from stable_diffusion_server.generation.library import Ownership
+from stable_diffusion_server.generation.permissions import Ownership
 from stable_diffusion_server.generation.provenance import build_record, embedded_metadata, history_entry
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest

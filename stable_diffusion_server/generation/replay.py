@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.interfaces import DecodeImage
-from stable_diffusion_server.generation.model_abilities import permitted_request
+from stable_diffusion_server.generation.permissions import permitted_request
 from stable_diffusion_server.generation.provenance import NOT_RECORDED
 from stable_diffusion_server.generation.resolver import GenerationOptions, reference_name, resolve_request
 from stable_diffusion_server.generation.service import GenerationService

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from secrets import randbelow
 from typing import TypeVar
+from uuid import NAMESPACE_OID, uuid5
 
-from stable_diffusion_server.errors import InvalidInput, ModelLoadError
-from stable_diffusion_server.generation.derived_values import file_format_of, object_name, seed_of
-from stable_diffusion_server.generation.library import Ownership
+from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.generation.model_abilities import check_extra, negative_prompt_scale
+from stable_diffusion_server.generation.permissions import Ownership, check_extra, negative_prompt_scale, spec_for
 from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt
-from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength, scheduler_of, spec_of
+from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength, scheduler_of
 from stable_diffusion_server.storage import object_key
 from stable_diffusion_server.types import (
+    SEED_MAX,
     Fill,
     Fit,
     Format,
@@ -28,6 +29,9 @@ from stable_diffusion_server.types import (
 T = TypeVar("T")
 
 DEFAULT_QUALITY = 85
+_EXTENSIONS = {"webp": Format.WEBP, "png": Format.PNG, "jpg": Format.JPEG, "jpeg": Format.JPEG}
+# Extensions of image files that this server does not produce.
+_OTHER_IMAGE_EXTENSIONS = frozenset("gif svg bmp tif tiff avif heic heif jxl ico pdf psd jp2 ppm tga".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +131,16 @@ def resolve_request(
     spec = _identity_fields(request, parameters, adapters, options.stop_words)
     seed_asked = {"seed": request.seed, **({"variation": request.variation} if request.variation else {})}
     request_digest = digest({**spec, **pictures, **seed_asked})
-    seed = seed_of(request, request_digest)
+    seed = _seed(request, request_digest)
     content = digest({**spec, **pictures, "seed": seed})
-    file_format = file_format_of(request)
+    file_format = _file_format(request)
     # PNG is lossless, so its quality must not make two files differ.
     quality = 100 if file_format is Format.PNG else _or_default(request.quality, DEFAULT_QUALITY)
     conceal = options.ownership.conceal
     key_digest = conceal(digest({"content": content, "format": file_format, "quality": quality}), request)
     name = f"{request.folder}{key_digest[:32]}.{file_format}"
     if request.save_path is not None:
-        name = object_name(request, conceal(f"{request_digest}/{file_format}/{quality}", request))
+        name = _name(request, conceal(f"{request_digest}/{file_format}/{quality}", request))
     return ResolvedRequest(
         request=request,
         parameters=parameters,
@@ -150,19 +154,6 @@ def resolve_request(
         source_digests=pictures,
         lora_digests=tuple(digest for _, _, digest in adapters),
     )
-
-
-def spec_for(request: GenerationRequest, options: GenerationOptions) -> ModelSpec:
-    """Return the spec of the request's model.
-
-    If the request names no model and the default model is missing, returns the first usable model. Raises
-    `InvalidInput` for an unknown model, `ModelLoadError` for one that could not be loaded.
-    """
-    wanted = request.model or options.default_model
-    spec = options.models.get(wanted)  # an alias leads to a model of another name
-    if {wanted, spec.name if spec else wanted} & set(options.unusable):
-        raise ModelLoadError(f"The files of {wanted} cannot be used; /readyz and the server's log say why.")
-    return spec_of(next(iter(options.models)) if request.model is None and spec is None else wanted, options.models)
 
 
 def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) -> ResolvedParameters:
@@ -293,3 +284,31 @@ def _cleaned(text: str, field: str) -> str:
         return clean_prompt(text)
     except ValueError as error:
         raise InvalidInput(f"{field} {error}.", field=field) from error
+
+
+def _seed(request: GenerationRequest, request_digest: str) -> int:
+    """Return the requested seed, a random one, or one derived from the digest (equal requests, equal images)."""
+    if request.seed == "random":
+        return randbelow(SEED_MAX + 1)
+    return int(request_digest[:8], 16) if request.seed is None else (request.seed + request.variation) % (SEED_MAX + 1)
+
+
+def _name(request: GenerationRequest, request_digest: str) -> str:
+    """Return `save_path`; with `named_by_content`, the file name gets a prefix of 8 digits of a UUIDv5."""
+    name = request.save_path or ""
+    if not request.named_by_content or not name:
+        return name
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{str(uuid5(NAMESPACE_OID, request_digest))[:8]}-{file}" if file else name
+
+
+def _file_format(request: GenerationRequest) -> Format:
+    """Return the requested format, or that of the extension of `save_path`, or WebP. Raises `InvalidInput`."""
+    name = (request.save_path or "").rsplit("/", 1)[-1]
+    ending = name.rsplit(".", 1)[1].lower() if "." in name else ""
+    if ending in _OTHER_IMAGE_EXTENSIONS:
+        raise InvalidInput(f"save_path ends in .{ending}; there are .webp, .png and .jpg.", field="save_path")
+    promised = _EXTENSIONS.get(ending)
+    if request.format and promised and request.format is not promised:
+        raise InvalidInput(f"format is {request.format}, and save_path ends in .{ending}.", field="format")
+    return request.format or promised or Format.WEBP

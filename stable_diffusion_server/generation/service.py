@@ -17,9 +17,9 @@ from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.generation.executor import GenerationExecutor, SubmissionContext
 from stable_diffusion_server.generation.interfaces import DecodeImage, EngineQueue, FetchImage, ignore
 from stable_diffusion_server.generation.layout import InputLoader
-from stable_diffusion_server.generation.model_abilities import permitted_request
 from stable_diffusion_server.generation.output import OutputWriter, key_errors_explained
-from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest, resolve_request, spec_for
+from stable_diffusion_server.generation.permissions import permitted_request, spec_for
+from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest, resolve_request
 from stable_diffusion_server.generation.results import (
     GenerationOutcome,
     ResultCache,

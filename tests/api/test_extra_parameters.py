@@ -13,7 +13,7 @@ from stable_diffusion_server.api.schemas.params import EditParams, TextToImagePa
 from stable_diffusion_server.api.schemas.validation import validated
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.generation.model_abilities import check_extra
+from stable_diffusion_server.generation.permissions import check_extra
 from stable_diffusion_server.pipelines import MODELS
 from stable_diffusion_server.pipelines.model_spec import ExtraParameter, ModelSpec
 from stable_diffusion_server.types import GenerationRequest, ImageInput, Task

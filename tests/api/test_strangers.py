@@ -16,7 +16,7 @@ from conftest import RunningApp
 from fakes import FakeDenoiser, until
 from service_harness import OPTIONS, order
 
-from stable_diffusion_server.generation.library import Ownership
+from stable_diffusion_server.generation.permissions import Ownership
 from stable_diffusion_server.generation.resolver import resolve_request
 from stable_diffusion_server.storage.signed_urls import ServerSecret
 

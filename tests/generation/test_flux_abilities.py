@@ -9,7 +9,7 @@ import pytest
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.generation.model_abilities import with_able_model
+from stable_diffusion_server.generation.permissions import with_able_model
 from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.pipelines import MODELS, FileIdentity, Kind
 from stable_diffusion_server.pipelines.family_rows import family_row

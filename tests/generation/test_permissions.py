@@ -11,7 +11,7 @@ import pytest
 from stable_diffusion_server.errors import Forbidden, InvalidInput
 from stable_diffusion_server.generation.layout import lay_out_images
 from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.generation.model_abilities import permitted_request, with_able_model
+from stable_diffusion_server.generation.permissions import permitted_request, with_able_model
 from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.pipelines import MODELS, ModelTable
 from stable_diffusion_server.types import Caller, GenerationRequest, ImageInput, Task
