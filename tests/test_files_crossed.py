@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 PACKAGE = str(ROOT / "stable_diffusion_server") + "/"
 # As measured. The goal is 15 (cached), 40 (miss) and 45 (job), which these exceed: lower a number when it falls.
-MOST_FILES = {"cached": 31, "miss": 70, "job": 76, "edit": 80}
+MOST_FILES = {"cached": 30, "miss": 70, "job": 76, "edit": 80}
 IDLE_SECONDS, SETTLE_SECONDS = 1.5, 0.3
 
 
