@@ -18,15 +18,17 @@ from drawing import draw, largest_difference
 from lora_layouts import encoder_pairs, kohya, unet_pairs
 from model_files import FILES, write_safetensors
 from original_names import clip_tensors, sd15_tensors, unet_tensors, vae_tensors
+from PIL import Image
 from single_file_specs import sd15_spec
 from stock_pictures import no_network
-from tiny_oracles import MASKED, TinyCase, request_for, stock_picture
+from tiny_oracles import MASKED, PICTURE, TinyCase, request_for, stock_picture
 
 from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
 from stable_diffusion_server.pipelines.families.sd15 import Sd15
 from stable_diffusion_server.pipelines.library import ModelTask
+from stable_diffusion_server.pipelines.loading.compatibility import check_controlnet
 from stable_diffusion_server.pipelines.loading.components import load_pipeline
 from stable_diffusion_server.pipelines.loading.footprint import Workload, architecture_of, footprint_of
 from stable_diffusion_server.pipelines.loading.placement import Residency, place
@@ -132,6 +134,23 @@ def test_a_lora_of_kohya_changes_what_stock_changes(small: Any, tmp_path: Path) 
     stock.load_lora_weights(str(tmp_path), weight_name="ink.safetensors")
     assert largest_difference(drawn, stock_picture(Sd15(stock, spec), TEXT, chosen)) <= 2
     assert largest_difference(drawn, without) > 20
+
+
+def test_a_controlnet_draws_as_stock(small: Any) -> None:
+    """The owner's spec names one for edges, as for SDXL."""
+    controlnet = diffusers.ControlNetModel.from_unet(small.unet)
+    for name, weight in controlnet.named_parameters():
+        if "controlnet_" in name:
+            torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(1))
+    spec = sd15_spec(("denoiser", "model.safetensors"))
+    check_controlnet("canny", small, controlnet)
+    family = Sd15(small, spec, controlnet.eval().requires_grad_(False))
+    request = request_for(spec, control=PICTURE, control_scale=0.7)
+    arguments = {"image": Image.fromarray(PICTURE.pixels), "controlnet_conditioning_scale": 0.7}
+    case = TinyCase("edges", "sd15", "StableDiffusionControlNetPipeline", arguments=arguments)
+    drawn = draw(family, request)
+    assert largest_difference(drawn, stock_picture(family, case, request)) <= 2
+    assert largest_difference(drawn, draw(family, replace(request, control=None))) > 2
 
 
 def _lists_a_safety_checker(folder: Path) -> None:
