@@ -83,7 +83,7 @@ _ROWS = (
         tasks=(_TEXT, _IMAGE, _MASK),
         quantizable_parts=_T5,
     ),
-    _edit("QwenImageEdit", 50, 1, "model card of Qwen/Qwen-Image-Edit", tasks=(_EDIT, _MASK)),
+    _edit("QwenImageEdit", 50, 1, "model card of Qwen/Qwen-Image-Edit"),
     _edit("QwenImageEditPlus", 40, 3, "model card of Qwen/Qwen-Image-Edit-2509"),
     _row("Krea2", 28, 4.5, _CLASS, text_tokens=512, quantizable_parts=_T5),
     _row(

@@ -40,6 +40,8 @@ from stable_diffusion_server.pipelines.loading.weight_files import (
 )
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
+_PROCESSORS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor")
+
 
 def load_pipeline(
     spec: ModelSpec,
@@ -73,6 +75,7 @@ def load_pipeline(
             name = f"{spec.folder}/{part.name}"
             parts[part.name] = load_complete(class_of(part), folder / part.name, name, dtype, variant)
             report(number / len(variants))
+        parts |= _processors(folder)
         pipeline = getattr(diffusers, spec.pipeline_class).from_pretrained(
             folder,
             dtype=dtype,
@@ -92,6 +95,16 @@ def load_pipeline(
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
     return pipeline.to(device) if move else pipeline
+
+
+def _processors(folder: Path) -> dict[str, Any]:
+    """The processors for prompts with pictures, which the library builds with torchvision only."""
+    names = [part.name for part in parts_of(folder) if part.kind in _PROCESSORS]
+    if not names:
+        return {}
+    from stable_diffusion_server.pipelines.loading.vision_processor import PictureProcessor  # imports many modules
+
+    return {name: PictureProcessor.from_folder(folder / name) for name in names}
 
 
 def load_controlnet(
