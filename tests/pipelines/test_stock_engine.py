@@ -32,7 +32,7 @@ PATIENCE = 60
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one tiny pipeline, computed in fp32."""
     folder = tmp_path_factory.mktemp("models")
-    tiny_families.build("sd3").save_pretrained(folder / "mine")
+    tiny_families.build("aura-flow").save_pretrained(folder / "mine")
     (folder / "mine.toml").write_text('native_size = 128\ndtype = "float32"\n')
     return folder
 
@@ -183,7 +183,7 @@ def test_a_prompt_without_memory_is_encoded_again(
     registry: Registry, engine: Engine[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the first step as well."""
-    failing(registry, monkeypatch, "text_encoder_3", range(1), lambda: torch.OutOfMemoryError("no memory"))
+    failing(registry, monkeypatch, "text_encoder", range(1), lambda: torch.OutOfMemoryError("no memory"))
     assert engine.submit(order(registry, "a red circle")).result.result(PATIENCE).attempts == 2
 
 

@@ -29,7 +29,7 @@ from stable_diffusion_server.pipelines.stock_rows import STOCK_ROWS
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 DRAWN: dict[str, dict[str, Any]] = {
-    "sd3": {"guidance_scale": 3.5, "max_sequence_length": 256},
+    "lumina2": {"guidance_scale": 4.0},
     "sana": {"guidance_scale": 4.5, "use_resolution_binning": False},
     "qwen-image": {"true_cfg_scale": 4.0, "negative_prompt": " "},
     "pixart-sigma": {"guidance_scale": 4.5, "use_resolution_binning": False},
@@ -76,14 +76,14 @@ def test_a_folder_is_drawn_as_its_class_draws_it(name: str, folder: Path) -> Non
     assert loaded.info.bytes > 100_000
     assert "-" in loaded.spec.revision, "the digest of the files is part of the revision"
     estimated = [remark for remark in loaded.info.remarks if "estimated" in remark]
-    assert bool(estimated) == (name == "sd3"), estimated  # the tiny one has no positions for 1024 × 1024, as counted
+    assert bool(estimated) == (name == "lumina2"), estimated  # a class without a counter
 
 
 def test_int8_is_another_revision_and_another_picture(folder: Path) -> None:
     """QUANTIZE=int8 packs the transformer's layers as it does those of other families."""
-    spec = replace(find_owned_models(folder, [folder]).specs["sd3"], quantize="int8")
-    registry = load(folder, "cpu", 1, LoadOptions(models={"sd3": spec}))
-    loaded = registry.residents["sd3"]
+    spec = replace(find_owned_models(folder, [folder]).specs["lumina2"], quantize="int8")
+    registry = load(folder, "cpu", 1, LoadOptions(models={"lumina2": spec}))
+    loaded = registry.residents["lumina2"]
     assert loaded.info.quantization == "int8"
     assert isinstance(loaded.family, Stock)
     drawn = draw(registry, request_of(loaded.family, revision=loaded.spec.revision))
