@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.pipelines.base import (
@@ -33,28 +32,15 @@ from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import 
     token_counter,
 )
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
+from stable_diffusion_server.pipelines.unet_inputs import (
+    UnetConditioning,
+    guided_prediction,
+    model_sample,
+    scaled_latents,
+    vae_statistics,
+)
 from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
 from stable_diffusion_server.types import DiffusionRequest
-
-
-@dataclass(frozen=True, slots=True)
-class UnetConditioning:
-    """The UNet's conditioning: rows are [negative, positive] with classifier-free guidance, [positive] without.
-
-    `embeds` is rows × tokens × channels; `added` are further inputs by name, each with the rows first (SDXL's pooled
-    prompt and sizes). `masked` is for a UNet made for inpainting: 1 × 5 × h × w, the mask and the latents of the image
-    without its masked part. `part` is the component that denoises.
-    """
-
-    embeds: torch.Tensor
-    added: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    masked: torch.Tensor | None = None
-    part: str = "unet"
-
-    @property
-    def guided(self) -> bool:
-        """Whether there is a negative row."""
-        return len(self.embeds) == 2
 
 
 class UnetFamily(DiffusersFamily):
@@ -104,7 +90,7 @@ class UnetFamily(DiffusersFamily):
             original = None
             if request.image is not None and not (self._takes_mask and request.strength == 1):
                 pixels = to_tensor(request.image, self.device)
-                original = _scaled(pipe.vae, self._encoded(pixels, generator)).to(dtype)
+                original = scaled_latents(pipe.vae, self._encoded(pixels, generator)).to(dtype)
             segments = [self._segment(request, skipped, generator, dtype)]
             latents, inpaint = self._start(request, segments[0], original)
             if self._takes_mask:
@@ -138,7 +124,7 @@ class UnetFamily(DiffusersFamily):
             # After all passes: one that fails leaves every state as it was.
             for group, predictions in zip(groups, predicted, strict=True):
                 for state, prediction in zip(group, predictions, strict=True):
-                    state.advance(_guide(prediction, state, self.spec.guidance_rescale))
+                    state.advance(guided_prediction(prediction, state, self.spec.guidance_rescale))
             await_device(predicted[0][0].device)
 
     def _predicted(self, unet: Any, states: Sequence[PipelineState[UnetConditioning]]) -> Sequence[torch.Tensor]:
@@ -146,7 +132,7 @@ class UnetFamily(DiffusersFamily):
         conditionings = [state.conditioning for state in states]
         rows = [len(conditioning.embeds) for conditioning in conditionings]
         inputs = {
-            "sample": by_row([_sample(state) for state in states], rows),
+            "sample": by_row([model_sample(state) for state in states], rows),
             "timestep": by_row([state.timestep.reshape(1) for state in states], rows).to(self.device),
             "encoder_hidden_states": torch.cat([c.embeds for c in conditionings]),
             "added_cond_kwargs": {
@@ -160,7 +146,7 @@ class UnetFamily(DiffusersFamily):
 
     def _vae_latents(self, state: PipelineState[UnetConditioning], latents: torch.Tensor) -> torch.Tensor:
         config = self.pipeline.vae.config
-        if (statistics := _statistics(self.pipeline.vae, latents)) is None:
+        if (statistics := vae_statistics(self.pipeline.vae, latents)) is None:
             return latents / config.scaling_factor
         mean, deviation = statistics
         return latents * deviation / config.scaling_factor + mean
@@ -212,7 +198,7 @@ class UnetFamily(DiffusersFamily):
             pixels = to_tensor(request.image, self.device)
         # In 0..1 the stock pipeline's zero in -1..1 is one half.
         visible = (pixels - 0.5) * (hidden < 0.5) + 0.5
-        latents = _scaled(vae, self._encoded(visible, generator)).to(dtype)
+        latents = scaled_latents(vae, self._encoded(visible, generator)).to(dtype)
         mask = torch.nn.functional.interpolate(hidden, size=(request.height // scale, request.width // scale))
         return torch.cat([mask.to(dtype), latents], dim=1)
 
@@ -234,39 +220,3 @@ class UnetFamily(DiffusersFamily):
             raise InvalidInput(f"{self.spec.name} has no ControlNet here to follow edges with.", field="canny")
         hint = to_tensor(request.control, self.device).to(self.controlnet.dtype)
         return ControlNetInput(hint, request.control_scale)
-
-
-def _statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Mean and deviation of the VAE's latents by channel, if it has them (Playground v2.5): 1 × channels × 1 × 1."""
-    mean, deviation = vae.config.get("latents_mean"), vae.config.get("latents_std")
-    if mean is None or deviation is None:
-        return None
-    mean, deviation = (torch.tensor(numbers).view(1, -1, 1, 1).to(like) for numbers in (mean, deviation))
-    return mean, deviation
-
-
-def _scaled(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """A VAE's latents in the scale of the UNet."""
-    if (statistics := _statistics(vae, latents)) is None:
-        scaled: torch.Tensor = vae.config.scaling_factor * latents
-        return scaled
-    mean, deviation = statistics
-    return (latents - mean) * vae.config.scaling_factor / deviation
-
-
-def _sample(state: PipelineState[UnetConditioning]) -> torch.Tensor:
-    """The UNet's input: the latents, and for an inpainting UNet the mask and the masked image."""
-    masked = state.conditioning.masked
-    return state.model_input if masked is None else torch.cat([state.model_input, masked], dim=1)
-
-
-def _guide(prediction: torch.Tensor, state: PipelineState[UnetConditioning], rescale: float) -> torch.Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): negative + scale · (positive − negative).
-
-    `rescale` (0..1) brings the spread towards that of `positive` (Lin et al. 2023, arXiv 2305.08891, section 3.4).
-    """
-    if not state.conditioning.guided:
-        return prediction
-    negative, positive = prediction.chunk(2)
-    guided = negative + state.request.guidance_scale * (positive - negative)
-    return rescale_noise_cfg(guided, positive, guidance_rescale=rescale) if rescale else guided

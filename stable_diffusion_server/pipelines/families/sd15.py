@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
-from stable_diffusion_server.pipelines.unet_family import UnetConditioning, UnetFamily
+from stable_diffusion_server.pipelines.unet_family import UnetFamily
+from stable_diffusion_server.pipelines.unet_inputs import UnetConditioning
 from stable_diffusion_server.types import DiffusionRequest
 
 

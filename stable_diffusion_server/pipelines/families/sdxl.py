@@ -12,7 +12,8 @@ from stable_diffusion_server.pipelines.catalog import scheduler_of
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler, set_timesteps
 from stable_diffusion_server.pipelines.model_spec import REFINER
-from stable_diffusion_server.pipelines.unet_family import UnetConditioning, UnetFamily
+from stable_diffusion_server.pipelines.unet_family import UnetFamily
+from stable_diffusion_server.pipelines.unet_inputs import UnetConditioning
 from stable_diffusion_server.types import DiffusionRequest
 
 # Share of the noise schedule that the base draws before a refiner; its authors' "ensemble of experts".
