@@ -51,14 +51,6 @@ def _edit(class_name: str, steps: int, references: int, source: str, **changes: 
 
 _ROWS = (
     _row(
-        "StableDiffusion3",
-        28,
-        3.5,
-        "model card of stabilityai/stable-diffusion-3.5-large",
-        tasks=(_TEXT, _IMAGE, _MASK),
-        quantizable_parts=("transformer", "text_encoder_3"),
-    ),
-    _row(
         "Chroma",
         40,
         3.0,

@@ -20,7 +20,7 @@ from stable_diffusion_server.types import DiffusionRequest, ImageArray, Task
 
 # Changes of the rows: tiny tokenizers and encoders take fewer tokens.
 CHANGES: dict[str, dict[str, Any]] = {
-    "sd3": {"text_tokens": 64},
+    "sd3": {"text_tokens": 64, "tasks": (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINT)},
     "chroma": {"text_tokens": 64},
     "flux-kontext": {
         "text_tokens": 64,
