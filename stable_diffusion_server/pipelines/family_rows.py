@@ -178,6 +178,9 @@ _ROWS: Mapping[tuple[str, str, ModelTask], ModelSpec] = {
     ("flux", "dev", ModelTask.NORMAL): _DEV,
     ("flux2", "klein", ModelTask.NORMAL): _KLEIN,
     ("flux2", "klein-base", ModelTask.NORMAL): _KLEIN_BASE,
+    # Files alone do not say whether they are distilled; most are.
+    ("flux2", "klein-4b", ModelTask.NORMAL): _KLEIN,
+    ("z-image", "", ModelTask.NORMAL): _Z_IMAGE_TURBO,
     ("z-image", "turbo", ModelTask.NORMAL): _Z_IMAGE_TURBO,
     ("z-image", "base", ModelTask.NORMAL): _Z_IMAGE,
     ("flux", "krea", ModelTask.NORMAL): _KREA,

@@ -40,10 +40,10 @@ class SchedulerSpec:
 class CheckpointFiles:
     """The files of a model that is not a diffusers folder.
 
-    `family` is `sdxl`, `sd15` or `flux`; `parts` are pairs of a part (`denoiser`, `vae`, `clip_l`, `clip_g`, `t5`) and
-    its file's path within MODELS_DIR; a part that is not listed is in the denoiser's file. `tokenizer` is the place of
-    T5's tokenizer, a folder or a GGUF file. `prediction` is `epsilon` or `v_prediction`; with `zero_snr` the schedule
-    ends in pure noise.
+    `family` is `sdxl`, `sd15`, `flux`, `flux2` or `z-image`; `parts` are pairs of a part (`denoiser`, `vae`, `clip_l`,
+    `clip_g`, `t5`, `qwen3`) and its file's path within MODELS_DIR; a part that is not listed is in the denoiser's file.
+    `tokenizer` is the place of T5's or Qwen3's tokenizer, a folder or a GGUF file. `prediction` is `epsilon` or
+    `v_prediction`; with `zero_snr` the schedule ends in pure noise.
     """
 
     family: str

@@ -11,17 +11,24 @@ from typing import Any
 from stable_diffusion_server.pipelines.library import Kind, LibraryModel, ModelTask
 from stable_diffusion_server.pipelines.library.gguf_header import GGUF, holds_t5_tokenizer
 from stable_diffusion_server.pipelines.library.identity import UnreadableModel
-from stable_diffusion_server.pipelines.loading.checkpoint_layout import CLIP_G, CLIP_L, COMPONENTS, T5, VAE
+from stable_diffusion_server.pipelines.loading.checkpoint_layout import CLIP_G, CLIP_L, COMPONENTS, QWEN3, T5, VAE
 from stable_diffusion_server.pipelines.model_spec import CheckpointFiles
 from stable_diffusion_server.pipelines.owner_values import Unusable
 
-# Folder in MODELS_DIR for T5's tokenizer, where no model brings it.
-TOKENIZER = "t5-tokenizer"
-PARTS = {"sdxl": (VAE, CLIP_L, CLIP_G), "sd15": (VAE, CLIP_L), "flux": (VAE, CLIP_L, T5)}
+# Folders in MODELS_DIR for the tokenizers of T5 and Qwen3, where no model brings them.
+TOKENIZER, QWEN3_TOKENIZER = "t5-tokenizer", "qwen3-tokenizer"
+PARTS = {
+    "sdxl": (VAE, CLIP_L, CLIP_G),
+    "sd15": (VAE, CLIP_L),
+    "flux": (VAE, CLIP_L, T5),
+    "flux2": (VAE, QWEN3),
+    "z-image": (VAE, QWEN3),
+}
 _SHOWN = {
     VAE: "a VAE",
     CLIP_L: "the text encoder CLIP-L (clip_l.safetensors)",
     CLIP_G: "the text encoder CLIP-G (clip_g.safetensors)",
+    QWEN3: "the text encoder Qwen3-4B (qwen_3_4b.safetensors)",
     T5: "the text encoder T5 (t5xxl_fp16.safetensors, its fp8 or its GGUF)",
 }
 
@@ -51,6 +58,7 @@ class PartFinder:
         prediction = str(values.get("prediction_type", identity.prediction))
         zero_snr = bool(values.get("zero_snr", identity.zero_snr))
         tokenizer = self._tokenizer(model, dict(parts)) if identity.family == "flux" else ""
+        tokenizer = self._qwen3_tokenizer(model) if QWEN3 in PARTS[identity.family] else tokenizer
         return CheckpointFiles(identity.family, tuple(parts), tokenizer, prediction, zero_snr)
 
     def _chosen(self, model: LibraryModel, values: Mapping[str, Any]) -> dict[str, str]:
@@ -116,8 +124,23 @@ class PartFinder:
         identity = file.identity
         if part == VAE:
             return identity.kind is Kind.VAE and family in identity.families
-        alone = {CLIP_L: "clip-l", CLIP_G: "clip-g", T5: "t5-xxl"}[part]
+        alone = {CLIP_L: "clip-l", CLIP_G: "clip-g", T5: "t5-xxl", QWEN3: "qwen3-4b"}[part]
         return identity.kind is Kind.TEXT_ENCODER and identity.variant == alone
+
+    def _qwen3_tokenizer(self, model: LibraryModel) -> str:
+        """The folder of Qwen3's tokenizer: its own, or that of a diffusers folder of a family that reads Qwen3."""
+        folders = (
+            f"{path_within(file, self.models_dir)}/tokenizer"
+            for file in self.models
+            if file.identity.kind is Kind.PIPELINE and QWEN3 in PARTS.get(file.identity.family, ())
+        )
+        for place in (QWEN3_TOKENIZER, *sorted(folders)):
+            if (self.models_dir / place / "tokenizer_config.json").is_file():
+                return place
+        raise Unusable(
+            f"{model.file_name} lacks Qwen3's tokenizer: put the folder tokenizer of FLUX.2-klein-4B or Z-Image-Turbo "
+            f"under the name {QWEN3_TOKENIZER} into MODELS_DIR."
+        )
 
     def _tokenizer(self, model: LibraryModel, parts: Mapping[str, str]) -> str:
         """The place of T5's tokenizer: a folder, or the GGUF file of its encoder."""

@@ -439,7 +439,8 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
     **{title: _shaped(name) for title, name in (
         ("Stable Diffusion 2", "sd2"), ("SD 1.5 that edits by instruction", "sd15-pix2pix"),
         ("SDXL refiner", "sdxl-refiner"), ("Flux Fill, nothing beside it", "flux-fill"),
-        ("Flux Canny or Depth", "flux-canny"), ("FLUX.2 klein", "klein-4b"), ("Z-Image", "z-image"),
+        ("Flux Canny or Depth", "flux-canny"), ("FLUX.2 klein, nothing beside it", "klein-4b"),
+        ("Z-Image, nothing beside it", "z-image"),
         ("SDXL UNet in the names of diffusers", "sdxl-unet-diffusers"),
         ("Flux transformer, nothing beside it", "flux-dev"),
     )},

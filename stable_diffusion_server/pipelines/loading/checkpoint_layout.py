@@ -7,13 +7,15 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-DENOISER, VAE, CLIP_L, CLIP_G, T5 = "denoiser", "vae", "clip_l", "clip_g", "t5"
+DENOISER, VAE, CLIP_L, CLIP_G, T5, QWEN3 = "denoiser", "vae", "clip_l", "clip_g", "t5", "qwen3"
 
 # Family → part → component of the pipeline, and the folder of it in a diffusers folder.
 COMPONENTS: Mapping[str, Mapping[str, str]] = {
     "sdxl": {DENOISER: "unet", VAE: "vae", CLIP_L: "text_encoder", CLIP_G: "text_encoder_2"},
     "sd15": {DENOISER: "unet", VAE: "vae", CLIP_L: "text_encoder"},
     "flux": {DENOISER: "transformer", VAE: "vae", CLIP_L: "text_encoder", T5: "text_encoder_2"},
+    "flux2": {DENOISER: "transformer", VAE: "vae", QWEN3: "text_encoder"},
+    "z-image": {DENOISER: "transformer", VAE: "vae", QWEN3: "text_encoder"},
 }
 # Component of the pipeline → its tokenizer's folder.
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -36,9 +38,12 @@ _BARE = (
     (DENOISER, "img_in.weight"),
     (DENOISER, "time_embedding.linear_1.weight"),
     (DENOISER, "x_embedder.weight"),
+    (DENOISER, "all_x_embedder.2-1.weight"),
     (VAE, "decoder.conv_in.weight"),
     (T5, "encoder.block.0.layer.0.SelfAttention.q.weight"),
     (T5, "enc.blk.0.attn_q.weight"),
+    (QWEN3, "model.layers.0.self_attn.q_norm.weight"),
+    (QWEN3, "layers.0.self_attn.q_norm.weight"),
     (CLIP_G, "transformer.resblocks.0.mlp.c_fc.weight"),
 )
 _CLIP = "text_model.encoder.layers."

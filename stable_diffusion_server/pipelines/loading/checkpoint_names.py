@@ -132,7 +132,7 @@ def transformer_names(tensors: Mapping[str, Tensor]) -> Tensors:
             whole = _required(tensors, f"{old}.{leaf}")
             for i, name in enumerate(names):
                 last = whole.shape[0] if i + 1 == len(names) else (i + 1) * width
-                found[f"{name}.{leaf}"] = _rows(whole, i * width, last)
+                found[f"{name}.{leaf}"] = rows_of(whole, i * width, last)
 
     for old, new in _OUTER.items():
         move(old, new)
@@ -155,12 +155,13 @@ def transformer_names(tensors: Mapping[str, Tensor]) -> Tensors:
     for leaf in _LEAVES:
         # Black Forest Labs keep shift before scale, diffusers scale before shift.
         modulation = _required(tensors, f"final_layer.adaLN_modulation.1.{leaf}")
-        shift, scale = _rows(modulation, 0, width), _rows(modulation, width, 2 * width)
+        shift, scale = rows_of(modulation, 0, width), rows_of(modulation, width, 2 * width)
         found[f"norm_out.linear.{leaf}"] = torch.cat([_plain(scale), _plain(shift)])
     return found
 
 
-def _rows(tensor: Tensor, first: int, last: int) -> Tensor:
+def rows_of(tensor: Tensor, first: int, last: int) -> Tensor:
+    """Some rows of a tensor, packed or not."""
     return tensor.rows(first, last) if isinstance(tensor, PackedWeight) else tensor[first:last]
 
 

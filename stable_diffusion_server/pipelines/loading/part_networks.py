@@ -25,6 +25,7 @@ from stable_diffusion_server.pipelines.loading.checkpoint_layout import (
     CLIP_L,
     COMPONENTS,
     DENOISER,
+    QWEN3,
     T5,
     VAE,
     has_diffusers_names,
@@ -46,6 +47,8 @@ from stable_diffusion_server.pipelines.loading.diffusers_configs import (
 )
 from stable_diffusion_server.pipelines.loading.network_assembly import assemble
 from stable_diffusion_server.pipelines.loading.packed_weights import UNPACKED, PackedWeight, WeightStorage
+from stable_diffusion_server.pipelines.loading.qwen3_configs import klein_config, qwen3_config, z_image_config
+from stable_diffusion_server.pipelines.loading.qwen3_names import klein_names, klein_vae, qwen3_names, z_image_names
 from stable_diffusion_server.pipelines.loading.weight_files import (
     DIFFUSERS,
     SAFETENSORS,
@@ -58,7 +61,9 @@ from stable_diffusion_server.pipelines.loading.weight_files import (
 )
 from stable_diffusion_server.pipelines.model_spec import CheckpointFiles
 
-_SHOWN = {DENOISER: "denoiser", VAE: "VAE", CLIP_L: "CLIP-L", CLIP_G: "CLIP-G", T5: "T5"}
+_SHOWN = {DENOISER: "denoiser", VAE: "VAE", CLIP_L: "CLIP-L", CLIP_G: "CLIP-G", T5: "T5", QWEN3: "Qwen3"}
+# The families that read Qwen3.
+_OF_QWEN3 = ("flux2", "z-image")
 _CLASSES: Mapping[tuple[str, str], Any] = {
     ("sdxl", DENOISER): diffusers.UNet2DConditionModel,
     ("sd15", DENOISER): diffusers.UNet2DConditionModel,
@@ -67,6 +72,10 @@ _CLASSES: Mapping[tuple[str, str], Any] = {
     **{(family, CLIP_L): transformers.CLIPTextModel for family in COMPONENTS},
     ("sdxl", CLIP_G): transformers.CLIPTextModelWithProjection,
     ("flux", T5): transformers.T5EncoderModel,
+    ("flux2", DENOISER): diffusers.Flux2Transformer2DModel,
+    ("flux2", VAE): diffusers.AutoencoderKLFlux2,
+    ("z-image", DENOISER): diffusers.ZImageTransformer2DModel,
+    **{(family, QWEN3): transformers.Qwen3Model for family in _OF_QWEN3},
 }
 
 
@@ -159,14 +168,19 @@ def _recipe_of_folder(place: Path, network_class: Any, part: str, variant: str |
     config = read_json(place / "config.json")
     listed = config.get("architectures")
     named = config.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else "network")
-    if named != network_class.__name__:
+    headless = part == QWEN3 and named == "Qwen3ForCausalLM"
+    if named != network_class.__name__ and not headless:
         raise WeightFileError(f"{shown(place)} holds a {named}, and a {network_class.__name__} is needed"[:300])
     tensors = read_tensors(*(file for file in found.files if file.suffix == SAFETENSORS), meta=meta)
+    if part == QWEN3:
+        return _Recipe(config, qwen3_names(tensors))
     return _Recipe(config, renewed_vae_names(tensors) if part == VAE else tensors)
 
 
 def _recipe(family: str, part: str, component: str, tensors: Tensors, dtype: torch.dtype) -> _Recipe:
     """The recipe of a part of a file: the configuration follows from the shapes."""
+    if family in _OF_QWEN3:
+        return _recipe_with_qwen3(family, part, tensors, dtype)
     if part == T5:
         named = t5_names(tensors)
         return _Recipe(t5_config(shapes_of(named)), named)
@@ -190,3 +204,24 @@ def _recipe(family: str, part: str, component: str, tensors: Tensors, dtype: tor
         return _Recipe(config, vae_names(plain, config))
     named = clip_g_names(plain) if part == CLIP_G else dict(plain)
     return _Recipe(clip_config(shapes_of(named), family, component), named)
+
+
+def _recipe_with_qwen3(family: str, part: str, tensors: Tensors, dtype: torch.dtype) -> _Recipe:
+    """The recipe of a part of FLUX.2 klein or Z-Image."""
+    shapes = shapes_of(tensors)
+    if part == DENOISER and family == "z-image":
+        return _Recipe(z_image_config(shapes), z_image_names(tensors) if "x_embedder.weight" in tensors else tensors)
+    if part == DENOISER:
+        return _Recipe(klein_config(shapes), klein_names(tensors))
+    plain = {
+        name: tensor.unpack(dtype) if isinstance(tensor, PackedWeight) else tensor for name, tensor in tensors.items()
+    }
+    if part == QWEN3:
+        named = qwen3_names(plain)
+        return _Recipe(qwen3_config(shapes_of(named)), named)
+    if family == "flux2":
+        return _Recipe(*klein_vae(plain, shapes))
+    if has_diffusers_names(tensors):
+        return _Recipe(diffusers_vae_config(shapes, family), renewed_vae_names(plain))
+    config = vae_config(shapes, family)
+    return _Recipe(config, vae_names(plain, config))

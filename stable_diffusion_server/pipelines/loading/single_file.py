@@ -16,7 +16,12 @@ from stable_diffusion_server.pipelines.loading.compatibility import check_pipeli
 from stable_diffusion_server.pipelines.loading.model_files import translate_load_errors
 from stable_diffusion_server.pipelines.loading.packed_weights import UNPACKED, WeightStorage
 from stable_diffusion_server.pipelines.loading.part_networks import files_of_place, networks_of
-from stable_diffusion_server.pipelines.loading.tokenizer_files import clip_tokenizer_of, t5_tokenizer, tokenizer_beside
+from stable_diffusion_server.pipelines.loading.tokenizer_files import (
+    clip_tokenizer_of,
+    qwen3_tokenizer,
+    t5_tokenizer,
+    tokenizer_beside,
+)
 from stable_diffusion_server.pipelines.loading.weight_digest import ignore_progress
 from stable_diffusion_server.pipelines.loading.weight_files import texts_in
 from stable_diffusion_server.pipelines.model_spec import CheckpointFiles, ModelSpec
@@ -132,8 +137,28 @@ def _flux(spec: ModelSpec, files: CheckpointFiles, models_dir: Path, parts: Mapp
     )
 
 
+def _klein(spec: ModelSpec, files: CheckpointFiles, models_dir: Path, parts: Mapping[str, Any]) -> Any:
+    return getattr(diffusers, spec.pipeline_class)(
+        **parts,
+        tokenizer=qwen3_tokenizer(models_dir / files.tokenizer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_config(base_configs("flux")["scheduler"]),
+        is_distilled=not spec.takes_guidance,
+    )
+
+
+def _z_image(spec: ModelSpec, files: CheckpointFiles, models_dir: Path, parts: Mapping[str, Any]) -> Any:
+    config = base_configs("z-image")["scheduler" if spec.takes_guidance else "scheduler_turbo"]
+    return getattr(diffusers, spec.pipeline_class)(
+        **parts,
+        tokenizer=qwen3_tokenizer(models_dir / files.tokenizer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_config(config),
+    )
+
+
 _PIPELINES: Mapping[str, Callable[[ModelSpec, CheckpointFiles, Path, Mapping[str, Any]], Any]] = {
     "sdxl": _sdxl,
     "sd15": _sd15,
     "flux": _flux,
+    "flux2": _klein,
+    "z-image": _z_image,
 }

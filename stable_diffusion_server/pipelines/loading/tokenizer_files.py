@@ -59,6 +59,14 @@ def t5_tokenizer(place: Path) -> Any:
     return _tokenizer_in(AutoTokenizer, place)
 
 
+def qwen3_tokenizer(place: Path) -> Any:
+    """Qwen3's tokenizer in a folder, with its chat template. Raises `WeightFileError`."""
+    tokenizer = _tokenizer_in(AutoTokenizer, place)
+    if not tokenizer.chat_template:
+        raise WeightFileError(f"{shown(place)} has no chat template (tokenizer_config.json or chat_template.jinja)")
+    return tokenizer
+
+
 def _tokenizer_in(tokenizer_class: Any, place: Path) -> Any:
     try:
         return tokenizer_class.from_pretrained(place, local_files_only=True)
