@@ -18,7 +18,11 @@ from stock_families import picture, request_of, stock_family
 
 from stable_diffusion_server.errors import DeviceLost, InvalidInput, NotFinite, OutOfMemory
 from stable_diffusion_server.pipelines.families.stock import Stock, StockState
+from stable_diffusion_server.pipelines.loading.footprint import footprint_of, native_tiling
+from stable_diffusion_server.pipelines.loading.working_memory import Architecture
 from stable_diffusion_server.pipelines.stock.vae_latents import latents_for_vae
+from stable_diffusion_server.pipelines.stock_rows import STOCK_ROWS
+from stable_diffusion_server.pipelines.vae_tiles import WHOLE
 from stable_diffusion_server.types import Task
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
@@ -168,6 +172,40 @@ def test_a_picture_that_finds_no_memory_is_decoded_again(monkeypatch: pytest.Mon
         smallest = family.finish(state).pixels
         assert smallest.shape == whole.pixels.shape
         assert np.abs(smallest.astype(int) - whole.pixels).mean() < 40, name
+
+
+def test_a_picture_that_the_class_decodes_is_drawn_anew_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its call has ended with the error, so the engine's second try draws it again: the same picture."""
+    family = stock_family("sd15")
+    request = request_of(family)
+    expected = draw(family, request)
+    state = family.prepare(request)
+    while not state.done:
+        family.step([state])
+    with monkeypatch.context() as patched:
+        patched.setattr(family.pipeline.vae, "decode", _no_memory)
+        with pytest.raises(OutOfMemory):
+            family.finish(state)
+        with pytest.raises(OutOfMemory):
+            family.finish(state)
+    assert not family.shrink(state)
+    assert (family.finish(state).pixels == expected).all()
+    assert not calls()
+    family.pipeline.vae.decoder.conv_out.bias[0] = float("nan")
+    with pytest.raises(NotFinite):
+        draw(family, request)
+
+
+def test_a_pipeline_without_a_vae_has_a_footprint() -> None:
+    """Pixels, or a decoder of another name: its denoiser is estimated, and nothing is tiled."""
+    spec = STOCK_ROWS["Kandinsky3Pipeline"]
+    unet = tiny_families.build("lumina2").transformer.to("meta")  # a class that cannot be counted
+    model = Architecture({"unet": unet}, {"unet": torch.float32}, spec.text_tokens)
+    footprint = footprint_of(spec, model)
+    assert set(footprint.working) == {"unet"}
+    assert footprint.working["unet"] > 0
+    assert model.working_bytes["unet"].estimated
+    assert native_tiling(spec, model, 10**9) == WHOLE
 
 
 def test_latents_that_are_not_finite_are_refused() -> None:
