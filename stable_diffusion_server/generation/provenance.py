@@ -106,6 +106,8 @@ def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
         "quality": resolved.quality,
     }
     requested = {part.name: getattr(request, part.name) for part in fields(request) if part.name not in NOT_RECORDED}
+    if not request.extra:
+        del requested["extra"]  # few models have such parameters
     return {name: resolved_fields.get(name, value) for name, value in requested.items()}
 
 
