@@ -63,6 +63,7 @@ NEVER_CALLERS = {
     "settings/storage.py": "settings are the operator's",
     "storage/factory.py": "the bucket's name and address are settings",
     "pipelines/loading/checkpoint_configs.py": "names of tensors in a file that the operator chose",
+    "pipelines/loading/qwen3_names.py": "names of tensors in a file that the operator chose",
     "app/fetch_order.py": "the command line is the operator's",
     "pipelines/loading/hub_listing.py": "names of files in a repository that the operator chose",
     "pipelines/library/shards.py": "names of files in a folder that the operator chose",
