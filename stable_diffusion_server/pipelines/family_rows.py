@@ -135,6 +135,9 @@ _Z_IMAGE_TURBO = replace(
     default_guidance=0.0,
     tasks=USUAL_TASKS,
     max_references=0,
+    control_class="ZImageControlNetModel",
+    control_scale=0.75,
+    control_shares_layers=True,
     # The card's 9 steps were 8 passes and one without effect; diffusers since 0.38 counts passes.
     source="model card of Tongyi-MAI/Z-Image-Turbo: 8 passes, guidance 0",
 )

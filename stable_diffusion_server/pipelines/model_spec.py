@@ -81,6 +81,8 @@ class ModelSpec:
     no diffusers folder; `folder` then is the name of the first of them. `added_parts` are components that other models
     give, as (component, place within MODELS_DIR): an SDXL `refiner`, or Redux as the `image_encoder` of a Flux.
 
+    With `control_shares_layers` the ControlNet computes with layers of the denoiser, which must stay on the device.
+
     `tasks` are those it draws, and `max_references` is the most images that an edit looks at; larger ones are
     shrunk to `reference_pixels`, so that waiting requests hold no more. Where they are a prompt, they add
     `image_tokens` to it. `extra` are parameters of its own; with `any_extra`, they are those of its diffusers
@@ -126,6 +128,7 @@ class ModelSpec:
     control_folder: str | None = None
     control_class: str = "ControlNetModel"
     control_scale: float = 0.5
+    control_shares_layers: bool = False
     repo: str | None = None
     control_repo: str | None = None
     lcm_folder: str | None = None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 from fakes import disc
+from pydantic import TypeAdapter
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.layout import lay_out_images
 from stable_diffusion_server.generation.limits import RequestLimits
 from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords
+from stable_diffusion_server.generation.provenance import requested_fields
 from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.types import Fill, Fit, Format, GenerationRequest, ImageInput, Task
@@ -270,3 +273,14 @@ def test_other_stop_words_are_another_image() -> None:
     same = replace(OPTIONS, stop_words=BUILTIN_STOP_WORDS)
     digests = [resolve_request(request, options).content_digest for options in (OPTIONS, other, same)]
     assert digests[0] == digests[2] != digests[1]
+
+
+def test_parameters_of_a_models_own_are_recorded_for_a_replay() -> None:
+    """As JSON and back, with their types; a request without any records none."""
+    options = replace(OPTIONS, models={**MODELS, "sdxl": replace(MODELS["sdxl"], any_extra=True)})
+    asked = replace(UPLOADED, extra=(("true_cfg_scale", 2.0), ("fast", True), ("steps_kept", 3)))
+    recorded = json.loads(json.dumps(requested_fields(resolve_request(asked, options))))
+    read = TypeAdapter(GenerationRequest).validate_python(recorded)
+    assert read.extra == asked.extra
+    assert [type(value) for _, value in read.extra] == [float, bool, int]
+    assert "extra" not in requested_fields(resolve_request(UPLOADED, options))

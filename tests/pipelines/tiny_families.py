@@ -175,6 +175,24 @@ def z_image(shift: float = 3.0) -> Any:
     )
 
 
+def z_image_control(refined: str = "") -> Any:
+    """A ControlNet of the tiny Z-Image; `refined` ones (2.1) read masks too, and guide the refiner."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        network = d.ZImageControlNetModel(
+            control_layers_places=[0, 1],
+            control_refiner_layers_places=[0],
+            control_in_dim=33 if refined else 16,
+            add_control_noise_refiner=refined or None,
+            dim=32,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+        )
+        _enliven(network)
+    return network.eval().requires_grad_(False)
+
+
 def qwen_image() -> Any:
     tokenizer = qwen_tokenizer()
     ids = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 
 from stable_diffusion_server.errors import ModelLoadError
 
@@ -93,6 +94,48 @@ def transformer_residuals(
         "controlnet_single_block_samples": spread(single),
         "controlnet_blocks_repeat": controlnet.input_hint_block is not None,
     }
+
+
+def layer_residuals(
+    controlnet: Any,
+    pictures: Sequence[torch.Tensor],
+    times: torch.Tensor,
+    captions: Sequence[torch.Tensor],
+    controls: Sequence[ControlNetInput | None],
+) -> dict[str, Any]:
+    """The Z-Image transformer's further arguments, as `unet_residuals`.
+
+    `pictures` are channels × 1 × h × w, `captions` tokens × channels, each of its own length; rows of tokens are padded
+    to the longest of all.
+    """
+    guided = _guided(controls)
+    if not guided:
+        return {}
+    rows = torch.tensor([row for row, _ in guided], device=times.device)
+    hints = torch.cat([control.hint for _, control in guided])
+    samples = controlnet(
+        [pictures[row] for row, _ in guided],
+        times[rows],
+        [captions[row] for row, _ in guided],
+        hints,
+        conditioning_scale=_scales(guided, like=hints[:, 0, 0]),
+    )
+    length = max(
+        _padded(picture.shape[-2] // 2 * (picture.shape[-1] // 2)) + _padded(len(caption))
+        for picture, caption in zip(pictures, captions, strict=True)
+    )
+    filled = {
+        layer: torch.nn.functional.pad(sample, (0, 0, 0, length - sample.shape[1])) for layer, sample in samples.items()
+    }
+    return {
+        "controlnet_block_samples": {layer: _spread(sample, rows, len(controls)) for layer, sample in filled.items()}
+    }
+
+
+def _padded(tokens: int) -> int:
+    """Tokens of a picture or caption with those that fill it up."""
+    unit: int = SEQ_MULTI_OF
+    return -(-tokens // unit) * unit
 
 
 def _guided(controls: Sequence[ControlNetInput | None]) -> list[tuple[int, ControlNetInput]]:

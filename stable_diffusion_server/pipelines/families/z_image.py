@@ -21,6 +21,7 @@ from stable_diffusion_server.pipelines.base import (
     translate_torch_errors,
 )
 from stable_diffusion_server.pipelines.catalog import refine_steps_skipped, steps_skipped
+from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput, layer_residuals
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, LoraManager, digests_and_weights
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.diffusers_family import DiffusersFamily
@@ -57,6 +58,8 @@ class ZImage(DiffusersFamily):
         tiling: VaeTiling = WHOLE,
     ) -> None:
         super().__init__(pipeline, spec, controlnet, loras, prompt_cache, tiling)
+        if controlnet is not None:  # it has no embedders of its own
+            type(controlnet).from_transformer(controlnet, pipeline.transformer)
         self._count = chat_counter(pipeline.tokenizer, thinking=True)
 
     def token_counter(self) -> Callable[[str], int]:
@@ -69,13 +72,12 @@ class ZImage(DiffusersFamily):
         Uses the generator in the order of the stock pipelines: latents of the input image, then noise. Raises
         `InvalidInput` for an unknown LoRA, or edges without a ControlNet.
         """
-        if request.control is not None:
-            raise InvalidInput(f"{self.spec.name} has no ControlNet here to follow edges with.", field="canny")
         with translate_torch_errors():
             skipped = steps_skipped(self.spec, request.num_inference_steps, request.strength) if request.image else 0
             loras = self.loras.use(request.loras, request.lora_digests)
             conditioning = self._encode(request, loras)
             generator = seeded(request.seed)
+            control = self._control(request)
             original, inpaint, dtype = None, None, torch.float32
             if request.image is not None:
                 dtype = conditioning.captions[0].dtype  # only pictures from text start in fp32
@@ -94,6 +96,7 @@ class ZImage(DiffusersFamily):
                 segments=tuple(segments),
                 conditioning=conditioning,
                 inpaint=inpaint,
+                control=control,
                 loras=loras,
             )
 
@@ -107,21 +110,31 @@ class ZImage(DiffusersFamily):
             transformer = self.pipeline.transformer
             rows = [len(state.conditioning.captions) for state in states]
             times = [state.timestep.reshape(1).expand(count) for state, count in zip(states, rows, strict=True)]
-            predicted = transformer(
-                [
-                    state.latents[0].to(transformer.dtype).unsqueeze(1)
-                    for state, count in zip(states, rows, strict=True)
-                    for _ in range(count)
-                ],
-                (1000 - torch.cat(times)) / 1000,
-                [caption for state in states for caption in state.conditioning.captions],
-                return_dict=False,
-            )[0]
+            by_row = [state for state, count in zip(states, rows, strict=True) for _ in range(count)]
+            pictures = [state.latents[0].to(transformer.dtype).unsqueeze(1) for state in by_row]
+            captions = [caption for state in states for caption in state.conditioning.captions]
+            levels = (1000 - torch.cat(times)) / 1000
+            controls = [state.control for state in by_row]
+            residuals = layer_residuals(self.controlnet, pictures, levels, captions, controls)
+            predicted = transformer(pictures, levels, captions, return_dict=False, **residuals)[0]
             for state, count in zip(states, rows, strict=True):
                 own, predicted = [row.float() for row in predicted[:count]], predicted[count:]
                 velocity = own[0] if count == 1 else own[0] + state.request.guidance_scale * (own[0] - own[1])
                 state.advance(-velocity.squeeze(1)[None])
             await_device(states[0].latents.device)
+
+    def _control(self, request: DiffusionRequest) -> ControlNetInput | None:
+        """The edges as the ControlNet takes them: latents, and zeros for what only inpainting has."""
+        if request.control is None:
+            return None
+        if self.controlnet is None:
+            raise InvalidInput(f"{self.spec.name} has no ControlNet here to follow edges with.", field="canny")
+        config = self.pipeline.vae.config
+        latents = self._encoded(to_tensor(request.control, self.device), None)
+        hint = ((latents - config.shift_factor) * config.scaling_factor).to(self.controlnet.dtype).unsqueeze(2)
+        lacking = self.controlnet.config.control_in_dim - hint.shape[1]
+        hint = torch.cat([hint, hint.new_zeros(1, lacking, *hint.shape[2:])], dim=1) if lacking else hint
+        return ControlNetInput(hint, request.control_scale)
 
     def _vae_latents(self, state: PipelineState[Conditioning], latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae

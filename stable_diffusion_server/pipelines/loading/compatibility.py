@@ -45,7 +45,8 @@ def check_controlnet(folder: str, pipeline: Any, controlnet: Any) -> None:
         names: Iterable[str] = ("in_channels", "cross_attention_dim", "block_out_channels", "addition_time_embed_dim")
         whole = pipeline.unet.config
     else:
-        names, whole = ("in_channels", "joint_attention_dim", "pooled_projection_dim"), pipeline.transformer.config
+        of_flux, of_z_image = ("in_channels", "joint_attention_dim", "pooled_projection_dim"), ("dim", "n_heads")
+        names, whole = of_z_image if "dim" in controlnet.config else of_flux, pipeline.transformer.config
     for name in names:
         own, wanted = controlnet.config.get(name), whole.get(name)
         if own != wanted and not (isinstance(own, list | tuple) and [*own] == [*wanted]):

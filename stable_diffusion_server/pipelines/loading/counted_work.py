@@ -9,6 +9,7 @@ import torch
 
 from stable_diffusion_server.pipelines.conditioning.controlnet import (
     ControlNetInput,
+    layer_residuals,
     transformer_residuals,
     unet_residuals,
 )
@@ -159,10 +160,18 @@ def _count_flux2(model: CountedModel, name: str, side: int) -> int:
 def _count_z_image(model: CountedModel, name: str, side: int) -> int:
     transformer, latents = model.plain(name), side // model.pixels_per_latent
     caption = model.empty(name, model.text_tokens, transformer.config.cap_feat_dim)
+    network = model.plain(CONTROL) if CONTROL in model.parts else None
+    if network is not None:
+        type(network).from_transformer(network, transformer)
 
     def step() -> object:
-        picture = model.empty(name, transformer.config.in_channels, 1, latents, latents)
-        return transformer([picture], torch.empty(1, device=META), [caption], return_dict=False)
+        pictures, levels = [model.empty(name, transformer.config.in_channels, 1, latents, latents)], torch.empty(1)
+        guide = None
+        if network is not None:
+            hint = model.empty(name, 1, network.config.control_in_dim, 1, latents, latents)
+            guide = ControlNetInput(hint, 1.0)
+        residuals = layer_residuals(network, pictures, levels.to(META), [caption], [guide])
+        return transformer(pictures, levels.to(META), [caption], return_dict=False, **residuals)
 
     return peak_bytes(step)
 

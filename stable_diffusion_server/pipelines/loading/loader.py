@@ -192,7 +192,13 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
     remarks = [remark] if remark else []
     if estimated := [name for name, need in measured.model.working_bytes.items() if need.estimated]:
         remarks.append(f"The memory that {' and '.join(estimated)} of {spec.name} need to draw is estimated.")
-    controlnet, control = _control(spec, models_dir, device, options, pipeline, remarks)
+    guide = spec
+    if spec.control_folder and spec.control_shares_layers and placement.residency is not Residency.RESIDENT:
+        guide = replace(spec, control_folder=None)
+        remarks.append(
+            f"{spec.name} draws without its ControlNet, whose layers are the model's and would have to stay."
+        )
+    controlnet, control = _control(guide, models_dir, device, options, pipeline, remarks)
     if options.digests.of(files) != weights:
         raise ModelLoadError(f"The files in {spec.folder} were changed while they were loaded; start again.")
     try:

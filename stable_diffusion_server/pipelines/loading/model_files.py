@@ -68,6 +68,8 @@ def control_folder(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None =
     folder = folder_in(models_dir, spec.control_folder)
     if folder.is_symlink() and not folder.exists():
         raise ModelLoadError(f"{spec.control_folder} is a link that leads nowhere.")
+    if folder.is_file():
+        raise ModelLoadError(f"{spec.control_folder} is a file, and a ControlNet is read from a diffusers folder.")
     if hub and spec.control_repo and not folder.is_dir():
         folder = hub.network(spec.control_repo, CONTROL_VARIANT)
         _log.debug("read from the hub's cache", repo=spec.control_repo)
