@@ -56,8 +56,13 @@ WHOLE = GenerationRequest(
     only_masked=8,
     alone=True,
     webhook_url="https://hook.example/",
+    references=(
+        ImageInput("image[1]", url="https://pictures.example/b.png"),
+        ImageInput("image[2]", data=b"reference"),
+    ),
+    extra=(("true_cfg_scale", 2.5), ("fast", True), ("name", "x"), ("count", 3)),
 )
-WORK = JobPayload(WHOLE, {"image_url": b"image"})
+WORK = JobPayload(WHOLE, {"image_url": b"image", "image[1]": b"other"})
 RECEIPT = GenerationResult(
     *("static/uploads/a.png", True, False, False, "inpaint", "sdxl", 7, 96, 80, 5, 1.5, "ddim"),
     warnings=(RequestWarning("bumpy", "It is."),),

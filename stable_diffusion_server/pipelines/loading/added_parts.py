@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
 from stable_diffusion_server.pipelines.loading.checkpoint_layout import DENOISER
@@ -17,42 +16,6 @@ from stable_diffusion_server.pipelines.loading.redux_encoder import REDUX, load_
 from stable_diffusion_server.pipelines.loading.weight_digest import ignore_progress
 from stable_diffusion_server.pipelines.loading.weight_files import check_part, texts_in
 from stable_diffusion_server.pipelines.model_spec import CheckpointFiles, ModelSpec
-
-
-class RefinedXLPipeline(diffusers.StableDiffusionXLPipeline):  # type: ignore[misc]  # diffusers has no types
-    """A stock pipeline with one component more, so that it is moved and counted as the others."""
-
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->unet->refiner->vae"
-
-    def __init__(
-        self,
-        vae: Any,
-        text_encoder: Any,
-        text_encoder_2: Any,
-        tokenizer: Any,
-        tokenizer_2: Any,
-        unet: Any,
-        scheduler: Any,
-        refiner: Any,
-        image_encoder: Any = None,
-        feature_extractor: Any = None,
-        force_zeros_for_empty_prompt: bool = True,
-        add_watermarker: bool = False,
-    ) -> None:
-        super().__init__(
-            vae=vae,
-            text_encoder=text_encoder,
-            text_encoder_2=text_encoder_2,
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer_2,
-            unet=unet,
-            scheduler=scheduler,
-            image_encoder=image_encoder,
-            feature_extractor=feature_extractor,
-            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
-            add_watermarker=add_watermarker,
-        )
-        self.register_modules(refiner=refiner)
 
 
 def load_added(spec: ModelSpec, models_dir: Path, dtype: torch.dtype, *, meta: bool = False) -> dict[str, Any]:
@@ -92,6 +55,10 @@ def with_added(pipeline: Any, parts: Mapping[str, Any], spec: ModelSpec) -> Any:
     """The pipeline with these components. Raises `ModelLoadError` for one that does not fit the others."""
     places = dict(spec.added_parts)
     if "refiner" in parts:
+        from stable_diffusion_server.pipelines.loading.refined_pipeline import (
+            RefinedXLPipeline,  # importing SDXL's pipeline warns of optional packages
+        )
+
         check_refiner(places["refiner"], pipeline, parts["refiner"])
         given = {name: part for name, part in pipeline.components.items() if name != "refiner"}
         zeros = pipeline.config.force_zeros_for_empty_prompt

@@ -192,13 +192,7 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
     remarks = [remark] if remark else []
     if estimated := [name for name, need in measured.model.working_bytes.items() if need.estimated]:
         remarks.append(f"The memory that {' and '.join(estimated)} of {spec.name} need to draw is estimated.")
-    guide = spec
-    if spec.control_folder and spec.control_shares_layers and placement.residency is not Residency.RESIDENT:
-        guide = replace(spec, control_folder=None)
-        remarks.append(
-            f"{spec.name} draws without its ControlNet, whose layers are the model's and would have to stay."
-        )
-    controlnet, control = _control(guide, models_dir, device, options, pipeline, remarks)
+    controlnet, control = _control(spec, models_dir, device, options, pipeline, placement, remarks)
     if options.digests.of(files) != weights:
         raise ModelLoadError(f"The files in {spec.folder} were changed while they were loaded; start again.")
     try:
@@ -230,10 +224,19 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
 
 
 def _control(
-    spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions, pipeline: Any, remarks: list[str]
+    spec: ModelSpec,
+    models_dir: Path,
+    device: torch.device,
+    options: LoadOptions,
+    pipeline: Any,
+    placement: Placement,
+    remarks: list[str],
 ) -> tuple[Any, str]:
     """The ControlNet with CONTROLNET_LORA, and the digest of both; `None` and an empty digest without one."""
     hub = options.hub
+    if spec.control_folder and spec.control_shares_layers and placement.residency is not Residency.RESIDENT:
+        remarks.append(f"{spec.name} draws without its ControlNet: its layers are the model's, which do not stay here.")
+        return None, ""
     try:
         controlnet = load_controlnet(spec, models_dir, device, hub=hub, move=False)
         if controlnet is None:
