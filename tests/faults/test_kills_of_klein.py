@@ -21,6 +21,7 @@ SERVE = (sys.executable, "-m", "stable_diffusion_server", "serve")
 WAIT = {"model": "klein", "width": 64, "height": 64}
 
 
+@pytest.mark.fault(50)
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the watchdog's child in /proc")
 def test_a_server_that_is_killed_in_a_step_of_klein_draws_its_jobs_later(tmp_path: Path) -> None:
     """Kill -9 between two steps: both jobs are done after the restart; one that is late or cancelled ends at once."""

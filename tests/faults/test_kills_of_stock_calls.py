@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SERVE = (sys.executable, "-m", "stable_diffusion_server", "serve")
 
 
+@pytest.mark.fault(50)
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the watchdog's child in /proc")
 def test_a_job_of_a_stock_pipeline_survives_a_kill(tmp_path: Path) -> None:
     """Kill -9 between two steps; then the same image as without a kill, and parameters of its class over HTTP."""

@@ -149,6 +149,7 @@ def _fails(often: int, original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+@pytest.mark.fault(51)
 @pytest.mark.parametrize("model", ["klein", "z"])
 @pytest.mark.parametrize(("part", "method"), [("transformer", "forward"), ("vae", "decode"), ("vae", "encode")])
 def test_what_finds_too_little_memory_is_tried_again_or_ends_with_a_sentence(

@@ -160,6 +160,7 @@ def failing(registry: Registry, monkeypatch: pytest.MonkeyPatch, part: str, pass
     return seen
 
 
+@pytest.mark.fault(51)
 def test_a_step_without_memory_is_taken_again(
     registry: Registry, engine: Engine[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +180,7 @@ def test_a_step_without_memory_is_taken_again(
     assert (engine.submit(request).result.result(PATIENCE).product.pixels == expected).all()
 
 
+@pytest.mark.fault(51)
 def test_a_prompt_without_memory_is_encoded_again(
     registry: Registry, engine: Engine[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +189,7 @@ def test_a_prompt_without_memory_is_encoded_again(
     assert engine.submit(order(registry, "a red circle")).result.result(PATIENCE).attempts == 2
 
 
+@pytest.mark.fault(51)
 def test_a_picture_without_memory_is_decoded_in_tiles(
     registry: Registry, engine: Engine[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +211,7 @@ def test_an_error_of_the_class_fails_its_request_only(
     assert tickets[1].result.result(PATIENCE).attempts == 1
 
 
+@pytest.mark.fault(53)
 def test_a_lost_device_ends_the_engine_and_the_calls(
     registry: Registry, engine: Engine[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
