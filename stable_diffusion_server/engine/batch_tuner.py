@@ -261,7 +261,7 @@ class CoreSharing:
     With `fixed`, all `workers` may compute, each on its share of the cores. Otherwise long steps run alone, on all
     cores; short ones side by side. A large model alone has all cores too. Small tensors gain little from several cores,
     and keep one share so that the same request gives the same bits: the number of cores changes the rounding.
-    `is_large` tells a model by its name; a shape that was not measured counts as long if its model is large. For a
+    `is_large` takes a model's name; a shape that was not measured counts as long if its model is large. For a
     request that asks to be `alone`, so that it can be drawn again bit for bit, only the model's size counts.
     """
 

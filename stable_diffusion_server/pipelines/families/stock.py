@@ -137,7 +137,7 @@ class Stock(DiffusersFamily):
     def finish(self, state: PipelineState[Any]) -> DecodedImage:
         """Decode the latents; before the last step, the prediction of the final ones. Raises `NotFinite`.
 
-        Where the class's latents are not understood, its own call decodes; one that failed is drawn anew.
+        If the layout of the class's latents is unknown, its own call decodes; after an error it runs again in full.
         """
         mine, request = _own(state), state.request
         with translate_torch_errors():

@@ -65,7 +65,7 @@ def token_counter(tokenizer: Any) -> Callable[[str], int]:
 def chat_counter(tokenizer: Any, *, thinking: bool) -> Callable[[str], int]:
     """A thread-safe function that counts a prompt's tokens as a message in the tokenizer's chat template.
 
-    With `thinking` the template leaves room for thoughts of the model, without it closes them.
+    Without `thinking`, the template of Qwen3 adds an empty block of thoughts to the message.
     """
     count = token_counter(tokenizer)
 

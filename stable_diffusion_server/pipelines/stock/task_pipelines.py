@@ -62,6 +62,6 @@ def for_request(pipeline: Any) -> Any:
     own = copy.copy(pipeline)
     own.__dict__.pop("_num_timesteps", None)  # of an earlier call
     own.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    # It would hook all components anew at the end of each call; weights are moved by the registry.
+    # It would add offload hooks to all components after each call; the registry moves the weights.
     own.maybe_free_model_hooks = lambda: None
     return own
