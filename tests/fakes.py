@@ -55,6 +55,7 @@ class FakePixels:
     pixels: NDArray[np.uint8]
     redecoded: bool = False
     tiled: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass

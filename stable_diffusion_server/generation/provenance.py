@@ -20,6 +20,7 @@ NOT_RECORDED = frozenset(
 # Generation warnings that are recorded with the object, so that later cache hits repeat them.
 RECORDED_WARNINGS = {
     "prompt-shortened": "The prompt was shortened; the picture says to what.",
+    "not-used": "Part of the request was not used as it was asked for; the picture's metadata say which.",
     "redecoded": "The decoder overflowed and ran again in full precision.",
     "tiled": "The device was short of memory; the picture was made in tiles, which differs faintly.",
     "redrawn-not-finite": "The numbers were not finite; it was drawn with another seed.",
@@ -35,7 +36,7 @@ def build_record(
 ) -> dict[str, str]:
     """Return the object's record: short and ASCII, since S3 allows 2 KB. `size` is the file's, in bytes."""
     request = image.request
-    warned = ",".join(code for code in codes if code in RECORDED_WARNINGS)
+    warned = ",".join(code for code in dict.fromkeys(codes) if code in RECORDED_WARNINGS)
     return {
         "digest": resolved.content_digest,
         "order": resolved.request_digest,
@@ -70,6 +71,7 @@ def embedded_metadata(
         "height": layout.height,
         "digest": resolved.content_digest,
         "batched": image.batched,
+        **({"warnings": [*image.product.warnings]} if image.product.warnings else {}),
         **_hires_fields(resolved),
         "asked": requested_fields(resolved),
         "sources": {name: digest for name, digest in resolved.source_digests.items() if digest is not None},

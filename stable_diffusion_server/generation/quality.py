@@ -38,6 +38,10 @@ class DecodedPixels(Protocol):
     def tiled(self) -> bool:
         """Whether it was encoded or decoded in tiles, since the device had less memory than at other times."""
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences for the caller on what the model did not use as it was asked for."""
+
 
 P = TypeVar("P", bound=DecodedPixels)
 

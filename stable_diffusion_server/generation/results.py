@@ -102,7 +102,7 @@ def result_of_generated(
 def generation_warnings(
     resolved: ResolvedRequest, layout: ImageLayout, request: DiffusionRequest, image: CheckedImage[DecodedPixels]
 ) -> list[RequestWarning]:
-    """Return warnings about a shortened prompt (`request` has the shortened one) and about decoding."""
+    """Return warnings about a shortened prompt (`request` has the shortened one), decoding, and what was not used."""
     warnings = []
     if request.prompt != layout.request.prompt:
         limit = resolved.parameters.spec.text_tokens
@@ -111,6 +111,7 @@ def generation_warnings(
         warnings.append(RequestWarning("redecoded", "The decoder overflowed and ran again in full precision."))
     if image.product.tiled:
         warnings.append(RequestWarning("tiled", RECORDED_WARNINGS["tiled"]))
+    warnings += [RequestWarning("not-used", sentence) for sentence in image.product.warnings]
     return warnings
 
 

@@ -78,7 +78,8 @@ class PipelineState(Generic[C]):
     which the present segment began; `conditioning` is what the family computed from the prompt. `inpaint` and `control`
     may be used together. `predicted_original` is the scheduler's latest estimate of the final latents, if it gives one.
     `loras` are the LoRAs of the request; they stay loaded while the state exists. `tiling` is that of the VAE for this
-    request, if it found too little memory for the usual one.
+    request, if it found too little memory for the usual one. `warnings` are sentences for the caller on what the family
+    did not use as it was asked for.
     """
 
     request: DiffusionRequest
@@ -93,6 +94,7 @@ class PipelineState(Generic[C]):
     predicted_original: torch.Tensor | None = None
     loras: ActiveLoras = ()
     tiling: VaeTiling | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -157,11 +159,13 @@ class DecodedImage:
     """A finished image: `pixels` uint8, height × width × 3.
 
     `redecoded` when the VAE had to run again in fp32, `tiled` when it ran in tiles for lack of memory at that moment.
+    `warnings` are those of its state.
     """
 
     pixels: NDArray[np.uint8]
     redecoded: bool
     tiled: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @contextmanager

@@ -140,7 +140,7 @@ class DiffusersFamily(Family):
             tiling = state.tiling or self.tiling
             with tiling.applied(self.pipeline.vae, state.request.width * state.request.height):
                 image = decode(self.pipeline.vae, latents)
-        return replace(image, tiled=state.tiling is not None)
+        return replace(image, tiled=state.tiling is not None, warnings=state.warnings)
 
     def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
         """A small image of the state, made without decoding: height × width × 3."""

@@ -31,6 +31,7 @@ class Product:
     pixels: NDArray[np.uint8]
     redecoded: bool = False
     tiled: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 class Easel:

@@ -7,17 +7,20 @@ import io
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import COLOURS, FakeDenoiser, until
+from fakes import COLOURS, Canvas, FakeDenoiser, FakePixels, until
 from PIL import Image
 from service_harness import OPTIONS, ServiceHarness, order
 
 from stable_diffusion_server.errors import DeadlineExceeded, InvalidInput, StorageUnavailable
 from stable_diffusion_server.generation.limits import RequestLimits
+from stable_diffusion_server.generation.provenance import RECORDED_WARNINGS
 from stable_diffusion_server.generation.resolver import resolve_request
+from stable_diffusion_server.imaging import read_record
 from stable_diffusion_server.storage.local import LocalBucket
 from stable_diffusion_server.types import EngineEventKind, Format, GenerationProgress
 
@@ -320,6 +323,25 @@ async def test_a_prompt_that_is_too_long_is_shortened_and_reported(harness_of: H
     assert receipt.prompt_used.startswith("red square best details")
     assert len(receipt.prompt_used.split()) == 75
     assert "prompt-shortened" in {warning.code for warning in receipt.warnings}
+
+
+class LeavingOut(FakeDenoiser):
+    """Says that it left out two things."""
+
+    def finish(self, state: Canvas) -> FakePixels:
+        return replace(super().finish(state), warnings=("One half was left out.", "The other, too."))
+
+
+async def test_what_a_model_did_not_use_is_reported_and_recorded(harness_of: HarnessOf) -> None:
+    """Each sentence is a warning of its own and in the file; a later hit points there."""
+    harness = harness_of(LeavingOut())
+    receipt, file = await harness.service.generate_with_bytes(order())
+    again = await harness.service.generate(order())
+    said = [warning.message for warning in receipt.warnings if warning.code == "not-used"]
+    assert said == ["One half was left out.", "The other, too."]
+    assert (read_record(file) or {})["warnings"] == said
+    assert again.cached
+    assert [w.message for w in again.warnings if w.code == "not-used"] == [RECORDED_WARNINGS["not-used"]]
 
 
 @pytest.mark.fault(10)

@@ -99,8 +99,8 @@ def images_body(
 ) -> OpenAIImagesBody:
     """Return the response with images, and with the warnings of this server."""
     first = images[0].result
-    by_code = {warning.code: warning for image in images for warning in image.result.warnings}
-    warnings = [*parameters.warnings(context), *by_code.values()]
+    reported = dict.fromkeys(warning for image in images for warning in image.result.warnings)
+    warnings = [*parameters.warnings(context), *reported]
     return {
         "created": int(time.time()),
         "background": "opaque",

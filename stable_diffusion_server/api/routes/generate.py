@@ -120,7 +120,7 @@ def generate_router(
     def render_file(request: Request, result: GenerationResult, file: bytes) -> Response:
         headers = {"Content-Location": url_of(request, result.key)}
         if result.warnings:
-            headers["X-Warnings"] = ", ".join(warning.code for warning in result.warnings)
+            headers["X-Warnings"] = ", ".join(dict.fromkeys(warning.code for warning in result.warnings))
         return Response(file, media_type=media_type_of(file), headers=headers)
 
     def add(route: _Route) -> None:

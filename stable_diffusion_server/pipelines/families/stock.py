@@ -152,7 +152,7 @@ class Stock(DiffusersFamily):
             unscaled = latents_for_vae(self.pipeline, latents, request.height, request.width, returned=returned)
             with tiling.applied(self.pipeline.vae, request.width * request.height):
                 image = decode(self.pipeline.vae, unscaled)
-        return replace(image, tiled=state.tiling is not None)
+        return replace(image, tiled=state.tiling is not None, warnings=state.warnings)
 
     def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
         """A small image of the state; grey before the first step, and where the class's latents are not understood."""
