@@ -194,6 +194,17 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
+def classifier_free(prediction: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): negative + scale · (positive − negative).
+
+    The rows are [negative, positive]; a single row has no guidance and stays as it is.
+    """
+    if len(prediction) == 1:
+        return prediction
+    negative, positive = prediction.chunk(2)
+    return negative + scale * (positive - negative)
+
+
 def by_row(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
     """One batch of tensors of one row each; the i-th is repeated `rows[i]` times."""
     return torch.cat([tensor for tensor, n in zip(tensors, rows, strict=True) for _ in range(n)])

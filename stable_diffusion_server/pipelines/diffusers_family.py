@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,10 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.pipelines.base import (
     DecodedImage,
-    DenoisingSegment,
     PipelineState,
     decode,
-    encode,
     translate_torch_errors,
 )
-from stable_diffusion_server.pipelines.catalog import scheduler_of
 from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.family import Family, LoadedFamily, LoadedModelInfo
@@ -30,10 +27,8 @@ from stable_diffusion_server.pipelines.loading.footprint import bytes_of, dtype_
 from stable_diffusion_server.pipelines.loading.loader import LoadOptions, PlacedModel, place_model
 from stable_diffusion_server.pipelines.loading.offload import OffloadedModel
 from stable_diffusion_server.pipelines.loading.placement import CONTROL, Residency
-from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
-from stable_diffusion_server.types import DiffusionRequest
 
 
 class DiffusersFamily(Family):
@@ -58,8 +53,8 @@ class DiffusersFamily(Family):
         self.loras = loras or LoraManager(pipeline)
         self.prompt_cache = PromptCache() if prompt_cache is None else prompt_cache
         self.tiling = tiling
-        self._smaller_tiling: VaeTiling | None = None
         self._previewer = LatentPreviewer(pipeline.vae, self._vae_latents)
+        self._adapt_controlnet()
 
     @classmethod
     def load(cls, spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> LoadedFamily:
@@ -89,49 +84,6 @@ class DiffusersFamily(Family):
         device: torch.device = self.pipeline._execution_device
         return device
 
-    def prepare(self, request: DiffusionRequest) -> PipelineState[Any]:
-        """Encode the prompt and the input images, draw the noise, set the timesteps.
-
-        An input image that finds too little memory is encoded in tiles, and the result is decoded in tiles too.
-        """
-        self._smaller_tiling = None
-        state = self._prepared(request)
-        state.tiling = self._smaller_tiling
-        return state
-
-    @abstractmethod
-    def _prepared(self, request: DiffusionRequest) -> PipelineState[Any]:
-        """The state of a request before its first step."""
-
-    def _encoded(self, image: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        """A sample of the VAE's unscaled latents (1 × channels × h × w) of floats in 0..1; see `encode`."""
-        latents, smaller = encode(self.pipeline.vae, image, generator, self._smaller_tiling or self.tiling)
-        self._smaller_tiling = smaller or self._smaller_tiling
-        return latents
-
-    def _flow_segment(
-        self,
-        request: DiffusionRequest,
-        skipped: int,
-        noise: torch.Tensor,
-        generator: torch.Generator,
-        sigmas: Sequence[float] | None,
-        shift: float,
-    ) -> DenoisingSegment:
-        """The request's steps without the first `skipped`, by a flow-matching scheduler.
-
-        `sigmas` are the noise levels before the scheduler shifts them, from 1 downwards, by default its own; `shift` is
-        its `mu`, which counts only if the shift depends on the size. Raises `InvalidInput` for a scheduler that the
-        model lacks.
-        """
-        spec = scheduler_of(self.spec, request.scheduler, request.num_inference_steps)
-        scheduler = make_scheduler(spec, like=self.pipeline.scheduler)
-        levels = {"num_inference_steps": request.num_inference_steps} if sigmas is None else {"sigmas": [*sigmas]}
-        scheduler.set_timesteps(**levels, device=noise.device, mu=shift)
-        first = skipped * scheduler.order
-        scheduler.set_begin_index(first)
-        return DenoisingSegment(scheduler, scheduler.timesteps[first:], generator, noise)
-
     def finish(self, state: PipelineState[Any]) -> DecodedImage:
         """Decode the latents; before the last step, the prediction of the final ones. Raises `NotFinite`."""
         predicted = None if state.done else state.predicted_original
@@ -152,6 +104,9 @@ class DiffusersFamily(Family):
         if smaller is not None:
             state.tiling = smaller
         return smaller is not None
+
+    def _adapt_controlnet(self) -> None:
+        """Fit the ControlNet, if there is one, to the pipeline. Raises `ModelLoadError` if it does not fit."""
 
     @abstractmethod
     def token_counter(self) -> Callable[[str], int]:

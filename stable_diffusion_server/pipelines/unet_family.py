@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,29 +10,24 @@ from typing import Any
 
 import torch
 
-from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.pipelines.base import (
     DenoisingSegment,
     InpaintConstraint,
     PipelineState,
-    await_device,
     by_row,
     latent_mask,
     seeded,
     to_tensor,
-    translate_torch_errors,
 )
-from stable_diffusion_server.pipelines.catalog import refine_steps_skipped, scheduler_of, steps_skipped
+from stable_diffusion_server.pipelines.catalog import scheduler_of
 from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput, check_grid, unet_residuals
-from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, LoraManager
-from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
-from stable_diffusion_server.pipelines.diffusers_family import DiffusersFamily
+from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import (
     make_scheduler,
     set_timesteps,
     token_counter,
 )
-from stable_diffusion_server.pipelines.model_spec import ModelSpec
+from stable_diffusion_server.pipelines.native_family import NativeFamily
 from stable_diffusion_server.pipelines.unet_inputs import (
     UnetConditioning,
     guided_prediction,
@@ -39,30 +35,23 @@ from stable_diffusion_server.pipelines.unet_inputs import (
     scaled_latents,
     vae_statistics,
 )
-from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
 from stable_diffusion_server.types import DiffusionRequest
 
 
-class UnetFamily(DiffusersFamily):
+class UnetFamily(NativeFamily[UnetConditioning]):
     """Generates images with a UNet, a VAE and one or two CLIPs; tests compare it with the stock pipelines.
 
     Raises `ModelLoadError` when the ControlNet does not fit the VAE.
     """
 
-    def __init__(
-        self,
-        pipeline: Any,
-        spec: ModelSpec,
-        controlnet: Any = None,
-        loras: LoraManager | None = None,
-        prompt_cache: PromptCache | None = None,
-        tiling: VaeTiling = WHOLE,
-    ) -> None:
-        if controlnet is not None:
-            check_grid(controlnet, pipeline.vae_scale_factor)
-        super().__init__(pipeline, spec, controlnet, loras, prompt_cache, tiling)
-        tokenizers = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
-        self._counters = [token_counter(tokenizer) for tokenizer in tokenizers if tokenizer is not None]
+    def _adapt_controlnet(self) -> None:
+        if self.controlnet is not None:
+            check_grid(self.controlnet, self.pipeline.vae_scale_factor)
+
+    @functools.cached_property
+    def _counters(self) -> list[Callable[[str], int]]:
+        tokenizers = (getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
+        return [token_counter(tokenizer) for tokenizer in tokenizers if tokenizer is not None]
 
     def token_counter(self) -> Callable[[str], int]:
         """The larger count of the tokenizers."""
@@ -73,61 +62,41 @@ class UnetFamily(DiffusersFamily):
     def _encode(self, request: DiffusionRequest, loras: ActiveLoras = ()) -> UnetConditioning:
         """The conditioning of a request's prompts, without `masked`."""
 
-    def _prepared(self, request: DiffusionRequest) -> PipelineState[UnetConditioning]:
-        """Encode the prompt and the input images, draw the noise, set the timesteps.
+    def _state_of(self, request: DiffusionRequest, skipped: int, loras: ActiveLoras) -> PipelineState[UnetConditioning]:
+        pipe = self.pipeline
+        control = self._control(request)
+        conditioning = self._encode(request, loras)
+        dtype = conditioning.embeds.dtype
+        generator = seeded(request.seed)
+        original = None
+        if request.image is not None and not (self._takes_mask and request.strength == 1):
+            pixels = to_tensor(request.image, self.device)
+            original = scaled_latents(pipe.vae, self._encoded(pixels, generator)).to(dtype)
+        first = self._segment(request, skipped, generator, dtype)
+        latents, inpaint = self._start(request, first, original)
+        if self._takes_mask:
+            conditioning, inpaint = replace(conditioning, masked=self._masked(request, generator, dtype)), None
+        elif inpaint is not None:
+            # The stock pipeline samples masked-image latents even for a UNet that does not take them; ancestral
+            # schedulers draw from the same generator afterwards.
+            torch.randn(latents.shape, generator=generator, dtype=pipe.vae.dtype)
+        lengths = (conditioning.embeds.shape[1],)
+        return self._state(
+            request, loras, conditioning, first, latents=latents, lengths=lengths, inpaint=inpaint, control=control
+        )
 
-        Uses the generator in the order of the stock pipelines: latents of the input image, then noise. Raises
-        `InvalidInput` for a strength that leaves no step, an unknown LoRA, or edges without a ControlNet.
-        """
-        with translate_torch_errors():
-            pipe = self.pipeline
-            skipped = steps_skipped(self.spec, request.num_inference_steps, request.strength) if request.image else 0
-            control = self._control(request)
-            loras = self.loras.use(request.loras, request.lora_digests)
-            conditioning = self._encode(request, loras)
-            dtype = conditioning.embeds.dtype
-            generator = seeded(request.seed)
-            original = None
-            if request.image is not None and not (self._takes_mask and request.strength == 1):
-                pixels = to_tensor(request.image, self.device)
-                original = scaled_latents(pipe.vae, self._encoded(pixels, generator)).to(dtype)
-            segments = [self._segment(request, skipped, generator, dtype)]
-            latents, inpaint = self._start(request, segments[0], original)
-            if self._takes_mask:
-                conditioning, inpaint = replace(conditioning, masked=self._masked(request, generator, dtype)), None
-            elif inpaint is not None:
-                # The stock pipeline samples masked-image latents even for a UNet that does not take them; ancestral
-                # schedulers draw from the same generator afterwards.
-                torch.randn(latents.shape, generator=generator, dtype=pipe.vae.dtype)
-            if request.refine:
-                segments = self._refined(request, segments[0], loras)
-            return PipelineState(
-                request=request,
-                shape=(*request.shape, conditioning.embeds.shape[1], *(lora.digest for lora, _ in loras)),
-                latents=latents,
-                segments=tuple(segments),
-                conditioning=conditioning,
-                inpaint=inpaint,
-                control=control,
-                loras=loras,
-            )
+    def _predicted(self, states: Sequence[PipelineState[UnetConditioning]]) -> Sequence[torch.Tensor]:
+        """By one pass for each UNet."""
+        found: dict[int, torch.Tensor] = {}
+        for part in dict.fromkeys(state.conditioning.part for state in states):
+            own = [index for index, state in enumerate(states) if state.conditioning.part == part]
+            predicted = self._rows_of(getattr(self.pipeline, part), [states[index] for index in own])
+            found |= zip(own, predicted, strict=True)
+        return [
+            guided_prediction(found[index], state, self.spec.guidance_rescale) for index, state in enumerate(states)
+        ]
 
-    def step(self, states: Sequence[PipelineState[UnetConditioning]]) -> None:
-        """One pass over the rows of all states of one UNet, then guidance and a scheduler step for each state."""
-        with translate_torch_errors():
-            self.loras.switch(states[0].loras)
-            parts = dict.fromkeys(state.conditioning.part for state in states)
-            groups = [[state for state in states if state.conditioning.part == part] for part in parts]
-            predicted = [
-                self._predicted(getattr(self.pipeline, part), group) for part, group in zip(parts, groups, strict=True)
-            ]
-            # After all passes: one that fails leaves every state as it was.
-            for group, predictions in zip(groups, predicted, strict=True):
-                for state, prediction in zip(group, predictions, strict=True):
-                    state.advance(guided_prediction(prediction, state, self.spec.guidance_rescale))
-            await_device(predicted[0][0].device)
-
-    def _predicted(self, unet: Any, states: Sequence[PipelineState[UnetConditioning]]) -> Sequence[torch.Tensor]:
+    def _rows_of(self, unet: Any, states: Sequence[PipelineState[UnetConditioning]]) -> Sequence[torch.Tensor]:
         """The prediction of each state's rows, by one pass."""
         conditionings = [state.conditioning for state in states]
         rows = [len(conditioning.embeds) for conditioning in conditionings]
@@ -151,18 +120,9 @@ class UnetFamily(DiffusersFamily):
         mean, deviation = statistics
         return latents * deviation / config.scaling_factor + mean
 
-    def _refined(
-        self, request: DiffusionRequest, first: DenoisingSegment, loras: ActiveLoras
-    ) -> list[DenoisingSegment]:
-        """The segments of a refined request: its own, and a second pass over the finished picture."""
-        skipped = refine_steps_skipped(self.spec, request.num_inference_steps)
-        # A seed of its own: adding the first pass's noise a second time is visible.
-        return [first, self._segment(request, skipped, seeded(request.seed + 1), first.noise.dtype)]
-
     def _segment(
         self, request: DiffusionRequest, skipped: int, generator: torch.Generator, dtype: torch.dtype
     ) -> DenoisingSegment:
-        """The request's steps without the first `skipped`; draws its noise from `generator`."""
         pipe = self.pipeline
         scheduler_spec = scheduler_of(self.spec, request.scheduler, request.num_inference_steps)
         scheduler = make_scheduler(scheduler_spec, like=pipe.scheduler)
@@ -216,7 +176,5 @@ class UnetFamily(DiffusersFamily):
     def _control(self, request: DiffusionRequest) -> ControlNetInput | None:
         if request.control is None:
             return None
-        if self.controlnet is None:
-            raise InvalidInput(f"{self.spec.name} has no ControlNet here to follow edges with.", field="canny")
         hint = to_tensor(request.control, self.device).to(self.controlnet.dtype)
         return ControlNetInput(hint, request.control_scale)

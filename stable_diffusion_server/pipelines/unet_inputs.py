@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 
-from stable_diffusion_server.pipelines.base import PipelineState
+from stable_diffusion_server.pipelines.base import PipelineState, classifier_free
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +57,12 @@ def model_sample(state: PipelineState[UnetConditioning]) -> torch.Tensor:
 
 
 def guided_prediction(prediction: torch.Tensor, state: PipelineState[UnetConditioning], rescale: float) -> torch.Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): negative + scale · (positive − negative).
+    """The prediction with classifier-free guidance.
 
-    `rescale` (0..1) brings the spread towards that of `positive` (Lin et al. 2023, arXiv 2305.08891, section 3.4).
+    `rescale` (0..1) brings the spread towards that of the positive row (Lin et al. 2023, arXiv 2305.08891, section
+    3.4).
     """
-    if not state.conditioning.guided:
-        return prediction
-    negative, positive = prediction.chunk(2)
-    guided = negative + state.request.guidance_scale * (positive - negative)
-    return rescale_noise_cfg(guided, positive, guidance_rescale=rescale) if rescale else guided
+    guided = classifier_free(prediction, state.request.guidance_scale)
+    if not rescale or not state.conditioning.guided:
+        return guided
+    return rescale_noise_cfg(guided, prediction[1:], guidance_rescale=rescale)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,27 +16,23 @@ from stable_diffusion_server.pipelines.base import (
     DenoisingSegment,
     InpaintConstraint,
     PipelineState,
-    await_device,
     by_row,
+    classifier_free,
     latent_mask,
     seeded,
     to_tensor,
-    translate_torch_errors,
 )
-from stable_diffusion_server.pipelines.catalog import refine_steps_skipped, scheduler_of, steps_skipped
 from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput, transformer_residuals
-from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, LoraManager, digests_and_weights
-from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
-from stable_diffusion_server.pipelines.diffusers_family import DiffusersFamily
+from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
 from stable_diffusion_server.pipelines.flux_inputs import (
     as_reference,
     image_and_mask,
     pixels_as_channels,
     true_guidance,
 )
-from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler, token_counter
+from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import token_counter
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
-from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
+from stable_diffusion_server.pipelines.native_family import NativeFamily
 from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
 
@@ -59,94 +55,71 @@ class Conditioning:
     reference: torch.Tensor | None = None
 
 
-class Flux(DiffusersFamily):
+class Flux(NativeFamily[Conditioning]):
     """Generates images with the components of a `FluxPipeline`; tests compare it with the stock pipelines."""
 
-    def __init__(
-        self,
-        pipeline: Any,
-        spec: ModelSpec,
-        controlnet: Any = None,
-        loras: LoraManager | None = None,
-        prompt_cache: PromptCache | None = None,
-        tiling: VaeTiling = WHOLE,
-    ) -> None:
-        super().__init__(pipeline, spec, controlnet, loras, prompt_cache, tiling)
-        self._count = token_counter(pipeline.tokenizer_2)
+    @functools.cached_property
+    def _count(self) -> Callable[[str], int]:
+        return token_counter(self.pipeline.tokenizer_2)
 
     def token_counter(self) -> Callable[[str], int]:
         """The count of T5's tokens; CLIP's shorter limit only affects the pooled embedding."""
         count, spec = self._count, self.spec
         return lambda prompt: count(_text(spec, prompt))
 
-    def _prepared(self, request: DiffusionRequest) -> PipelineState[Conditioning]:
-        """Encode the prompt and the input images, draw the noise, set the timesteps.
+    def _state_of(self, request: DiffusionRequest, skipped: int, loras: ActiveLoras) -> PipelineState[Conditioning]:
+        """Draws, in order: latents of the edges, of the input image, noise, latents of its visible part for Fill."""
+        conditioning = self._encode(request, loras)
+        dtype = conditioning.embeds.dtype
+        generator = seeded(request.seed)
+        control = self._control(request, generator)
+        original = self._latents_of(request.image, generator).to(dtype) if request.image is not None else None
+        first = self._segment(request, skipped, generator, dtype)
+        inpaint = None
+        if self._fills:
+            conditioning = replace(conditioning, masked=self._masked(request, generator, dtype))
+        elif request.mask is not None and original is not None:
+            channels = self.pipeline.vae.config.latent_channels
+            like = torch.empty(1, 1, *self._size(request), device=original.device, dtype=dtype)
+            mask = self._packed(latent_mask(request.mask, like).repeat(1, channels, 1, 1))
+            inpaint = InpaintConstraint(mask, original)
+        return self._state(
+            request,
+            loras,
+            conditioning,
+            first,
+            latents=None if original is None else first.add_noise(original, 0),
+            lengths=(conditioning.embeds.shape[1],),
+            inpaint=inpaint,
+            control=control,
+        )
 
-        Uses the generator in the order of the stock pipelines: latents of the edges, latents of the input image, noise,
-        latents of its visible part for Fill.
-        Raises `InvalidInput` for a strength that leaves no step, an unknown LoRA, or edges without a ControlNet.
-        """
-        with translate_torch_errors():
-            skipped = steps_skipped(self.spec, request.num_inference_steps, request.strength) if request.image else 0
-            loras = self.loras.use(request.loras, request.lora_digests)
-            conditioning = self._encode(request, loras)
-            dtype = conditioning.embeds.dtype
-            generator = seeded(request.seed)
-            control = self._control(request, generator)
-            original = self._latents_of(request.image, generator).to(dtype) if request.image is not None else None
-            segments = [self._segment(request, skipped, generator, dtype)]
-            latents = segments[0].noise if original is None else segments[0].add_noise(original, 0)
-            inpaint = None
-            if self._fills:
-                conditioning = replace(conditioning, masked=self._masked(request, generator, dtype))
-            elif request.mask is not None and original is not None:
-                channels = self.pipeline.vae.config.latent_channels
-                like = torch.empty(1, 1, *self._size(request), device=original.device, dtype=dtype)
-                mask = self._packed(latent_mask(request.mask, like).repeat(1, channels, 1, 1))
-                inpaint = InpaintConstraint(mask, original)
-            if request.refine:
-                skipped = refine_steps_skipped(self.spec, request.num_inference_steps)
-                # A seed of its own: adding the first pass's noise a second time is visible.
-                segments.append(self._segment(request, skipped, seeded(request.seed + 1), dtype))
-            return PipelineState(
-                request=request,
-                shape=(*request.shape, conditioning.embeds.shape[1], *(lora.digest for lora, _ in loras)),
-                latents=latents,
-                segments=tuple(segments),
-                conditioning=conditioning,
-                inpaint=inpaint,
-                control=control,
-                loras=loras,
-            )
-
-    def step(self, states: Sequence[PipelineState[Conditioning]]) -> None:
-        """One transformer pass over all states, then a scheduler step for each state."""
-        with translate_torch_errors():
-            self.loras.switch(states[0].loras)
-            conditionings = [state.conditioning for state in states]
-            rows = [len(conditioning.embeds) for conditioning in conditionings]
-            guidance = torch.cat([c.guidance for c in conditionings])
-            latents = by_row([_sample(state) for state in states], rows)
-            timesteps = by_row([state.timestep.reshape(1) for state in states], rows)
-            transformer = self.pipeline.transformer
-            inputs = {
-                "hidden_states": latents,
-                "timestep": timesteps.to(latents.dtype) / 1000,
-                "pooled_projections": torch.cat([c.pooled for c in conditionings]),
-                "encoder_hidden_states": torch.cat([c.embeds for c in conditionings]),
-                "txt_ids": conditionings[0].text_ids,
-                "img_ids": conditionings[0].image_ids,
-            }
-            controls = [state.control for state, n in zip(states, rows, strict=True) for _ in range(n)]
-            predicted = transformer(
-                **inputs,
-                **transformer_residuals(self.controlnet, inputs, guidance, controls),
-                guidance=guidance if transformer.config.guidance_embeds else None,
-                return_dict=False,
-            )[0]
-            for state, prediction in zip(states, predicted.split(rows), strict=True):
-                state.advance(_guide(prediction[:, : state.latents.shape[1]], state))
-            await_device(predicted.device)
+    def _predicted(self, states: Sequence[PipelineState[Conditioning]]) -> Sequence[torch.Tensor]:
+        conditionings = [state.conditioning for state in states]
+        rows = [len(conditioning.embeds) for conditioning in conditionings]
+        guidance = torch.cat([c.guidance for c in conditionings])
+        latents = by_row([_sample(state) for state in states], rows)
+        timesteps = by_row([state.timestep.reshape(1) for state in states], rows)
+        transformer = self.pipeline.transformer
+        inputs = {
+            "hidden_states": latents,
+            "timestep": timesteps.to(latents.dtype) / 1000,
+            "pooled_projections": torch.cat([c.pooled for c in conditionings]),
+            "encoder_hidden_states": torch.cat([c.embeds for c in conditionings]),
+            "txt_ids": conditionings[0].text_ids,
+            "img_ids": conditionings[0].image_ids,
+        }
+        controls = [state.control for state, n in zip(states, rows, strict=True) for _ in range(n)]
+        predicted = transformer(
+            **inputs,
+            **transformer_residuals(self.controlnet, inputs, guidance, controls),
+            guidance=guidance if transformer.config.guidance_embeds else None,
+            return_dict=False,
+        )[0]
+        return [
+            classifier_free(prediction[:, : state.latents.shape[1]], true_guidance(state.request) or 1)
+            for state, prediction in zip(states, predicted.split(rows), strict=True)
+        ]
 
     def _vae_latents(self, state: PipelineState[Conditioning], latents: torch.Tensor) -> torch.Tensor:
         pipe, request = self.pipeline, state.request
@@ -226,8 +199,6 @@ class Flux(DiffusersFamily):
         """The edges as the ControlNet takes them: packed latents, or pixels in -1..1."""
         if request.control is None:
             return None
-        if self.controlnet is None:
-            raise InvalidInput(f"{self.spec.name} has no ControlNet here to follow edges with.", field="canny")
         if self.controlnet.input_hint_block is None:
             hint = self._latents_of(request.control, generator)
         else:
@@ -261,24 +232,16 @@ class Flux(DiffusersFamily):
     def _segment(
         self, request: DiffusionRequest, skipped: int, generator: torch.Generator, dtype: torch.dtype
     ) -> DenoisingSegment:
-        """The request's steps without the first `skipped`; draws its noise from `generator`.
-
-        The schedule depends on the number of patches.
-        """
-        pipe = self.pipeline
-        device = self.device
+        """The schedule depends on the number of patches."""
         steps = request.num_inference_steps
-        shape = (1, pipe.vae.config.latent_channels, *self._size(request))
-        noise = self._packed(torch.randn(shape, generator=generator, dtype=dtype).to(device))
-        scheduler = make_scheduler(scheduler_of(self.spec, request.scheduler, steps), like=pipe.scheduler)
-        config = scheduler.config
+        shape = (1, self.pipeline.vae.config.latent_channels, *self._size(request))
+        noise = self._packed(torch.randn(shape, generator=generator, dtype=dtype).to(self.device))
+        config = self.pipeline.scheduler.config
         shift = calculate_shift(
             noise.shape[1], config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
         )
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, mu=shift)
-        first = skipped * scheduler.order
-        scheduler.set_begin_index(first)
-        return DenoisingSegment(scheduler, scheduler.timesteps[first:], generator, noise)
+        sigmas = np.linspace(1.0, 1 / steps, steps).tolist()
+        return self._flow_segment(request, skipped, noise, generator, sigmas, shift)
 
 
 def _text(spec: ModelSpec, prompt: str) -> str:
@@ -293,12 +256,3 @@ def _sample(state: PipelineState[Conditioning]) -> torch.Tensor:
     if conditioning.reference is not None:
         return torch.cat([state.model_input, conditioning.reference], dim=1)
     return state.model_input
-
-
-def _guide(prediction: torch.Tensor, state: PipelineState[Conditioning]) -> torch.Tensor:
-    """True classifier-free guidance: negative + scale · (positive − negative)."""
-    scale = true_guidance(state.request)
-    if scale is None:
-        return prediction
-    negative, positive = prediction.chunk(2)
-    return negative + scale * (positive - negative)

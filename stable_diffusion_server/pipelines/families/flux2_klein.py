@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +16,15 @@ from stable_diffusion_server.pipelines.base import (
     DenoisingSegment,
     InpaintConstraint,
     PipelineState,
-    await_device,
+    by_row,
+    classifier_free,
     seeded,
     to_tensor,
-    translate_torch_errors,
 )
-from stable_diffusion_server.pipelines.catalog import refine_steps_skipped, steps_skipped
-from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, LoraManager, digests_and_weights
-from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
-from stable_diffusion_server.pipelines.diffusers_family import DiffusersFamily
+from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
 from stable_diffusion_server.pipelines.loading.counted_work import REFERENCE_PIXELS
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import chat_counter
-from stable_diffusion_server.pipelines.model_spec import ModelSpec
-from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
+from stable_diffusion_server.pipelines.native_family import NativeFamily
 from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
 
@@ -47,95 +43,62 @@ class Conditioning:
     image_ids: torch.Tensor
 
 
-class Flux2Klein(DiffusersFamily):
+class Flux2Klein(NativeFamily[Conditioning]):
     """Draws with the components of a `Flux2KleinPipeline`; tests compare it with the stock pipelines.
 
     Text, edits with references, and, as `Flux2KleinInpaintPipeline`, inpaint, where the input image is the first
     reference. Image-to-image is inpaint of the whole image. A distilled model ignores guidance.
     """
 
-    def __init__(
-        self,
-        pipeline: Any,
-        spec: ModelSpec,
-        controlnet: Any = None,
-        loras: LoraManager | None = None,
-        prompt_cache: PromptCache | None = None,
-        tiling: VaeTiling = WHOLE,
-    ) -> None:
-        super().__init__(pipeline, spec, controlnet, loras, prompt_cache, tiling)
-        self._count = chat_counter(pipeline.tokenizer, thinking=False)
+    @functools.cached_property
+    def _count(self) -> Callable[[str], int]:
+        return chat_counter(self.pipeline.tokenizer, thinking=False)
 
     def token_counter(self) -> Callable[[str], int]:
         """The count of Qwen3's tokens, those of the chat template included."""
         return self._count
 
-    def _prepared(self, request: DiffusionRequest) -> PipelineState[Conditioning]:
-        """Encode the prompt and the images, draw the noise, set the timesteps.
+    def _state_of(self, request: DiffusionRequest, skipped: int, loras: ActiveLoras) -> PipelineState[Conditioning]:
+        """Raises `InvalidInput` for a reference that is too small or too narrow."""
+        embeds, text_ids = self._encode(request, loras)
+        generator = seeded(request.seed)
+        original, inpaint = None, None
+        references = [self._prepared_reference(image) for image in request.references]
+        latents_of = [self._latents_of(image).to(embeds.dtype) for image in references]
+        if request.image is not None:
+            latents_of.insert(0, self._latents_of(request.image).to(embeds.dtype))
+            original = _packed(latents_of[0])
+        first = self._segment(request, skipped, generator, embeds.dtype)
+        if request.mask is not None and original is not None:
+            inpaint = InpaintConstraint(self._mask(request.mask, original), original)
+        return self._state(
+            request,
+            loras,
+            self._conditioning(embeds, text_ids, latents_of, request),
+            first,
+            latents=None if original is None else first.add_noise(original, 0),
+            lengths=(embeds.shape[1], tuple(tuple(latents.shape[-2:]) for latents in latents_of)),
+            inpaint=inpaint,
+        )
 
-        Raises `InvalidInput` for a reference that is too small or too narrow, an unknown LoRA, or edges.
-        """
-        if request.control is not None:
-            raise InvalidInput(f"{self.spec.name} has no ControlNet here to follow edges with.", field="canny")
-        with translate_torch_errors():
-            skipped = steps_skipped(self.spec, request.num_inference_steps, request.strength) if request.image else 0
-            loras = self.loras.use(request.loras, request.lora_digests)
-            embeds, text_ids = self._encode(request, loras)
-            generator = seeded(request.seed)
-            original, inpaint = None, None
-            references = [self._prepared_reference(image) for image in request.references]
-            latents_of = [self._latents_of(image).to(embeds.dtype) for image in references]
-            if request.image is not None:
-                first = self._latents_of(request.image).to(embeds.dtype)
-                latents_of.insert(0, first)
-                original = _packed(first)
-            segments = [self._segment(request, skipped, generator, embeds.dtype)]
-            if request.mask is not None and original is not None:
-                inpaint = InpaintConstraint(self._mask(request.mask, original), original)
-            if request.refine:
-                skipped = refine_steps_skipped(self.spec, request.num_inference_steps)
-                # A seed of its own: adding the first pass's noise a second time is visible.
-                segments.append(self._segment(request, skipped, seeded(request.seed + 1), embeds.dtype))
-            noise = segments[0].noise
-            sizes = tuple(tuple(latents.shape[-2:]) for latents in latents_of)
-            return PipelineState(
-                request=request,
-                shape=(*request.shape, embeds.shape[1], sizes, *(lora.digest for lora, _ in loras)),
-                latents=noise if original is None else segments[0].add_noise(original, 0),
-                segments=tuple(segments),
-                conditioning=self._conditioning(embeds, text_ids, latents_of, request),
-                inpaint=inpaint,
-                loras=loras,
-            )
-
-    def step(self, states: Sequence[PipelineState[Conditioning]]) -> None:
-        """One transformer pass over the rows of all states, then guidance and a scheduler step for each state."""
-        with translate_torch_errors():
-            self.loras.switch(states[0].loras)
-            conditionings = [state.conditioning for state in states]
-            rows = [len(conditioning.embeds) for conditioning in conditionings]
-            patches = states[0].latents.shape[1]
-            tokens = [
-                torch.cat([state.latents, state.conditioning.references], dim=1).expand(count, -1, -1)
-                for state, count in zip(states, rows, strict=True)
-            ]
-            times = [state.timestep.reshape(1).expand(count) for state, count in zip(states, rows, strict=True)]
-            latents = torch.cat(tokens)
-            predicted = self.pipeline.transformer(
-                hidden_states=latents.to(self.pipeline.transformer.dtype),
-                timestep=torch.cat(times).to(latents.dtype) / 1000,
-                guidance=None,
-                encoder_hidden_states=torch.cat([conditioning.embeds for conditioning in conditionings]),
-                txt_ids=conditionings[0].text_ids,
-                img_ids=conditionings[0].image_ids,
-                return_dict=False,
-            )[0][:, :patches]
-            for state, prediction in zip(states, predicted.split(rows), strict=True):
-                if len(prediction) == 2:
-                    negative, positive = prediction.chunk(2)
-                    prediction = negative + state.request.guidance_scale * (positive - negative)
-                state.advance(prediction)
-            await_device(predicted.device)
+    def _predicted(self, states: Sequence[PipelineState[Conditioning]]) -> Sequence[torch.Tensor]:
+        conditionings = [state.conditioning for state in states]
+        rows = [len(conditioning.embeds) for conditioning in conditionings]
+        latents = by_row([torch.cat([state.latents, state.conditioning.references], dim=1) for state in states], rows)
+        times = by_row([state.timestep.reshape(1) for state in states], rows)
+        predicted = self.pipeline.transformer(
+            hidden_states=latents.to(self.pipeline.transformer.dtype),
+            timestep=times.to(latents.dtype) / 1000,
+            guidance=None,
+            encoder_hidden_states=torch.cat([conditioning.embeds for conditioning in conditionings]),
+            txt_ids=conditionings[0].text_ids,
+            img_ids=conditionings[0].image_ids,
+            return_dict=False,
+        )[0][:, : states[0].latents.shape[1]]
+        return [
+            classifier_free(prediction, state.request.guidance_scale)
+            for state, prediction in zip(states, predicted.split(rows), strict=True)
+        ]
 
     def _vae_latents(self, state: PipelineState[Conditioning], latents: torch.Tensor) -> torch.Tensor:
         height, width = self._size(state.request.height, state.request.width)
@@ -224,7 +187,6 @@ class Flux2Klein(DiffusersFamily):
     def _segment(
         self, request: DiffusionRequest, skipped: int, generator: torch.Generator, dtype: torch.dtype
     ) -> DenoisingSegment:
-        """The request's steps without the first `skipped`; draws its noise from `generator`."""
         pipe, steps = self.pipeline, request.num_inference_steps
         shape = (1, pipe.transformer.config.in_channels, *self._size(request.height, request.width))
         noise = _packed(torch.randn(shape, generator=generator, dtype=dtype).to(self.device))

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
-from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.pipelines.base import (
     DenoisingSegment,
     InpaintConstraint,
     PipelineState,
-    await_device,
+    by_row,
+    classifier_free,
     latent_mask,
     seeded,
     to_tensor,
-    translate_torch_errors,
 )
-from stable_diffusion_server.pipelines.catalog import refine_steps_skipped, steps_skipped
-from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, LoraManager, digests_and_weights
-from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
-from stable_diffusion_server.pipelines.diffusers_family import DiffusersFamily
+from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import token_counter
-from stable_diffusion_server.pipelines.model_spec import ModelSpec
-from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
+from stable_diffusion_server.pipelines.native_family import NativeFamily
 from stable_diffusion_server.types import DiffusionRequest
 
 
@@ -41,84 +36,47 @@ class Conditioning:
     pooled: torch.Tensor
 
 
-class StableDiffusion3(DiffusersFamily):
+class StableDiffusion3(NativeFamily[Conditioning]):
     """Draws with the components of a `StableDiffusion3Pipeline`; tests compare it with the stock pipelines."""
 
-    def __init__(
-        self,
-        pipeline: Any,
-        spec: ModelSpec,
-        controlnet: Any = None,
-        loras: LoraManager | None = None,
-        prompt_cache: PromptCache | None = None,
-        tiling: VaeTiling = WHOLE,
-    ) -> None:
-        super().__init__(pipeline, spec, controlnet, loras, prompt_cache, tiling)
+    @functools.cached_property
+    def _count(self) -> Callable[[str], int]:
         # Models without T5 read the first 77 tokens only.
-        self._count = token_counter(pipeline.tokenizer_3 or pipeline.tokenizer)
+        return token_counter(self.pipeline.tokenizer_3 or self.pipeline.tokenizer)
 
     def token_counter(self) -> Callable[[str], int]:
         """The count of T5's tokens; CLIP's shorter limit leaves out the end of a long prompt in a part of the rows."""
         return self._count
 
-    def _prepared(self, request: DiffusionRequest) -> PipelineState[Conditioning]:
-        """Encode the prompt and the input images, draw the noise, set the timesteps.
+    def _state_of(self, request: DiffusionRequest, skipped: int, loras: ActiveLoras) -> PipelineState[Conditioning]:
+        conditioning = self._encode(request, loras)
+        dtype, generator = conditioning.embeds.dtype, seeded(request.seed)
+        original, inpaint = None, None
+        if request.image is not None:
+            config = self.pipeline.vae.config
+            latents = self._encoded(to_tensor(request.image, self.device), generator)
+            original = ((latents - config.shift_factor) * config.scaling_factor).to(dtype)
+        first = self._segment(request, skipped, generator, dtype)
+        if request.mask is not None and original is not None:
+            inpaint = InpaintConstraint(latent_mask(request.mask, original), original)
+        start = None if original is None else first.add_noise(original, 0)
+        lengths = (conditioning.embeds.shape[1],)
+        return self._state(request, loras, conditioning, first, latents=start, lengths=lengths, inpaint=inpaint)
 
-        Uses the generator in the order of the stock pipelines: latents of the input image, then noise. Raises
-        `InvalidInput` for an unknown LoRA, or edges without a ControlNet.
-        """
-        if request.control is not None:
-            raise InvalidInput(f"{self.spec.name} has no ControlNet here to follow edges with.", field="canny")
-        with translate_torch_errors():
-            skipped = steps_skipped(self.spec, request.num_inference_steps, request.strength) if request.image else 0
-            loras = self.loras.use(request.loras, request.lora_digests)
-            conditioning = self._encode(request, loras)
-            dtype, generator = conditioning.embeds.dtype, seeded(request.seed)
-            original, inpaint = None, None
-            if request.image is not None:
-                config = self.pipeline.vae.config
-                latents = self._encoded(to_tensor(request.image, self.device), generator)
-                original = ((latents - config.shift_factor) * config.scaling_factor).to(dtype)
-            segments = [self._segment(request, skipped, generator, dtype)]
-            if request.mask is not None and original is not None:
-                inpaint = InpaintConstraint(latent_mask(request.mask, original), original)
-            if request.refine:
-                skipped = refine_steps_skipped(self.spec, request.num_inference_steps)
-                # A seed of its own: adding the first pass's noise a second time is visible.
-                segments.append(self._segment(request, skipped, seeded(request.seed + 1), dtype))
-            return PipelineState(
-                request=request,
-                shape=(*request.shape, conditioning.embeds.shape[1], *(lora.digest for lora, _ in loras)),
-                latents=segments[0].noise if original is None else segments[0].add_noise(original, 0),
-                segments=tuple(segments),
-                conditioning=conditioning,
-                inpaint=inpaint,
-                loras=loras,
-            )
-
-    def step(self, states: Sequence[PipelineState[Conditioning]]) -> None:
-        """One transformer pass over the rows of all states, then guidance and a scheduler step for each state."""
-        with translate_torch_errors():
-            self.loras.switch(states[0].loras)
-            conditionings = [state.conditioning for state in states]
-            rows = [len(conditioning.embeds) for conditioning in conditionings]
-            predicted = self.pipeline.transformer(
-                hidden_states=torch.cat(
-                    [state.latents.expand(count, -1, -1, -1) for state, count in zip(states, rows, strict=True)]
-                ),
-                timestep=torch.cat(
-                    [state.timestep.reshape(1).expand(count) for state, count in zip(states, rows, strict=True)]
-                ),
-                encoder_hidden_states=torch.cat([conditioning.embeds for conditioning in conditionings]),
-                pooled_projections=torch.cat([conditioning.pooled for conditioning in conditionings]),
-                return_dict=False,
-            )[0]
-            for state, prediction in zip(states, predicted.split(rows), strict=True):
-                if len(prediction) == 2:  # classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)
-                    negative, positive = prediction.chunk(2)
-                    prediction = negative + state.request.guidance_scale * (positive - negative)
-                state.advance(prediction)
-            await_device(predicted.device)
+    def _predicted(self, states: Sequence[PipelineState[Conditioning]]) -> Sequence[torch.Tensor]:
+        conditionings = [state.conditioning for state in states]
+        rows = [len(conditioning.embeds) for conditioning in conditionings]
+        predicted = self.pipeline.transformer(
+            hidden_states=by_row([state.latents for state in states], rows),
+            timestep=by_row([state.timestep.reshape(1) for state in states], rows),
+            encoder_hidden_states=torch.cat([conditioning.embeds for conditioning in conditionings]),
+            pooled_projections=torch.cat([conditioning.pooled for conditioning in conditionings]),
+            return_dict=False,
+        )[0]
+        return [
+            classifier_free(prediction, state.request.guidance_scale)
+            for state, prediction in zip(states, predicted.split(rows), strict=True)
+        ]
 
     def _vae_latents(self, state: PipelineState[Conditioning], latents: torch.Tensor) -> torch.Tensor:
         config = self.pipeline.vae.config
@@ -146,7 +104,6 @@ class StableDiffusion3(DiffusersFamily):
     def _segment(
         self, request: DiffusionRequest, skipped: int, generator: torch.Generator, dtype: torch.dtype
     ) -> DenoisingSegment:
-        """The request's steps without the first `skipped`; draws its noise from `generator`."""
         pipe = self.pipeline
         height, width = request.height // pipe.vae_scale_factor, request.width // pipe.vae_scale_factor
         noise = torch.randn((1, pipe.transformer.config.in_channels, height, width), generator=generator, dtype=dtype)

@@ -27,7 +27,7 @@ class Sdxl(UnetFamily):
 
     def _refined(
         self, request: DiffusionRequest, first: DenoisingSegment, loras: ActiveLoras
-    ) -> list[DenoisingSegment]:
+    ) -> tuple[DenoisingSegment, ...]:
         """With a refiner, the base draws the steps above `HANDOVER`, and the refiner the rest of the same schedule.
 
         As `denoising_end` and `denoising_start` of the stock pipelines. Repainted pictures get the usual second pass,
@@ -56,7 +56,7 @@ class Sdxl(UnetFamily):
             first.noise,
             self._encode_for_refiner(request, loras),
         )
-        return [replace(first, timesteps=first.timesteps[:above]), refining]
+        return replace(first, timesteps=first.timesteps[:above]), refining
 
     def _encode_for_refiner(self, request: DiffusionRequest, loras: ActiveLoras) -> UnetConditioning:
         """The refiner's conditioning: the second text encoder alone, and aesthetic scores in place of a size."""

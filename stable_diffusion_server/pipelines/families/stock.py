@@ -194,9 +194,6 @@ class Stock(DiffusersFamily):
         with self.tiling.applied(getattr(self.pipeline, "vae", None), request.width * request.height):
             yield
 
-    def _prepared(self, request: DiffusionRequest) -> PipelineState[Any]:
-        return self.prepare(request)
-
     def _vae_latents(self, state: PipelineState[Any], latents: torch.Tensor) -> torch.Tensor:
         height, width = state.request.height, state.request.width
         return latents_for_vae(self.pipeline, latents, height, width, returned=False)
