@@ -150,6 +150,24 @@ def test_models_that_cannot_say_which_can(url: str) -> None:
     assert MODEL in warning["message"]
 
 
+def test_a_picture_that_is_too_narrow_is_named_as_it_was_sent(url: str) -> None:
+    """By file, by URL, and in OpenAI's words; also after the first of several."""
+    narrow = file_of(np.asarray(picture(160).crop((0, 0, 16, 160))))
+    given = {"model": MODEL, "prompt": PROMPT, "width": SIDE, "height": SIDE}
+    files = [("image_file", ("a.png", file)) for file in (FILES[0], narrow)]
+    refused = [httpx.post(f"{url}/edit_and_upload_image", data=given, files=files, timeout=60).json()["field"]]
+    urls = [f"data:image/png;base64,{base64.b64encode(file).decode()}" for file in (FILES[0], FILES[1], narrow)]
+    by_url = httpx.post(f"{url}/edit_and_upload_image", json={**given, "image_url": urls}, timeout=60)
+    refused.append(by_url.json()["field"])
+    assert refused == ["image_file[1]", "image_url[2]"]
+    form = {"model": MODEL, "prompt": PROMPT, "size": f"{SIDE}x{SIDE}"}
+    for sent, name in (([narrow], "image"), ([FILES[0], narrow], "image[1]")):
+        answer = httpx.post(
+            f"{url}/v1/images/edits", data=form, files=[("image[]", ("a.png", file)) for file in sent], timeout=60
+        )
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, name), answer.text
+
+
 def test_the_documented_command_works(url: str, tmp_path: Path) -> None:
     """docs/http-api.md, as printed, but for the address."""
     command = re.search(

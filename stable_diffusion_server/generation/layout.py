@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from stable_diffusion_server.concurrency import FairLimiter
@@ -141,6 +142,21 @@ def lay_out_images(
         height, width = crop.image.shape[:2]
     kept_image = image if mask_on_image is not None else None
     return ImageLayout(job, canvas, width, height, kept_image, soft_mask, resampling, crop)
+
+
+@contextmanager
+def fields_as_sent(request: GenerationRequest) -> Iterator[None]:
+    """Name input images in errors by the parameters of the request; families name `image`, `mask`, `references[0]`."""
+    given = {"image": request.image, "mask": request.mask}
+    given |= {f"references[{number}]": source for number, source in enumerate(request.references)}
+    names = {name: source.parameter for name, source in given.items() if source is not None}
+    try:
+        yield
+    except InvalidInput as error:
+        if not any(field in names for field, _ in error.faults):
+            raise
+        faults = [(names.get(field, field), sentence) for field, sentence in error.faults]
+        raise InvalidInput.from_faults(faults) from error
 
 
 def _mask_over(image: Pixels, mask: Pixels | None, source: ImageInput | None) -> Pixels | None:

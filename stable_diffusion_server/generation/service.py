@@ -16,7 +16,7 @@ from stable_diffusion_server.concurrency import deadline
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.generation.executor import GenerationExecutor, SubmissionContext
 from stable_diffusion_server.generation.interfaces import DecodeImage, EngineQueue, FetchImage, ignore
-from stable_diffusion_server.generation.layout import InputLoader
+from stable_diffusion_server.generation.layout import InputLoader, fields_as_sent
 from stable_diffusion_server.generation.output import OutputWriter, key_errors_explained
 from stable_diffusion_server.generation.permissions import permitted_request, spec_for
 from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest, resolve_request
@@ -236,7 +236,7 @@ class GenerationService:
         self._metrics.record_generation("coalesced" if coalesced else "drawn")
         # The equal request under another key may be of another caller; this caller must not learn about it.
         may_tell = may_know and (joined or ownership.keyed is None or caller.has_full_access)
-        result = result_of_generated(
+        return result_of_generated(
             resolved,
             stored=outcome.stored,
             layout=outcome.layout,
@@ -244,8 +244,7 @@ class GenerationService:
             warnings=outcome.warnings,
             timings=outcome.timings,
             coalesced=coalesced and may_tell,
-        )
-        return result, outcome
+        ), outcome
 
     async def _coalesce(
         self,
@@ -269,7 +268,8 @@ class GenerationService:
         def start(broadcaster: ProgressBroadcaster) -> Coroutine[Any, Any, GenerationOutcome]:
             return self._generate_uncached(resolved, fetched, context, broadcaster)
 
-        outcome, joined = await self._generations.join(resolved.key, resolved.tag, start, listener)
+        with fields_as_sent(request):
+            outcome, joined = await self._generations.join(resolved.key, resolved.tag, start, listener)
         return resolved, outcome, joined
 
     async def _find(self, resolved: ResolvedRequest) -> StoredObject | None:

@@ -63,7 +63,7 @@ class Flux2Klein(NativeFamily[Conditioning]):
         embeds, text_ids = self._encode(request, loras)
         generator = seeded(request.seed)
         original, inpaint = None, None
-        references = [self._prepared_reference(image) for image in request.references]
+        references = [self._prepared_reference(*numbered) for numbered in enumerate(request.references)]
         latents_of = [self._latents_of(image).to(embeds.dtype) for image in references]
         if request.image is not None:
             latents_of.insert(0, self._latents_of(request.image).to(embeds.dtype))
@@ -139,7 +139,7 @@ class Flux2Klein(NativeFamily[Conditioning]):
         ids = torch.cat([ids, pipe._prepare_image_ids([*references]).to(self.device)], dim=1)
         return Conditioning(embeds, torch.cat([_packed(latents) for latents in references], dim=1), text_ids, ids)
 
-    def _prepared_reference(self, reference: ImageArray) -> ImageArray:
+    def _prepared_reference(self, number: int, reference: ImageArray) -> ImageArray:
         """The reference as the stock pipeline prepares it: at most 1024² pixels, sides cut to multiples of a patch."""
         processor, picture = self.pipeline.image_processor, Image.fromarray(reference.pixels)
         try:
@@ -148,7 +148,7 @@ class Flux2Klein(NativeFamily[Conditioning]):
             raise InvalidInput(
                 f"A reference image has sides of at least 64 pixels, the longer at most 8 times the shorter; one here "
                 f"has {picture.width} × {picture.height}.",
-                field="image",
+                field=f"references[{number}]",
             ) from error
         if picture.width * picture.height > REFERENCE_PIXELS:
             picture = processor._resize_to_target_area(picture, REFERENCE_PIXELS)
