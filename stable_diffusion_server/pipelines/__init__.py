@@ -48,7 +48,13 @@ from stable_diffusion_server.pipelines.loading.hub_listing import (
 )
 from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
 from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError, check_pipeline_folder
-from stable_diffusion_server.pipelines.model_spec import TRUE_GUIDANCE, ModelSpec, ModelTable, known_names
+from stable_diffusion_server.pipelines.model_spec import (
+    TRUE_GUIDANCE,
+    ExtraParameter,
+    ModelSpec,
+    ModelTable,
+    known_names,
+)
 from stable_diffusion_server.pipelines.owned_models import OwnedModels, find_owned_models
 
 __all__ = [
@@ -56,6 +62,7 @@ __all__ = [
     "REAL_MODELS",
     "SCHEDULERS",
     "TRUE_GUIDANCE",
+    "ExtraParameter",
     "FileIdentity",
     "HubClient",
     "HubListing",

@@ -86,8 +86,9 @@ class ModelSpec:
     `tasks` are those it draws, and `max_references` is the most images that an edit looks at; larger ones are
     shrunk to `reference_pixels`, so that waiting requests hold no more. Where they are a prompt, they add
     `image_tokens` to it. `extra` are parameters of its own; with `any_extra`, they are those of its diffusers
-    class. One that does not `batch` shares no forward pass. `source` says where its defaults are from. `owner_keys`
-    are keys of an owner's spec that have an effect on it beside those that all models share.
+    class, whose parameter of the name `guidance_name` is the guidance. One that does not `batch` shares no forward
+    pass. `source` says where its defaults are from. `owner_keys` are keys of an owner's spec that have an effect on
+    it beside those that all models share.
 
     An `unread` model is loaded on demand and was not loaded yet: its revision is not final, or it is `remembered` from
     the last load of the same files. `preload` loads it at the start, and a `pinned` one is not unloaded for others.
@@ -158,6 +159,7 @@ class ModelSpec:
     reference_pixels: int = 2048 * 2048
     image_tokens: int = 0
     extra: tuple[ExtraParameter, ...] = ()
+    guidance_name: str = "guidance_scale"
     any_extra: bool = False
     batches: bool = True
     source: str = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from stable_diffusion_server.pipelines.model_spec import ModelSpec
+from stable_diffusion_server.pipelines.model_spec import TRUE_GUIDANCE, ModelSpec
 from stable_diffusion_server.types import Task
 
 _TEXT, _IMAGE, _MASK, _EDIT = Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINT, Task.EDIT
@@ -74,9 +74,10 @@ _ROWS = (
         text_tokens=512,
         tasks=(_TEXT, _IMAGE, _MASK),
         quantizable_parts=_T5,
+        guidance_name=TRUE_GUIDANCE,
     ),
-    _edit("QwenImageEdit", 50, 1, "model card of Qwen/Qwen-Image-Edit"),
-    _edit("QwenImageEditPlus", 40, 3, "model card of Qwen/Qwen-Image-Edit-2509"),
+    _edit("QwenImageEdit", 50, 1, "model card of Qwen/Qwen-Image-Edit", guidance_name=TRUE_GUIDANCE),
+    _edit("QwenImageEditPlus", 40, 3, "model card of Qwen/Qwen-Image-Edit-2509", guidance_name=TRUE_GUIDANCE),
     _row("Krea2", 28, 4.5, _CLASS, text_tokens=512, quantizable_parts=_T5),
     _row(
         "HiDreamImage",

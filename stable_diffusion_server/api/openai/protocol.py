@@ -14,12 +14,13 @@ from pydantic import Field
 
 from stable_diffusion_server.api.concurrency import run_if_large
 from stable_diffusion_server.api.dependencies import DialectContext, caller_of
+from stable_diffusion_server.api.openai.guidance import guidance_warnings, true_guidance_faults, with_true_guidance
 from stable_diffusion_server.api.request_parsing import read_parameters
 from stable_diffusion_server.api.schemas.params import GenerationParams
 from stable_diffusion_server.api.schemas.validation import validated
 from stable_diffusion_server.errors import InvalidInput, ModelNotFound
 from stable_diffusion_server.generation import range_sentence
-from stable_diffusion_server.pipelines import ModelSpec, scheduler_of
+from stable_diffusion_server.pipelines import TRUE_GUIDANCE, ModelSpec, scheduler_of
 from stable_diffusion_server.types import Format, GenerationRequest, RequestWarning, Task
 
 P = TypeVar("P", bound="ImagesParams")
@@ -76,6 +77,13 @@ class ImagesParams(GenerationParams):
     )
     stream: bool | None = Field(None, description="Respond with server-sent events.")
     partial_images: int | None = Field(None, ge=0, le=3, description="With `stream`: number of previews, 0 to 3.")
+    true_cfg_scale: float | None = Field(
+        None,
+        description=(
+            "How strongly to follow the prompt against the negative one, for models that have this beside "
+            "`guidance_scale`, as FLUX.1 dev; for others the same as `guidance_scale`."
+        ),
+    )
     moderation: Literal["auto", "low"] | None = _IGNORED_FIELD
     user: str | None = Field(None, description="Accepted and not stored.")
     safety_identifier: str | None = Field(None, description="Accepted and not stored.")
@@ -88,17 +96,17 @@ class ImagesParams(GenerationParams):
     frame_count: int | None = _IGNORED_FIELD
     frame_duration_ms: int | None = _IGNORED_FIELD
 
-    numbers: ClassVar[frozenset[str]] = GenerationParams.numbers - {"quality"}
+    numbers: ClassVar[frozenset[str]] = (GenerationParams.numbers - {"quality"}) | {TRUE_GUIDANCE}
     # Azure's clients send it with every request.
     ignored: ClassVar[frozenset[str]] = frozenset({"api-version"})
     own: ClassVar[frozenset[str]] = frozenset(
         "n size response_format output_format output_compression background quality stream partial_images user "
-        "safety_identifier width height".split()
+        "safety_identifier width height true_cfg_scale".split()
     ) | set(_IGNORED)
     # Names of other servers with this API: sd.cpp, lemonade, sglang, vLLM-Omni, LocalAI.
     other_names: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("steps", "step", "num_steps", "sample_steps"), "num_inference_steps"),
-        **dict.fromkeys(("cfg_scale", "cfg", "guidance", "true_cfg_scale"), "guidance_scale"),
+        **dict.fromkeys(("cfg_scale", "cfg", "guidance"), "guidance_scale"),
         **dict.fromkeys(("sampler", "sampler_name", "sample_method"), "scheduler"),
         **dict.fromkeys(("num_images", "num_outputs"), "n"),
     }
@@ -127,7 +135,7 @@ class ImagesParams(GenerationParams):
         """Return a request for each image. Raises `InvalidInput`."""
         spec = context.model(self.model)
         base = replace(
-            self.base(context),
+            with_true_guidance(self.base(context), self.true_cfg_scale, spec),
             model=spec.name if self.model else None,
             seed="random" if self.seed in (None, -1) else self.seed,
             num_inference_steps=self._steps(spec, context),
@@ -141,7 +149,8 @@ class ImagesParams(GenerationParams):
         ignored = [f"{name}: {why}" for name, why in _IGNORED.items() if getattr(self, name)]
         if self.background == "transparent":
             ignored.append("background: the image is opaque; no model here draws transparency.")
-        return [RequestWarning("not-honoured", sentence) for sentence in ignored]
+        twice = guidance_warnings(self.true_cfg_scale, self.guidance_scale, context.model(self.model))
+        return [*(RequestWarning("not-honoured", sentence) for sentence in ignored), *twice]
 
     def pixels(self) -> tuple[int | None, int | None]:
         """Return width and height in pixels, `None` for `auto`. Raises `InvalidInput`."""
@@ -161,6 +170,7 @@ class ImagesParams(GenerationParams):
         values = {**self.to_request_fields(), "seed": None if self.seed == -1 else self.seed}
         values |= dict.fromkeys(("width", "height", "quality"))
         faults = [*context.limits.faults(values.get), *self._own_faults(context), *self._size_faults(context)]
+        faults += true_guidance_faults(self.true_cfg_scale, self.extra or {}, spec, context.limits)
         if spec is None:
             faults.append(("model", context.unknown_model(self.model)))
         elif self.scheduler is not None:
