@@ -30,20 +30,27 @@ _RESNET = {
 }
 
 
-def _unet_blocks(unet: Any) -> dict[str, str]:
+def _down_blocks(count: int) -> dict[str, str]:
     blocks = {
         "mid_block.attentions.0.": "middle_block.1.",
         "mid_block.resnets.0.": "middle_block.0.",
         "mid_block.resnets.1.": "middle_block.2.",
     }
-    for i in range(len(unet.config.block_out_channels)):
+    for i in range(count):
         for j in range(2):
             blocks[f"down_blocks.{i}.resnets.{j}."] = f"input_blocks.{3 * i + j + 1}.0."
             blocks[f"down_blocks.{i}.attentions.{j}."] = f"input_blocks.{3 * i + j + 1}.1."
+        blocks[f"down_blocks.{i}.downsamplers.0.conv."] = f"input_blocks.{3 * (i + 1)}.0.op."
+    return blocks
+
+
+def _unet_blocks(unet: Any) -> dict[str, str]:
+    count = len(unet.config.block_out_channels)
+    blocks = _down_blocks(count)
+    for i in range(count):
         for j in range(3):
             blocks[f"up_blocks.{i}.resnets.{j}."] = f"output_blocks.{3 * i + j}.0."
             blocks[f"up_blocks.{i}.attentions.{j}."] = f"output_blocks.{3 * i + j}.1."
-        blocks[f"down_blocks.{i}.downsamplers.0.conv."] = f"input_blocks.{3 * (i + 1)}.0.op."
         place = 2 if hasattr(unet.up_blocks[i], "attentions") else 1
         blocks[f"up_blocks.{i}.upsamplers.0."] = f"output_blocks.{3 * i + 2}.{place}."
     return blocks
@@ -51,9 +58,12 @@ def _unet_blocks(unet: Any) -> dict[str, str]:
 
 def unet_tensors(unet: Any) -> Tensors:
     """A UNet in the names of Stability's code, without prefix."""
+    return _renamed(unet.state_dict(), _unet_blocks(unet))
+
+
+def _renamed(tensors: Tensors, blocks: dict[str, str]) -> Tensors:
     found: Tensors = {}
-    blocks = _unet_blocks(unet)
-    for name, tensor in unet.state_dict().items():
+    for name, tensor in tensors.items():
         head = next((old for old in _UNET if name.startswith(f"{old}.")), None)
         if head is not None:
             found[_UNET[head] + name[len(head) :]] = tensor
@@ -214,3 +224,19 @@ def flux_tensors(pipeline: Any) -> Tensors:
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:
     return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def controlnet_tensors(network: Any) -> Tensors:
+    """A ControlNet of two layers in each block in the names of its authors' code, without prefix."""
+    ends = {"controlnet_cond_embedding.conv_in.": "input_hint_block.0."}
+    pairs = 2 * (len(network.config.conditioning_embedding_out_channels) - 1)
+    ends |= {f"controlnet_cond_embedding.blocks.{i}.": f"input_hint_block.{2 * i + 2}." for i in range(pairs)}
+    ends["controlnet_cond_embedding.conv_out."] = f"input_hint_block.{2 * pairs + 2}."
+    ends |= {f"controlnet_down_blocks.{i}.": f"zero_convs.{i}.0." for i in range(len(network.controlnet_down_blocks))}
+    ends["controlnet_mid_block."] = "middle_block_out.0."
+    named = {name: next((new + name[len(old) :] for old, new in ends.items() if name.startswith(old)), "")
+             for name in network.state_dict()}  # fmt: skip
+    halves = {name: tensor for name, tensor in network.state_dict().items() if not named[name]}
+    return _renamed(halves, _down_blocks(len(network.config.block_out_channels))) | {
+        named[name]: tensor for name, tensor in network.state_dict().items() if named[name]
+    }

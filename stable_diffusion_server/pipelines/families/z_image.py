@@ -57,12 +57,14 @@ class ZImage(NativeFamily[Conditioning]):
         conditioning = self._encode(request, loras)
         generator = seeded(request.seed)
         control = self._control(request)
-        original, inpaint, dtype = None, None, torch.float32
+        original, inpaint, dtype, shown = None, None, torch.float32, self._shows_mask(request)
         if request.image is not None:
-            dtype = conditioning.captions[0].dtype  # only pictures from text start in fp32
-            original = self._scaled(self._encoded(to_tensor(request.image, self.device), generator)).to(dtype)
+            # Pictures from text start in fp32, and so does what is repainted by the ControlNet.
+            dtype = dtype if shown else conditioning.captions[0].dtype
+            drawn_from = None if shown else generator
+            original = self._scaled(self._encoded(to_tensor(request.image, self.device), drawn_from)).to(dtype)
         first = self._segment(request, skipped, generator, dtype)
-        if request.mask is not None and original is not None:
+        if request.mask is not None and original is not None and not shown:
             inpaint = InpaintConstraint(latent_mask(request.mask, original), original)
         start = None if original is None else first.add_noise(original, 0)
         return self._state(request, loras, conditioning, first, latents=start, inpaint=inpaint, control=control)
@@ -86,14 +88,31 @@ class ZImage(NativeFamily[Conditioning]):
         return found
 
     def _control(self, request: DiffusionRequest) -> ControlNetInput | None:
-        """The edges as the ControlNet takes them: latents, and zeros for what only inpainting has."""
+        """The edges as the ControlNet takes them: latents, then what is kept in inpainting, otherwise zeros."""
         if request.control is None:
             return None
-        latents = self._scaled(self._encoded(to_tensor(request.control, self.device), None))
-        hint = latents.to(self.controlnet.dtype).unsqueeze(2)
+        hint = self._scaled(self._encoded(to_tensor(request.control, self.device), None))
+        if request.image is not None and request.mask is not None and self._shows_mask(request):
+            hidden = (to_tensor(request.mask, self.device)[:, :1] >= 0.5).float()
+            # Grey where the image is hidden.
+            visible = to_tensor(request.image, self.device) * (1 - hidden) + 0.5 * hidden
+            kept = self._scaled(self._encoded(visible, None))
+            hint = torch.cat([hint, 1 - latent_mask(request.mask, hint), kept], dim=1)
+        hint = hint.to(self.controlnet.dtype).unsqueeze(2)
         lacking = self.controlnet.config.control_in_dim - hint.shape[1]
         hint = torch.cat([hint, hint.new_zeros(1, lacking, *hint.shape[2:])], dim=1) if lacking else hint
         return ControlNetInput(hint, request.control_scale)
+
+    def _shows_mask(self, request: DiffusionRequest) -> bool:
+        """Whether the ControlNet itself is told what is repainted and what is kept, as those from 2.0 on are.
+
+        As in the stock pipeline nothing else keeps it while steps are taken.
+        """
+        wide = (
+            self.controlnet is not None
+            and self.controlnet.config.control_in_dim > self.pipeline.transformer.in_channels
+        )
+        return wide and request.control is not None and request.mask is not None
 
     def _vae_latents(self, state: PipelineState[Conditioning], latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae

@@ -18,6 +18,9 @@ CONFIGS = Path(__file__).parent / "configs"
 _HEAD = 64
 # The refiner has a block more than SDXL's base, without attention.
 _REFINER_BLOCKS = 4
+# SD 1.5 has twelve, the refiner as many. Renaming takes time with their square.
+_MOST_INPUTS = 64
+_DIGITS = 6
 _UNETS = {"sdxl": "SDXL", "sd15": "SD 1.5"}
 
 
@@ -33,10 +36,19 @@ def unet_config(shapes: Shapes, family: str) -> dict[str, Any]:
 
     Raises `WeightFileError` for another architecture.
     """
+    return {
+        **unet_inputs(shapes, family),
+        "out_channels": side_of(shapes, "out.2.weight", 0),
+        **unet_additions(shapes, family, "label_emb.0.0.weight"),
+    }
+
+
+def unet_inputs(shapes: Shapes, family: str) -> dict[str, Any]:
+    """The half of a UNet's configuration that its ControlNets share. Raises `WeightFileError` as `unet_config`."""
     inputs = count(shapes, r"input_blocks\.(\d+)\.")
     downs = [i for i in range(inputs) if f"input_blocks.{i}.0.op.weight" in shapes]
     layers = (downs[0] if downs else inputs) - 1
-    if layers < 1 or inputs % (layers + 1) or "middle_block.1.norm.weight" not in shapes:
+    if layers < 1 or inputs > _MOST_INPUTS or inputs % (layers + 1) or "middle_block.1.norm.weight" not in shapes:
         raise WeightFileError(f"the UNet is not laid out as {_UNETS[family]}'s (pruned, or of another family)")
     blocks = range(inputs // (layers + 1))
     first = [1 + block * (layers + 1) for block in blocks]
@@ -45,10 +57,8 @@ def unet_config(shapes: Shapes, family: str) -> dict[str, Any]:
     return {
         **unet_blocks(family, channels, depths, layers),
         "in_channels": side_of(shapes, "input_blocks.0.0.weight", 1),
-        "out_channels": side_of(shapes, "out.2.weight", 0),
         "cross_attention_dim": side_of(shapes, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
         "use_linear_projection": len(shape_of(shapes, "middle_block.1.proj_in.weight")) == 2,
-        **unet_additions(shapes, family, "label_emb.0.0.weight"),
     }
 
 
@@ -164,9 +174,14 @@ def t5_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def count(shapes: Mapping[str, object], pattern: str) -> int:
-    """One more than the largest number that `pattern` finds at the start of a name; 0 if it finds none."""
-    found = (re.match(pattern, name) for name in shapes)
-    return max((int(match[1]) + 1 for match in found if match is not None), default=0)
+    """One more than the largest number that `pattern` finds at the start of a name; 0 if it finds none.
+
+    Raises `WeightFileError` for a number that leaves gaps, since lists of this length are made.
+    """
+    found = {match[1] for match in (re.match(pattern, name) for name in shapes) if match is not None}
+    if any(len(number) > _DIGITS for number in found) or max(map(int, found), default=0) > len(shapes):
+        raise WeightFileError("the numbers of its layers leave gaps")
+    return max((int(number) + 1 for number in found), default=0)
 
 
 def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:

@@ -17,11 +17,12 @@ from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.loading.added_parts import load_added, with_added
 from stable_diffusion_server.pipelines.loading.compatibility import check_pipeline
 from stable_diffusion_server.pipelines.loading.complete_networks import class_of, empty_network, load_complete
+from stable_diffusion_server.pipelines.loading.controlnet_file import controlnet_of_file
 from stable_diffusion_server.pipelines.loading.footprint import dtype_of
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.model_files import (
     CONTROL_VARIANT,
-    control_folder,
+    control_place,
     model_folder,
     translate_load_errors,
 )
@@ -114,10 +115,13 @@ def load_controlnet(
 
     Raises `ModelLoadError` as `load_pipeline`.
     """
-    folder = control_folder(spec, models_dir, hub=hub)
+    folder = control_place(spec, models_dir, hub=hub)
     if folder is None or spec.control_folder is None:
         return None
     with translate_load_errors(spec.control_folder, folder):
+        if folder.is_file():
+            network = controlnet_of_file(folder, spec.control_class, dtype_of(spec, device))
+            return network.to(device) if move else network
         found = read_json(folder / "config.json").get("_class_name")
         if found != spec.control_class:
             raise ModelLoadError(f"{spec.control_folder} holds a {found}, and a {spec.control_class} is needed.")
@@ -140,14 +144,23 @@ def empty_pipeline(
     parts = empty_checkpoint(spec, models_dir, storage) if single else _empty_folder(spec, models_dir, hub)
     parts |= load_added(spec, models_dir, torch.float32, meta=True)
     try:
-        edges = control_folder(spec, models_dir, hub=hub)
+        edges = control_place(spec, models_dir, hub=hub)
         if edges is not None:
-            with translate_load_errors(spec.control_folder or "", edges), torch.device("meta"):
-                control_class = getattr(diffusers, spec.control_class)
-                parts[CONTROL] = control_class.from_config(control_class.load_config(edges))
+            with translate_load_errors(spec.control_folder or "", edges):
+                parts[CONTROL] = _empty_control(spec.control_class, edges)
     except ModelLoadError:  # reported when it is loaded; the model works without it
         parts.pop(CONTROL, None)
     return parts
+
+
+def _empty_control(class_name: str, place: Path) -> torch.nn.Module:
+    if place.is_file():
+        empty: torch.nn.Module = controlnet_of_file(place, class_name, torch.float32, meta=True)
+        return empty
+    with torch.device("meta"):
+        control_class = getattr(diffusers, class_name)
+        made: torch.nn.Module = control_class.from_config(control_class.load_config(place))
+        return made
 
 
 def _empty_folder(spec: ModelSpec, models_dir: Path, hub: HubClient | None) -> dict[str, torch.nn.Module]:

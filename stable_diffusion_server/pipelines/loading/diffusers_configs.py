@@ -23,6 +23,15 @@ _MIDDLE = "mid_block.attentions.0"
 
 def diffusers_unet_config(shapes: Shapes, family: str) -> dict[str, Any]:
     """The configuration of a UNet of `sdxl` or `sd15`. Raises `WeightFileError` for another architecture."""
+    return {
+        **diffusers_unet_inputs(shapes, family),
+        "out_channels": side_of(shapes, "conv_out.weight", 0),
+        **unet_additions(shapes, family, "add_embedding.linear_1.weight"),
+    }
+
+
+def diffusers_unet_inputs(shapes: Shapes, family: str) -> dict[str, Any]:
+    """The half of a UNet's configuration that its ControlNets share. Raises `WeightFileError` likewise."""
     blocks = range(count(shapes, r"down_blocks\.(\d+)\."))
     if not blocks:
         raise WeightFileError("the UNet is not laid out as Stable Diffusion's (no down_blocks)")
@@ -31,20 +40,22 @@ def diffusers_unet_config(shapes: Shapes, family: str) -> dict[str, Any]:
     return {
         **unet_blocks(family, channels, depths, count(shapes, r"down_blocks\.0\.resnets\.(\d+)\.")),
         "in_channels": side_of(shapes, "conv_in.weight", 1),
-        "out_channels": side_of(shapes, "conv_out.weight", 0),
         "cross_attention_dim": side_of(shapes, f"{_MIDDLE}.transformer_blocks.0.attn2.to_k.weight", 1),
         "use_linear_projection": len(shape_of(shapes, f"{_MIDDLE}.proj_in.weight")) == 2,
-        **unet_additions(shapes, family, "add_embedding.linear_1.weight"),
     }
 
 
 def diffusers_transformer_config(shapes: Shapes) -> dict[str, Any]:
     """The configuration of a Flux transformer."""
+    channels = transformer_channels(shapes, "x_embedder.weight", "proj_out.weight")
+    return {**base_configs("flux")["denoiser"], **transformer_sizes(shapes), **channels}
+
+
+def transformer_sizes(shapes: Shapes) -> dict[str, Any]:
+    """The sizes of a Flux transformer that its ControlNets have too."""
     base = base_configs("flux")["denoiser"]
     embedders = "time_text_embed"
     return {
-        **base,
-        **transformer_channels(shapes, "x_embedder.weight", "proj_out.weight"),
         "num_attention_heads": side_of(shapes, "x_embedder.weight", 0) // int(base["attention_head_dim"]),
         "num_layers": count(shapes, r"transformer_blocks\.(\d+)\."),
         "num_single_layers": count(shapes, r"single_transformer_blocks\.(\d+)\."),

@@ -61,19 +61,20 @@ def model_folder(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None = N
     return folder
 
 
-def control_folder(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None = None) -> Path | None:
-    """The folder of a model's ControlNet, downloaded likewise; `None` if it has none. Raises `ModelLoadError`."""
+def control_place(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None = None) -> Path | None:
+    """The folder or file of a model's ControlNet; `None` if it has none. Raises `ModelLoadError`.
+
+    A missing folder is downloaded likewise.
+    """
     if spec.control_folder is None:
         return None
     folder = folder_in(models_dir, spec.control_folder)
     if folder.is_symlink() and not folder.exists():
         raise ModelLoadError(f"{spec.control_folder} is a link that leads nowhere.")
-    if folder.is_file():
-        raise ModelLoadError(f"{spec.control_folder} is a file, and a ControlNet is read from a diffusers folder.")
     if hub and spec.control_repo and not folder.is_dir():
         folder = hub.network(spec.control_repo, CONTROL_VARIANT)
         _log.debug("read from the hub's cache", repo=spec.control_repo)
-    return folder if folder.is_dir() else None
+    return folder if folder.exists() else None
 
 
 def model_files(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None = None) -> dict[str, Path]:
@@ -85,9 +86,11 @@ def model_files(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None = No
 
 def control_files(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None = None) -> dict[str, Path]:
     """The files of a model's ControlNet by name; empty if it has none. Raises `ModelLoadError`."""
-    folder = control_folder(spec, models_dir, hub=hub)
+    folder = control_place(spec, models_dir, hub=hub)
     if folder is None or spec.control_folder is None:
         return {}
+    if folder.is_file():
+        return {folder.name: folder}
     with translate_load_errors(spec.control_folder, folder):
         return {file.name: file for file in files_of_part(folder, DIFFUSERS, CONTROL_VARIANT)}
 

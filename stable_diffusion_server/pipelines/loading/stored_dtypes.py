@@ -14,7 +14,7 @@ from stable_diffusion_server.pipelines.loading.checkpoint_layout import COMPONEN
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.model_files import (
     CONTROL_VARIANT,
-    control_folder,
+    control_place,
     model_folder,
 )
 from stable_diffusion_server.pipelines.loading.placement import CONTROL
@@ -55,8 +55,10 @@ def _is_converted(spec: ModelSpec, models_dir: Path, name: str, dtype: torch.dty
 def _files_of(spec: ModelSpec, models_dir: Path, name: str, hub: HubClient | None) -> Iterable[Path]:
     """The weight files of a component."""
     if name == CONTROL:
-        folder = control_folder(spec, models_dir, hub=hub)
-        return () if folder is None else weight_files(folder, DIFFUSERS, CONTROL_VARIANT).files
+        place = control_place(spec, models_dir, hub=hub)
+        if place is None or place.is_file():
+            return () if place is None else [place]
+        return weight_files(place, DIFFUSERS, CONTROL_VARIANT).files
     if name in dict(spec.added_parts):
         return [file for role, file in added_files(spec, models_dir).items() if role.startswith(f"{name}/")]
     if spec.checkpoint is not None:
