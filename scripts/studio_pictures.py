@@ -118,6 +118,16 @@ def inpaint(page: Any, look: Look) -> None:
     inside.get_by_text("Before and after").locator("xpath=..").locator("img").first.wait_for()
 
 
+def edit(page: Any, look: Look) -> None:
+    """Take the image from Create and the repainted one along; the embedded models do not edit, which the page says."""
+    for number, source in enumerate(("Create", "Inpaint"), 1):
+        open_tab(page, source).get_by_role("button", name="Edit this one").click()
+        page.locator("#sds-edit-image_file li").nth(number - 1).wait_for()
+    page.locator("[role=tabpanel]:visible").get_by_label("Prompt", exact=True).fill(
+        "put the shape of 2 beside that of 1"
+    )
+
+
 def history(page: Any, look: Look) -> None:
     """Select the newest image."""
     inside = page.locator("[role=tabpanel]:visible")
@@ -134,6 +144,7 @@ USES: dict[str, Callable[[Any, Look], None]] = {
     "Create": create,
     "Restyle": restyle,
     "Inpaint": inpaint,
+    "Edit": edit,
     "History": history,
     "Status": status,
 }

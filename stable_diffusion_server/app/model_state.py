@@ -44,8 +44,8 @@ class ModelState:
     `facts` holds the specs of the configured models (`asked`); loading replaces them by specs with the revision of the
     files. `unusable` maps models that could not be loaded to the reason. `fault` is the reason if no model can be
     loaded, `default_model` is for requests that name no model, `progress` returns the state of a download as a text,
-    `loras` is the folder of LoRAs, `notes` are remarks on the files in MODELS_DIR. `revisions` remembers what loading
-    decided.
+    `loras` is the folder of LoRAs, `most_references` is MAX_REFERENCES, `notes` are remarks on the files in MODELS_DIR.
+    `revisions` remembers what loading decided.
     """
 
     facts: ModelTable[ModelSpec]
@@ -56,6 +56,7 @@ class ModelState:
     unusable: dict[str, str] = field(default_factory=dict)
     progress: Callable[[], str] = str
     loras: LoraFolder = field(default_factory=lambda: LoraFolder(None))
+    most_references: int = 4
     notes: tuple[str, ...] = ()
     revisions: KnownRevisions | None = None
 
@@ -81,6 +82,7 @@ class ModelState:
             asked=asked,
             unusable=dict(refused),
             loras=loras,
+            most_references=settings.max_references,
             notes=notes,
             revisions=KnownRevisions(settings),
         )
@@ -189,6 +191,7 @@ class ModelState:
                 "usual": name == usual,
                 "parts": _parts_of(self.facts[name]),
                 **_defaults_of(self.facts[name]),
+                "max_references": min(self.facts[name].max_references, self.most_references),
                 **self._adapters_of(self.facts[name]),
             }
             for name, facts in {**loaded, **known}.items()
@@ -271,6 +274,7 @@ def _parts_of(facts: ModelSpec) -> dict[str, str]:
 def _defaults_of(facts: ModelSpec) -> dict[str, object]:
     return {
         "family": _family_of(facts),
+        "tasks": sorted(facts.tasks),
         "default_steps": facts.default_steps,
         "default_guidance": facts.default_guidance,
         "native_pixels": facts.native_pixels,

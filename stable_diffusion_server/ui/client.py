@@ -39,12 +39,16 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class UiRequest:
-    """One image to request: path, form fields, files by field, and a caption if it is not the seed."""
+    """One image to request: path, form fields, files by field, and a caption if it is not the seed.
+
+    `references` are files of the field `image_file`, which an edit takes several times, in order.
+    """
 
     path: str
     fields: Mapping[str, str]
     files: Files = field(default_factory=dict)
     name: str = ""
+    references: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class ApiClient:
 
     async def start(self, request: UiRequest) -> Job:
         """Start a job. Requests with files wait in a fair queue of all visitors. Raises `RefusedError`."""
-        if not request.files:
+        if not request.files and not request.references:
             return await self._start(request)
         try:
             async with self.turns.hold(f"{self.key} {self.client.address}"):
@@ -84,7 +88,8 @@ class ApiClient:
             raise RefusedError(error.status, error.detail) from error
 
     async def _start(self, request: UiRequest) -> Job:
-        files = {name: (f"{name}.png", content) for name, content in request.files.items()}
+        named = [*request.files.items(), *(("image_file", content) for content in request.references)]
+        files = [(name, (f"{name}.png", content)) for name, content in named]
         body = {"data": dict(request.fields), "files": files or None}
         return await self._json("POST", request.path, headers={"Prefer": "respond-async"}, **body)
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from stable_diffusion_server.ui.client import UiRequest
 
 CREATE, RESTYLE = "/create_and_upload_image", "/style_transfer_bytes_and_upload_image"
-INPAINT = "/inpaint_and_upload_image"
+INPAINT, EDIT = "/inpaint_and_upload_image", "/edit_and_upload_image"
 
 SEED_END = 2**32
 MOST_AT_ONCE = 8
+# The largest MAX_REFERENCES that a server can have.
+MOST_REFERENCES = 16
 # Prompt suffixes for which the original server's page generated images at one click.
 EXPLORED = ("", "awesome", "amazing", "detailed aesthetic", "wonderful", "anime hd")
 
@@ -88,6 +90,12 @@ def inpaint(
         "refine": str(refine).lower(),
     }
     return several(common, UiRequest(INPAINT, fields, {"image_file": image, "mask_file": mask}))
+
+
+def edit(common: CommonFields, references: tuple[bytes, ...], width: str, height: str) -> list[UiRequest]:
+    """Edit by instruction: references are in the order that the prompt counts; empty sides are the first one's."""
+    size = {name: side for name, side in (("width", width), ("height", height)) if side}
+    return several(common, UiRequest(EDIT, {**common.fields(), **size}, references=references))
 
 
 def several(common: CommonFields, request: UiRequest) -> list[UiRequest]:

@@ -33,6 +33,11 @@ EMBEDDED_WORDS = (
     "green, blue, yellow, orange, purple, pink, cyan, white, black, gray and brown, on a background of another colour."
 )
 
+NONE_EDITS = (
+    "No model of this server looks at reference pictures, so nothing can be edited here. FLUX.2 klein, FLUX.1 Kontext "
+    "and Qwen-Image-Edit do, once they are in the models' folder."
+)
+
 
 def is_embedded(models: Models) -> bool:
     """Return whether the server uses the embedded models; also true while the models are unknown."""
@@ -61,6 +66,26 @@ def choices(models: Models) -> list[tuple[str, str]]:
         return [("The server's own choice", "")]
     default = f"The server's own choice ({chosen(models, '')['name']})"
     return [(default, ""), *((label(model), str(model["name"])) for model in models)]
+
+
+def editing(models: Models) -> list[Model]:
+    """Return the models that edit images by instruction; the one that is used without a choice is the first."""
+    able = [model for model in models if "edit" in model.get("tasks", ())]
+    return sorted(able, key=lambda model: not model.get("usual"))
+
+
+def editing_choices(models: Models) -> list[tuple[str, str]]:
+    """Return the choices among `editing`'s models as (label, name)."""
+    return [(label(model), str(model["name"])) for model in models] or [("There is none", "")]
+
+
+def most_references(model: Model) -> str:
+    """Return how many images a model of `editing` looks at, as a sentence; which models do, for an empty mapping."""
+    if not model:
+        return NONE_EDITS
+    most = int(model.get("max_references", 1))
+    pictures = "one picture" if most == 1 else f"up to {most} pictures, in this order"
+    return f"{model['name']} looks at {pictures}."
 
 
 def label(model: Model) -> str:

@@ -213,7 +213,8 @@ class LoadedModelBody(TypedDict):
     """A model: origin, placement, size of its weights in bytes, defaults and capabilities.
 
     `residency` is `unloaded` or `loading` for a model on demand that is not in memory; `bytes` then is the size of its
-    files. `parts` says where each part of a model without a folder comes from, within MODELS_DIR.
+    files. `parts` says where each part of a model without a folder comes from, within MODELS_DIR. `tasks` are those it
+    draws; an edit looks at `max_references` images at most.
     """
 
     name: str
@@ -232,6 +233,8 @@ class LoadedModelBody(TypedDict):
     remarks: list[str]
     usual: bool
     family: str
+    tasks: list[str]
+    max_references: int
     default_steps: int
     default_guidance: float
     native_pixels: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -23,6 +24,9 @@ _LABELS = {
 }
 
 
+_NUMBERED = re.compile(r"(?P<slot>[a-z_]{1,64})\[(?P<number>[0-9]{1,3})\]")
+
+
 def _empty(lead: str, more: str) -> str:
     return f'<div class="sds-message sds-empty"><p class="sds-lead">{lead}</p><p>{more}</p></div>'
 
@@ -30,6 +34,7 @@ def _empty(lead: str, more: str) -> str:
 # Shown before the first image of each tab, and for empty search results or selections.
 EMPTY = _empty("Your pictures appear here.", "Write a prompt, press Enter, and watch it being drawn.")
 EMPTY_RESTYLE = _empty("Your pictures appear here.", "Choose a picture, say what it should become, compare the two.")
+EMPTY_EDIT = _empty("Your pictures appear here.", "Choose pictures, then say what is to be done with them.")
 EMPTY_INPAINT = _empty(
     "Your pictures appear here.", "Choose a picture, paint over a part of it, say what it should be."
 )
@@ -113,13 +118,21 @@ def _of_field(name: str, text: str) -> str:
 
 
 def label(name: str) -> str:
-    """Return the label of a parameter's field."""
+    """Return the label of a parameter's field; of one of several pictures, as `image_file[1]`, with its number."""
+    if numbered := _NUMBERED.fullmatch(name):
+        return f"{label(numbered['slot'])} {int(numbered['number']) + 1}"
     return _LABELS.get(name, name.replace("_", " ").capitalize())
+
+
+def slot_of(name: str) -> str:
+    """Return the field that a parameter belongs to: `image_file` of `image_file[1]`."""
+    numbered = _NUMBERED.fullmatch(name)
+    return numbered["slot"] if numbered else name
 
 
 def refusal(detail: str, faults: Sequence[tuple[str, str]], beside: Collection[str]) -> str:
     """Render why a request was refused. Errors beside their fields are not repeated, for screen readers."""
-    elsewhere = [(name, text) for name, text in faults if name not in beside]
+    elsewhere = [(name, text) for name, text in faults if slot_of(name) not in beside]
     if elsewhere or not faults:
         return alert(detail, elsewhere)
     names = list(dict.fromkeys(label(name) for name, _ in faults))
@@ -129,10 +142,8 @@ def refusal(detail: str, faults: Sequence[tuple[str, str]], beside: Collection[s
 
 def fault(tab: str, name: str, text: str) -> str:
     """Render the error to show below a field."""
-    return (
-        f'<p role="alert" id="sds-fault-{escape(tab)}-{escape(name)}" data-field="sds-{escape(tab)}-{escape(name)}">'
-        f"{escape(_of_field(name, text))}</p>"
-    )
+    field = f"{escape(tab)}-{escape(slot_of(name))}"
+    return f'<p role="alert" id="sds-fault-{field}" data-field="sds-{field}">{escape(_of_field(name, text))}</p>'
 
 
 def made(receipts: Sequence[Job]) -> str:
@@ -176,6 +187,11 @@ def _count(number: int, noun: str) -> str:
 def remark(text: str) -> str:
     """Render a sentence."""
     return f'<div class="sds-message" role="status"><p>{escape(text)}</p></div>'
+
+
+def hint(text: str) -> str:
+    """Render a sentence below a field."""
+    return f'<div class="sds-words"><p>{escape(text)}</p></div>'
 
 
 def replayed(answer: Job) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from stable_diffusion_server.ui.gradio_events import GradioGuard, events_of
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.html import status as status_html
 from stable_diffusion_server.ui.image_intake import ImageIntake
-from stable_diffusion_server.ui.tabs import create, history, img2img, inpaint, theme
+from stable_diffusion_server.ui.tabs import create, edit, history, img2img, inpaint, theme
 from stable_diffusion_server.ui.tabs.controls import QUIET, defaults_of
 from stable_diffusion_server.ui.tabs.navigation import Navigation, onward
 from stable_diffusion_server.ui.tabs.results_panel import ResultsPanel, client_for
@@ -49,8 +50,8 @@ def build(clients: ApiClients, intake: ImageIntake, rate: RateLimitItem | None) 
     """Build the UI behind `GradioGuard`, which takes seconds. `rate` limits the events of one visitor."""
     with Studio(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _DAY)) as blocks:
         gr.Markdown("# Studio", elem_classes="sds-title")
-        creating, panels, past = _tabs(clients, intake, blocks)
-        _load_options(clients, blocks, creating, panels, past)
+        built = _tabs(clients, intake, blocks)
+        _load_options(clients, blocks, built)
     blocks.state_session_capacity = _SESSIONS
     blocks.queue(default_concurrency_limit=None, api_open=False)
     shell = FastAPI(openapi_url=None)
@@ -85,9 +86,17 @@ def _owner(scope: Scope) -> str:
     return owner
 
 
-def _tabs(
-    clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks
-) -> tuple[create.CreateTab, list[ResultsPanel], history.HistoryTab]:
+@dataclass(frozen=True, slots=True)
+class _Tabs:
+    """The tabs whose fields show what the server's models have; `panels` are those that draw with any of them."""
+
+    creating: create.CreateTab
+    editing: edit.EditTab
+    panels: list[ResultsPanel]
+    past: history.HistoryTab
+
+
+def _tabs(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> _Tabs:
     """Build all tabs and the navigation between them."""
     with gr.Tabs() as tabs:
         with gr.Tab("Create", id="create"):
@@ -96,32 +105,33 @@ def _tabs(
             restyling = img2img.tab(clients, intake, blocks)
         with gr.Tab("Inpaint", id="inpaint"):
             painting = inpaint.tab(clients, intake, blocks)
+        with gr.Tab("Edit", id="edit"):
+            editing = edit.tab(clients, intake, blocks)
         with gr.Tab("History", id="history") as history_tab:
             past = history.tab(clients, history_tab)
         with gr.Tab("Status", id="status") as state:
             _status_tab(clients, tabs, state)
-    to = {"restyle": ("Restyle this one", restyling.image), "inpaint": ("Inpaint this one", painting.editor)}
-    ways = Navigation(tabs, creating, to)
+    to = {
+        "restyle": ("Restyle this one", restyling.image),
+        "inpaint": ("Inpaint this one", painting.editor),
+        "edit": ("Edit this one", editing.references),
+    }
+    ways = Navigation(tabs, creating, to, lists=("edit",))
     panels = [creating.panel, restyling.panel, painting.panel]
-    for panel in panels:
+    for panel in [*panels, editing.panel]:
         with panel.results:
             onward(clients, intake, panel.shown, panel.chosen, panel.message, ways)
     with past.below:
         onward(clients, intake, past.shown, past.chosen, past.message, ways)
-    return creating, panels, past
+    return _Tabs(creating, editing, panels, past)
 
 
-def _load_options(
-    clients: ApiClients,
-    blocks: gr.Blocks,
-    creating: create.CreateTab,
-    panels: list[ResultsPanel],
-    past: history.HistoryTab,
-) -> None:
+def _load_options(clients: ApiClients, blocks: gr.Blocks, built: _Tabs) -> None:
     """Fill the fields with the server's models when a page opens, and with defaults when a model is chosen."""
     models = gr.State([])
-    outputs = [models, creating.examples, creating.words, *creating.size, past.model]
-    for panel in panels:
+    creating, editing = built.creating, built.editing
+    outputs = [models, creating.examples, creating.words, *creating.size, built.past.model, *editing.of_models]
+    for panel in built.panels:
         outputs += [panel.fields.model, *panel.fields.model_defaults]
 
     async def load(request: gr.Request) -> tuple[Any, ...]:
@@ -138,11 +148,13 @@ def _load_options(
             gr.Markdown(model_options.words(available)),
             *(f"{side}x{side}", side, side),
             gr.Dropdown(choices=names, value=""),
-            *defaults * len(panels),
+            *edit.options_of(available),
+            *defaults * len(built.panels),
         )
 
     blocks.load(load, None, outputs, **QUIET)
-    for panel in panels:
+    editing.panel.fields.model.change(edit.takes_of, [models, editing.panel.fields.model], editing.takes, **QUIET)
+    for panel in [*built.panels, editing.panel]:
         fields = panel.fields
         fields.model.change(defaults_of, [models, fields.model], fields.model_defaults, **QUIET)
 

@@ -12,11 +12,13 @@ from typing import Any
 import gradio as gr
 
 from stable_diffusion_server.ui import model_options
-from stable_diffusion_server.ui.forms import MOST_AT_ONCE, SEED_END, CommonFields
+from stable_diffusion_server.ui.forms import MOST_AT_ONCE, MOST_REFERENCES, SEED_END, CommonFields
 from stable_diffusion_server.ui.html import progress
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-_SCRIPT = Path(__file__).with_name("picture_field.js")
+_SENDING, _SCRIPT, _LIST_SCRIPT = (
+    Path(__file__).with_name(f"{name}.js") for name in ("picture_upload", "picture_field", "references_field")
+)
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
 _BRUSHES = (
     '<span class="sds-brushes" hidden>'
@@ -46,8 +48,8 @@ class ControlSlots:
 
     def messages(self, faults: tuple[tuple[str, str], ...]) -> list[str]:
         """Return the HTML of each slot; empty for fields without an error."""
-        wrong = dict(reversed(faults))
-        return [progress.fault(self.tab, name, wrong[name]) if name in wrong else "" for name in self.below]
+        wrong = {progress.slot_of(name): (name, text) for name, text in reversed(faults)}
+        return [progress.fault(self.tab, *wrong[name]) if name in wrong else "" for name in self.below]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,14 +200,42 @@ def picture_field(label: str, *, paints: bool, elem_id: str) -> gr.HTML:
         '<button type="button" data-does="remove" hidden>Remove</button></div>'
         '<p class="sds-upload-message" role="status"></p></div>'
     )
+    return _field(template, _SCRIPT, elem_id)
+
+
+def references_field(label: str, *, elem_id: str) -> gr.HTML:
+    """Add a field of several images in order, with file selection, drop and paste.
+
+    The value is their tokens, separated by spaces.
+    """
+    template = (
+        f'<div class="sds-picture-field" role="group" aria-label="{escape(label)}" data-most="{MOST_REFERENCES}">'
+        f'<span class="sds-label">{escape(label)}</span><ol class="sds-references" hidden></ol>'
+        '<div class="sds-drop"><p>Drop or paste pictures here, or</p>'
+        '<label class="sds-choose">choose files'
+        '<input type="file" multiple accept="image/png,image/jpeg,image/webp,image/avif,image/gif"></label></div>'
+        '<div class="sds-tools"><button type="button" data-does="paste">Paste</button>'
+        '<button type="button" data-does="clear" hidden>Remove all</button></div>'
+        '<p class="sds-upload-message" role="status"></p></div>'
+    )
+    return _field(template, _LIST_SCRIPT, elem_id)
+
+
+def _field(template: str, script: Path, elem_id: str) -> gr.HTML:
     # Not a subclass of gr.HTML: Gradio writes a stub file beside the source of custom components.
-    return gr.HTML("", html_template=template, js_on_load=_SCRIPT.read_text(encoding="utf-8"), elem_id=elem_id)
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (_SENDING, script))
+    return gr.HTML("", html_template=template, js_on_load=scripts, elem_id=elem_id)
 
 
 def tokens_of(value: str | None) -> tuple[str, str]:
     """Return the tokens of the image and of its mask; empty texts without them."""
     picture, _, mask = (value or "").partition(" ")
     return picture if _TOKEN.fullmatch(picture) else "", mask if _TOKEN.fullmatch(mask) else ""
+
+
+def references_of(value: str | None) -> tuple[str, ...]:
+    """Return the tokens of a field of several images, in order, each once; what is no token is dropped."""
+    return tuple(dict.fromkeys(token for token in (value or "").split(" ") if _TOKEN.fullmatch(token)))
 
 
 def settled(elem_id: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +11,25 @@ import gradio as gr
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.ui import model_options
 from stable_diffusion_server.ui.client import ApiClients, RefusedError
+from stable_diffusion_server.ui.forms import MOST_REFERENCES
 from stable_diffusion_server.ui.html import details, progress
 from stable_diffusion_server.ui.image_intake import ImageIntake
-from stable_diffusion_server.ui.tabs.controls import QUIET, tokens_of
+from stable_diffusion_server.ui.tabs.controls import QUIET, references_of, tokens_of
 from stable_diffusion_server.ui.tabs.create import CreateTab
 from stable_diffusion_server.ui.tabs.results_panel import ResultsPanel, client_for, owner_of
 
 
 @dataclass(frozen=True, slots=True)
 class Navigation:
-    """Targets of the buttons: the tabs, Create with its fields, and label and component to fill by tab id."""
+    """Targets of the buttons: the tabs, Create with its fields, and label and component to fill by tab id.
+
+    The component of a tab in `lists` keeps the images that it has and takes one more.
+    """
 
     tabs: gr.Tabs
     create: CreateTab
     to: Mapping[str, tuple[str, gr.HTML]]
+    lists: Collection[str] = ()
 
 
 def compare(here: ResultsPanel, beside: gr.HTML, before: gr.HTML) -> None:
@@ -45,18 +50,22 @@ def onward(
     """Add buttons that send the chosen image to other tabs, and its settings to Create."""
 
     def button(tab: str, label: str, target: gr.HTML) -> None:
-        async def send(request: gr.Request, shown: list[Any], chosen: int) -> tuple[Any, Any, Any]:
+        async def send(request: gr.Request, shown: list[Any], chosen: int, value: str | None) -> tuple[Any, Any, Any]:
+            kept = references_of(value) if tab in ways.lists else ()
             if not 0 <= chosen < len(shown):
                 return gr.skip(), gr.skip(), progress.alert("There is no picture to take along yet.")
+            if len(kept) >= MOST_REFERENCES:
+                return gr.skip(), gr.skip(), progress.alert(f"There are {len(kept)} pictures already.")
             try:
                 owner = owner_of(clients, request)
                 with intake.place(owner):
                     taken = await intake.take(owner, await client_for(clients, request).picture(shown[chosen]["path"]))
             except (RefusedError, ServerError) as error:
                 return gr.skip(), gr.skip(), progress.alert(error.detail)
-            return taken.token, gr.Tabs(selected=tab), gr.skip()
+            return " ".join([*kept, taken.token]), gr.Tabs(selected=tab), gr.skip()
 
-        gr.Button(label, size="sm", min_width=90).click(send, [shown, chosen], [target, ways.tabs, message], **QUIET)
+        taking = [shown, chosen, target]
+        gr.Button(label, size="sm", min_width=90).click(send, taking, [target, ways.tabs, message], **QUIET)
 
     with gr.Row():
         for tab, (label, target) in ways.to.items():

@@ -1,9 +1,6 @@
-// The body of a function with `element`, `props` and `watch`: one picture field. Sends what is chosen or painted to the
-// server's own upload route and keeps the tokens it answers as the value.
-const find = (selector) => element.querySelector(selector);
+// One picture field, after picture_upload.js: sends what is chosen or painted, and keeps the tokens as the value.
 const [stage, image, canvas, video] = [".sds-stage", ".sds-stage img", "canvas", "video"].map(find);
-const [drop, file, message, brushes] = [".sds-drop", "input[type=file]", ".sds-upload-message", ".sds-brushes"].map(find);
-const button = (does) => find(`[data-does=${does}]`);
+const [drop, file, brushes] = [".sds-drop", "input[type=file]", ".sds-brushes"].map(find);
 const SHARPEST = 2048; // pixels of the longer side of what is painted on; the mask itself has the picture's size
 
 let [token, mask] = ["", ""];
@@ -13,18 +10,8 @@ let changed = false; // painted since the mask was last sent
 let sending = Promise.resolve();
 let camera = null;
 
-const say = (text) => { message.textContent = text; };
 const value = () => [token, mask].filter(Boolean).join(" ");
 const publish = () => { if (props.value !== value()) props.value = value(); };
-
-const transmit = async (blob, instead) => {
-  const url = new URL("pictures", document.baseURI);
-  if (instead) url.searchParams.set("instead", instead);
-  const answer = await fetch(url, { method: "POST", body: blob, headers: { "Content-Type": "application/octet-stream" } });
-  const body = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(body.detail ?? `The server answered ${answer.status}.`);
-  return body.token;
-};
 
 const show = () => {
   stage.hidden = !token;
@@ -139,18 +126,6 @@ const photograph = async () => {
   }
 };
 
-const paste = async () => {
-  try {
-    for (const item of await navigator.clipboard.read()) {
-      const kind = item.types.find((type) => type.startsWith("image/"));
-      if (kind) return take(await item.getType(kind));
-    }
-    say("There is no picture in the clipboard.");
-  } catch {
-    say("This page may not read the clipboard: press Ctrl+V here instead.");
-  }
-};
-
 const choose = (erasing) => {
   erases = erasing;
   button("brush").setAttribute("aria-pressed", String(!erasing));
@@ -158,7 +133,7 @@ const choose = (erasing) => {
 };
 
 const DEEDS = {
-  paste,
+  paste: () => paste(take),
   webcam: photograph,
   brush: () => choose(false),
   erase: () => choose(true),
@@ -170,14 +145,7 @@ element.addEventListener("click", (event) => {
   if (pressed) DEEDS[pressed.dataset.does]();
 });
 file.addEventListener("change", () => { take(file.files[0]); file.value = ""; });
-element.addEventListener("paste", (event) => {
-  take([...event.clipboardData.files].find((given) => given.type.startsWith("image/")));
-});
-element.addEventListener("dragover", (event) => { event.preventDefault(); });
-element.addEventListener("drop", (event) => {
-  event.preventDefault();
-  take(event.dataTransfer.files[0]);
-});
+onGiven((files) => { take(files[0]); });
 image.addEventListener("error", () => {
   if (!token) return;
   adopt("");
