@@ -11,6 +11,7 @@ from stable_diffusion_server.types import (
     GenerationRequest,
     GenerationResult,
     ImageInput,
+    PromptSyntax,
     RequestWarning,
     Task,
 )
@@ -61,6 +62,8 @@ WHOLE = GenerationRequest(
         ImageInput("image[2]", data=b"reference"),
     ),
     extra=(("true_cfg_scale", 2.5), ("fast", True), ("name", "x"), ("count", 3)),
+    prompt_syntax=PromptSyntax.COMPEL,
+    clip_skip=2,
 )
 WORK = JobPayload(WHOLE, {"image_url": b"image", "image[1]": b"other"})
 RECEIPT = GenerationResult(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from stable_diffusion_server.engine import EngineResult
 from stable_diffusion_server.generation.interfaces import EngineQueue
-from stable_diffusion_server.generation.prompts import shorten_too_long_text
+from stable_diffusion_server.generation.prompt_fitting import shorten_weighted_text
+from stable_diffusion_server.generation.prompts import fits_in, shorten_too_long_text
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels, RetryPolicy, generate_with_retries
 from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest
 from stable_diffusion_server.generation.single_flight import ProgressBroadcaster, ProgressListener, SingleFlight
@@ -19,6 +21,7 @@ from stable_diffusion_server.types import (
     EngineEvent,
     EngineEventKind,
     GenerationProgress,
+    PromptSyntax,
     StoredObject,
     image_digest,
 )
@@ -48,14 +51,18 @@ class GenerationExecutor:
         self._options = options
         self._running: SingleFlight[CheckedImage[DecodedPixels]] = SingleFlight()
 
-    def fit_prompts(self, request: DiffusionRequest) -> DiffusionRequest:
-        """Return the request with prompts shortened to the token limit of its model. Blocks: tokenizing takes time."""
-        negative = self._fit(request.model, request.negative_prompt) if request.negative_prompt else None
-        return replace(
-            request,
-            prompt=self._fit(request.model, request.prompt),
-            negative_prompt=request.negative_prompt if negative is None else negative,
-        )
+    def fit_prompts(self, request: DiffusionRequest, resolved: ResolvedRequest) -> DiffusionRequest:
+        """Return the request with prompts shortened to the token limit of its model. Blocks: tokenizing takes time.
+
+        In AUTOMATIC1111's syntax, prompts of more than one chunk of tokens are read in chunks.
+        """
+        negative = request.negative_prompt
+        if resolved.parameters.prompt_syntax is PromptSyntax.A1111 and not request.weighted:
+            limit, count = self._limit(request), partial(self._count_tokens, request.model)
+            long = any(not fits_in(text, limit, count) for text in (request.prompt, negative or ""))
+            request = replace(request, weighted=long)
+        prompt = self._fit(request, request.prompt)
+        return replace(request, prompt=prompt, negative_prompt=self._fit(request, negative) if negative else negative)
 
     async def load_unread(
         self,
@@ -109,7 +116,7 @@ class GenerationExecutor:
 
         options, spec = self._options, spec_of(request.model, self._options.models)
         retries = spec.bumpy_redraws if options.bumpy_redraws is None else options.bumpy_redraws
-        policy = RetryPolicy(retries, options.limits.max_steps, spec, lambda text: self._fit(request.model, text))
+        policy = RetryPolicy(retries, options.limits.max_steps, spec, partial(self._fit, request))
         return await generate_with_retries(request, run_once, policy)
 
     async def _run_on_engine(
@@ -138,11 +145,14 @@ class GenerationExecutor:
         )
         return await asyncio.wrap_future(ticket.result)
 
-    def _fit(self, model: str, text: str) -> str:
-        limit = spec_of(model, self._options.models).text_tokens
-        return shorten_too_long_text(
-            text, limit, lambda part: self._count_tokens(model, part), self._options.stop_words
-        )
+    def _fit(self, request: DiffusionRequest, text: str) -> str:
+        count, stop_words = partial(self._count_tokens, request.model), self._options.stop_words
+        if request.weighted:
+            return shorten_weighted_text(text, request.num_inference_steps, count, stop_words)
+        return shorten_too_long_text(text, self._limit(request), count, stop_words)
+
+    def _limit(self, request: DiffusionRequest) -> int:
+        return spec_of(request.model, self._options.models).text_tokens
 
 
 def _progress_of(event: EngineEvent) -> GenerationProgress:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.interfaces import DecodeImage, FetchImage
-from stable_diffusion_server.generation.resolver import ResolvedRequest
+from stable_diffusion_server.generation.resolver import ResolvedRequest, prompts_for_model
 from stable_diffusion_server.generation.single_flight import SingleFlight
 from stable_diffusion_server.imaging import (
     Canvas,
@@ -111,8 +111,7 @@ def lay_out_images(
         task=request.task,
         model=spec.name,
         revision=spec.revision_for(edges=parameters.canny),
-        prompt=parameters.prompt,
-        negative_prompt=parameters.negative_prompt,
+        **prompts_for_model(parameters),
         width=canvas.width,
         height=canvas.height,
         seed=resolved.seed,

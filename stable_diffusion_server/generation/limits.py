@@ -1,4 +1,4 @@
-"""Limits of a request: bounds of every number and text, both ends included."""
+"""Bounds of request parameters, and the names and file formats that images are stored under."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from uuid import NAMESPACE_OID, uuid5
 
 from stable_diffusion_server.errors import InvalidInput, number_text
-from stable_diffusion_server.types import LORA_WEIGHT_MAX, SEED_MAX, GenerationRequest
+from stable_diffusion_server.types import LORA_WEIGHT_MAX, SEED_MAX, Format, GenerationRequest
 
 # Maximum characters of a text and of a name, checked before any parsing; the settings allow no longer prompts.
 TEXT_MAX, NAME_MAX = 32_000, 200
+_EXTENSIONS = {"webp": Format.WEBP, "png": Format.PNG, "jpg": Format.JPEG, "jpeg": Format.JPEG}
+# Extensions of image files that this server does not produce.
+_OTHER_IMAGE_EXTENSIONS = frozenset("gif svg bmp tif tiff avif heic heif jxl ico pdf psd jp2 ppm tga".split())
 # Maximum digits of an integer in a text: Python's `int` refuses thousands, and is slow for hundreds.
 _MOST_DIGITS = 18
 
@@ -48,6 +52,7 @@ class RequestLimits:
             "num_inference_steps": (1, self.max_steps),
             "guidance_scale": (0.0, self.max_guidance),
             "seed": (0, SEED_MAX),
+            "clip_skip": (0, 11),
             "quality": (1, 100),
             "timeout": (0.001, self.max_timeout),
             "strength": (0.0, 1.0),
@@ -91,3 +96,24 @@ class RequestLimits:
         if not all(-LORA_WEIGHT_MAX <= weight <= LORA_WEIGHT_MAX for _, weight in loras):
             faults.append(("lora", range_sentence("lora weights", -LORA_WEIGHT_MAX, LORA_WEIGHT_MAX)))
         return faults
+
+
+def name_of(request: GenerationRequest, request_digest: str) -> str:
+    """Return `save_path`; with `named_by_content`, the file name gets a prefix of 8 digits of a UUIDv5."""
+    name = request.save_path or ""
+    if not request.named_by_content or not name:
+        return name
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{str(uuid5(NAMESPACE_OID, request_digest))[:8]}-{file}" if file else name
+
+
+def file_format_of(request: GenerationRequest) -> Format:
+    """Return the requested format, or that of the extension of `save_path`, or WebP. Raises `InvalidInput`."""
+    name = (request.save_path or "").rsplit("/", 1)[-1]
+    ending = name.rsplit(".", 1)[1].lower() if "." in name else ""
+    if ending in _OTHER_IMAGE_EXTENSIONS:
+        raise InvalidInput(f"save_path ends in .{ending}; there are .webp, .png and .jpg.", field="save_path")
+    promised = _EXTENSIONS.get(ending)
+    if request.format and promised and request.format is not promised:
+        raise InvalidInput(f"format is {request.format}, and save_path ends in .{ending}.", field="format")
+    return request.format or promised or Format.WEBP

@@ -1,4 +1,4 @@
-"""Prompt text: removes invisible characters, and shortens a prompt to the tokens its encoder reads."""
+"""Prompt text: removes invisible characters, reads its syntax, and shortens it to the tokens its encoder reads."""
 
 from __future__ import annotations
 
@@ -7,13 +7,26 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 
-from stable_diffusion_server.parsing import nfc
+from stable_diffusion_server.parsing import (
+    from_compel,
+    has_functions,
+    has_weights,
+    longest_text,
+    nfc,
+    without_weights,
+)
+from stable_diffusion_server.pipelines import CHUNK_TOKENS, ModelSpec
+from stable_diffusion_server.types import PromptSyntax, RequestWarning
 
 CountTokens = Callable[[str], int]
 
 # Never removed: without these words a prompt means the opposite.
-NEGATIONS = frozenset("no nor not never none neither nobody nothing nowhere cannot without".split())
+NEGATIONS = frozenset(
+    "no nor not never none neither nobody nothing nowhere cannot without but except only few than hardly off out "
+    "against".split()
+)
 _NEGATED_CONTRACTION = "n't"
 
 # Zero-width joiner and non-joiner: emoji and several scripts need them. All other format characters are removed.
@@ -21,6 +34,10 @@ _KEPT_FORMAT_CHARACTERS = frozenset("\u200c\u200d")
 _SPACES = re.compile(r"\s+")
 _PUNCTUATION = ".,;:!?"
 _ASCII_CONTROLS = dict.fromkeys([*range(32), 127], " ")
+# No token of CLIP reaches over the end of such a piece, so a text has at least as many tokens.
+_PIECE = re.compile(r"\w+|[^\w\s]+")
+# Texts without these are plain in every syntax.
+_SYNTAX = re.compile(r"[()\[\]\\]|BREAK")
 # Characters of a prompt whose tokens are counted at once.
 _SHORT = 2000
 
@@ -50,10 +67,10 @@ def _is_negation(word: str) -> bool:
 # A short list, so that the server needs no corpus at run time.
 BUILTIN_STOP_WORDS = StopWords(
     frozenset(
-        "a an the and or but if then so as at by for from in into of on onto to with is are was were be been "
+        "a an the and or if then so as at by for from in into of on onto to with is are was were be been "
         "being am do does did has have had having it its this that these those there here he she they them his her "
-        "their you your i me my we our us who whom which what when where why how all any both each few more most "
-        "other some such only own same than too very can will just should would could may might must".split()
+        "their you your i me my we our us who whom which what when where why how all any both each more most "
+        "other some such own same too very can will just should would could may might must".split()
     )
 )
 
@@ -96,9 +113,67 @@ def clean_prompt(prompt: str) -> str:
     return _SPACES.sub(" ", "".join(kept)).strip()
 
 
+@dataclass(frozen=True, slots=True)
+class ReadPrompts:
+    """The prompts for the model. `syntax` is A1111 if it reads their weights, else PLAIN.
+
+    `is_marked` if weights, schedules, BREAK or the length change what is drawn from what plain text of `text_tokens`
+    gives; others have the key and the picture of plain text.
+    """
+
+    prompt: str
+    negative_prompt: str | None
+    syntax: PromptSyntax
+    is_marked: bool
+    warnings: tuple[RequestWarning, ...] = ()
+
+
+def read_prompts(
+    prompt: str, negative: str | None, asked: PromptSyntax | None, spec: ModelSpec, steps: int
+) -> ReadPrompts:
+    """Read cleaned prompts in the syntax that was asked for, or the model's. Takes linear time."""
+    syntax = spec.prompt_syntax if asked is None else asked
+    if syntax is PromptSyntax.PLAIN:
+        return ReadPrompts(prompt, negative, syntax, is_marked=False)
+    warnings = []
+    if syntax is PromptSyntax.COMPEL:
+        if has_functions(prompt) or has_functions(negative or ""):
+            sentence = "Of compel's syntax weights are known here; .and(), .blend() and .swap() are read as text."
+            warnings.append(RequestWarning("prompt-syntax", sentence))
+        prompt, negative = from_compel(prompt), None if negative is None else from_compel(negative)
+    if spec.weighs_prompts:
+        marked = any(_is_marked(text) for text in (prompt, negative or ""))
+        return ReadPrompts(prompt, negative, PromptSyntax.A1111, marked, tuple(warnings))
+    words, negative_words = _words(prompt, steps), None if negative is None else _words(negative, steps)
+    if (words, negative_words) != (prompt, negative):
+        sentence = f"{spec.name} reads plain text: weights, schedules and BREAK are left out, the words stay."
+        warnings.append(RequestWarning("prompt-syntax", sentence))
+    return ReadPrompts(words, negative_words, PromptSyntax.PLAIN, is_marked=False, warnings=tuple(warnings))
+
+
+def _is_marked(text: str) -> bool:
+    """Whether a text has syntax with an effect, or certainly more tokens than one chunk of CLIP."""
+    return (_SYNTAX.search(text) is not None and has_weights(text)) or sum(
+        1 for _ in islice(_PIECE.finditer(text), CHUNK_TOKENS + 1)
+    ) > CHUNK_TOKENS
+
+
+def _words(text: str, steps: int) -> str:
+    """The words of a text, single-spaced; of schedules those that are drawn longest."""
+    if _SYNTAX.search(text) is None:
+        return text
+    plain = without_weights(longest_text(text, steps))
+    return " ".join(plain.split()) if plain != text else text
+
+
+def is_stop_word(word: str, stop_words: StopWords) -> bool:
+    """Whether a word, with punctuation and blanks around it, is on the list."""
+    return word.strip().lower().strip(_PUNCTUATION) in stop_words.words
+
+
 def remove_stopwords(prompt: str, stop_words: StopWords = BUILTIN_STOP_WORDS) -> str:
     """Return the prompt without stop words; unchanged if it consists of stop words only."""
-    words = [word for word in prompt.split() if word.lower().strip(_PUNCTUATION) not in stop_words.words]
+    words = [word for word in prompt.split() if not is_stop_word(word, stop_words)]
     return " ".join(words) or prompt
 
 
@@ -110,16 +185,24 @@ def shorten_too_long_text(
     `count_tokens` counts with the encoder's own tokenizer, special tokens included. If the first word alone exceeds
     the limit, the word is cut, since an empty prompt would be worse.
     """
-    if _fits(prompt, limit, count_tokens):
+    if fits_in(prompt, limit, count_tokens):
         return prompt
     words = remove_stopwords(prompt, stop_words).split(" ")
-    if fitting := _longest_prefix(len(words), lambda n: _fits(" ".join(words[:n]), limit, count_tokens)):
-        return " ".join(words[:fitting])
+    if fitting := longest_prefix(len(words), lambda n: fits_in(" ".join(words[:n]), limit, count_tokens)):
+        return " ".join(_without_last_negations(words[:fitting]))
     word = words[0]
-    return word[: _longest_prefix(len(word), lambda n: _fits(word[:n], limit, count_tokens))]
+    return word[: longest_prefix(len(word), lambda n: fits_in(word[:n], limit, count_tokens))]
 
 
-def _fits(prompt: str, limit: int, count_tokens: CountTokens) -> bool:
+def _without_last_negations(words: list[str]) -> list[str]:
+    """The words without negations at the end whose object was cut off; all of them if there are no others."""
+    kept = len(words)
+    while kept and _is_negation(words[kept - 1].lower().strip(_PUNCTUATION)):
+        kept -= 1
+    return words[:kept] or words
+
+
+def fits_in(prompt: str, limit: int, count_tokens: CountTokens) -> bool:
     """Return whether a prompt has at most `limit` tokens.
 
     Counts growing beginnings of a long prompt, because 32,000 emoji take a second to tokenize.
@@ -133,7 +216,7 @@ def _fits(prompt: str, limit: int, count_tokens: CountTokens) -> bool:
     return count_tokens(prompt) <= limit
 
 
-def _longest_prefix(length: int, fits: Callable[[int], bool]) -> int:
+def longest_prefix(length: int, fits: Callable[[int], bool]) -> int:
     """Return the largest n in 0..length with `fits(n)`, which must be monotone; asks for no n above twice the answer.
 
     It doubles n until it does not fit, and then bisects.

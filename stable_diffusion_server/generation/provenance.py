@@ -11,7 +11,7 @@ from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixe
 from stable_diffusion_server.generation.resolver import ResolvedRequest
 from stable_diffusion_server.generation.second_pass import has_second_pass, second_pass_parameters
 from stable_diffusion_server.storage import IMMUTABLE, HistoryEntry
-from stable_diffusion_server.types import DiffusionRequest, diffusion_request_fields
+from stable_diffusion_server.types import DiffusionRequest, PromptSyntax, diffusion_request_fields
 
 # Request fields that a replay does not need: input images, and where and when the result is stored.
 NOT_RECORDED = frozenset(
@@ -106,11 +106,13 @@ def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
         "control_scale": parameters.control_scale,
         "format": resolved.file_format,
         "quality": resolved.quality,
+        "prompt_syntax": parameters.prompt_syntax,
+        "clip_skip": parameters.clip_skip,
     }
     requested = {part.name: getattr(request, part.name) for part in fields(request) if part.name not in NOT_RECORDED}
-    if not request.extra:
-        del requested["extra"]  # few models have such parameters
-    return {name: resolved_fields.get(name, value) for name, value in requested.items()}
+    values = {name: resolved_fields.get(name, value) for name, value in requested.items()}
+    usual = {"extra": (), "clip_skip": None, "prompt_syntax": PromptSyntax.PLAIN}  # as files of older versions are read
+    return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 
 
 def history_entry(

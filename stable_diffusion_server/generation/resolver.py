@@ -6,13 +6,12 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from secrets import randbelow
-from typing import TypeVar
-from uuid import NAMESPACE_OID, uuid5
+from typing import Any, TypeVar
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.limits import RequestLimits
+from stable_diffusion_server.generation.limits import RequestLimits, file_format_of, name_of
 from stable_diffusion_server.generation.permissions import Ownership, check_extra, negative_prompt_scale, spec_for
-from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt
+from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt, read_prompts
 from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength, scheduler_of
 from stable_diffusion_server.storage import object_key
 from stable_diffusion_server.types import (
@@ -22,6 +21,7 @@ from stable_diffusion_server.types import (
     Format,
     GenerationRequest,
     ImageInput,
+    PromptSyntax,
     RequestWarning,
     digest,
 )
@@ -29,9 +29,6 @@ from stable_diffusion_server.types import (
 T = TypeVar("T")
 
 DEFAULT_QUALITY = 85
-_EXTENSIONS = {"webp": Format.WEBP, "png": Format.PNG, "jpg": Format.JPEG, "jpeg": Format.JPEG}
-# Extensions of image files that this server does not produce.
-_OTHER_IMAGE_EXTENSIONS = frozenset("gif svg bmp tif tiff avif heic heif jxl ico pdf psd jp2 ppm tga".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +55,10 @@ class GenerationOptions:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedParameters:
-    """The parameters of a request with all defaults, without its input images."""
+    """The parameters of a request with all defaults, without its input images.
+
+    `prompt_syntax` and `is_marked` are those of `ReadPrompts`. `clip_skip` is `None` if it is the model's own.
+    """
 
     spec: ModelSpec
     prompt: str
@@ -69,6 +69,9 @@ class ResolvedParameters:
     strength: float
     canny: bool
     control_scale: float
+    prompt_syntax: PromptSyntax
+    is_marked: bool
+    clip_skip: int | None
     warnings: tuple[RequestWarning, ...]
 
 
@@ -133,14 +136,14 @@ def resolve_request(
     request_digest = digest({**spec, **pictures, **seed_asked})
     seed = _seed(request, request_digest)
     content = digest({**spec, **pictures, "seed": seed})
-    file_format = _file_format(request)
+    file_format = file_format_of(request)
     # PNG is lossless, so its quality must not make two files differ.
     quality = 100 if file_format is Format.PNG else _or_default(request.quality, DEFAULT_QUALITY)
     conceal = options.ownership.conceal
     key_digest = conceal(digest({"content": content, "format": file_format, "quality": quality}), request)
     name = f"{request.folder}{key_digest[:32]}.{file_format}"
     if request.save_path is not None:
-        name = _name(request, conceal(f"{request_digest}/{file_format}/{quality}", request))
+        name = name_of(request, conceal(f"{request_digest}/{file_format}/{quality}", request))
     return ResolvedRequest(
         request=request,
         parameters=parameters,
@@ -178,6 +181,10 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         raise InvalidInput("prompt is empty.", field="prompt")
     if request.canny and spec.control_folder is None:
         raise InvalidInput(f"{spec.name} has no ControlNet to follow edges with.", field="canny")
+    steps = _or_default(request.num_inference_steps, spec.default_steps)
+    read = read_prompts(prompt, negative, request.prompt_syntax, spec, steps)
+    if request.clip_skip is not None and not spec.usual_clip_skip:
+        raise InvalidInput(f"{spec.name} has no CLIP whose layers can be left out.", field="clip_skip")
     follows = spec.control_folder is not None if request.canny is None else request.canny
     if request.canny is None and not follows:
         warnings.append(
@@ -185,15 +192,18 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         )
     parameters = ResolvedParameters(
         spec=spec,
-        prompt=prompt,
-        negative_prompt=negative,
-        num_inference_steps=_or_default(request.num_inference_steps, spec.default_steps),
+        prompt=read.prompt,
+        negative_prompt=read.negative_prompt,
+        num_inference_steps=steps,
         guidance_scale=guidance,
         scheduler=_or_default(request.scheduler, spec.default_scheduler),
         strength=_or_default(request.strength, 1.0),
         canny=follows,
         control_scale=_or_default(request.control_scale, spec.control_scale),
-        warnings=tuple(warnings),
+        prompt_syntax=read.syntax,
+        is_marked=read.is_marked,
+        clip_skip=None if request.clip_skip == spec.clip_skip else request.clip_skip,
+        warnings=(*warnings, *read.warnings),
     )
     scheduler_of(spec, parameters.scheduler, parameters.num_inference_steps)
     scheduler_of(spec, parameters.scheduler, request.hires_steps or parameters.num_inference_steps)
@@ -203,6 +213,16 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         sentence = "canny_low must not be above canny_high."
         raise InvalidInput.from_faults([("canny_low", sentence), ("canny_high", sentence)])
     return parameters
+
+
+def prompts_for_model(parameters: ResolvedParameters) -> dict[str, Any]:
+    """Return the fields of a `DiffusionRequest` that say what its prompts are and how they are read."""
+    return {
+        "prompt": parameters.prompt,
+        "negative_prompt": parameters.negative_prompt,
+        "weighted": parameters.is_marked,
+        "clip_skip": parameters.clip_skip,
+    }
 
 
 def _adapters(request: GenerationRequest, options: GenerationOptions) -> list[tuple[str, float, str]]:
@@ -254,6 +274,8 @@ def _identity_fields(
         **({"hires": hires} if any(part is not None for part in hires) else {}),
         **({"mask_inverted": True} if request.mask is not None and request.mask.inverted else {}),
         **({"extra": sorted(request.extra)} if request.extra else {}),
+        **({"prompt_syntax": parameters.prompt_syntax} if parameters.is_marked else {}),
+        **({"clip_skip": parameters.clip_skip} if parameters.clip_skip is not None else {}),
     }
 
 
@@ -291,24 +313,3 @@ def _seed(request: GenerationRequest, request_digest: str) -> int:
     if request.seed == "random":
         return randbelow(SEED_MAX + 1)
     return int(request_digest[:8], 16) if request.seed is None else (request.seed + request.variation) % (SEED_MAX + 1)
-
-
-def _name(request: GenerationRequest, request_digest: str) -> str:
-    """Return `save_path`; with `named_by_content`, the file name gets a prefix of 8 digits of a UUIDv5."""
-    name = request.save_path or ""
-    if not request.named_by_content or not name:
-        return name
-    folder, slash, file = name.rpartition("/")
-    return f"{folder}{slash}{str(uuid5(NAMESPACE_OID, request_digest))[:8]}-{file}" if file else name
-
-
-def _file_format(request: GenerationRequest) -> Format:
-    """Return the requested format, or that of the extension of `save_path`, or WebP. Raises `InvalidInput`."""
-    name = (request.save_path or "").rsplit("/", 1)[-1]
-    ending = name.rsplit(".", 1)[1].lower() if "." in name else ""
-    if ending in _OTHER_IMAGE_EXTENSIONS:
-        raise InvalidInput(f"save_path ends in .{ending}; there are .webp, .png and .jpg.", field="save_path")
-    promised = _EXTENSIONS.get(ending)
-    if request.format and promised and request.format is not promised:
-        raise InvalidInput(f"format is {request.format}, and save_path ends in .{ending}.", field="format")
-    return request.format or promised or Format.WEBP

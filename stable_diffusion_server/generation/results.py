@@ -13,6 +13,7 @@ from stable_diffusion_server.generation.layout import ImageLayout, resampling_wa
 from stable_diffusion_server.generation.provenance import RECORDED_WARNINGS
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
+from stable_diffusion_server.pipelines import CHUNK_TOKENS, MOST_CHUNKS
 from stable_diffusion_server.types import (
     DiffusionRequest,
     GenerationRequest,
@@ -104,9 +105,12 @@ def generation_warnings(
 ) -> list[RequestWarning]:
     """Return warnings about a shortened prompt (`request` has the shortened one), decoding, and what was not used."""
     warnings = []
+    limit = MOST_CHUNKS * CHUNK_TOKENS if request.weighted else resolved.parameters.spec.text_tokens
     if request.prompt != layout.request.prompt:
-        limit = resolved.parameters.spec.text_tokens
         warnings.append(RequestWarning("prompt-shortened", f"{request.model} reads {limit} tokens; see prompt_used."))
+    if request.negative_prompt != layout.request.negative_prompt:
+        sentence = f"The negative prompt was shortened: {request.model} reads {limit} tokens."
+        warnings.append(RequestWarning("prompt-shortened", sentence))
     if image.product.redecoded:
         warnings.append(RequestWarning("redecoded", "The decoder overflowed and ran again in full precision."))
     if image.product.tiled:

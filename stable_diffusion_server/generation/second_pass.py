@@ -134,7 +134,8 @@ def _lay_out_second_pass(
     )
     layout = lay_out_images(again, first.compose_output(image.product.pixels))
     drawn = image.request
-    return replace(layout, request=replace(layout.request, prompt=drawn.prompt, negative_prompt=drawn.negative_prompt))
+    words = replace(layout.request, prompt=drawn.prompt, negative_prompt=drawn.negative_prompt, weighted=drawn.weighted)
+    return replace(layout, request=words)
 
 
 def _compose(layout: ImageLayout, picture: Callable[[], Pixels]) -> Pixels:

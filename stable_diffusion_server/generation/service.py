@@ -296,7 +296,7 @@ class GenerationService:
         await self.check_capacity(context)
         with self._tracing.span("prepare"):
             layout = await self._inputs.lay_out(resolved, fetched, context.caller.share)
-            request = await asyncio.to_thread(self._executor.fit_prompts, layout.request)
+            request = await asyncio.to_thread(self._executor.fit_prompts, layout.request, resolved)
         attributes: dict[str, str | int] = {"sds.model": request.model, "sds.steps": request.num_inference_steps}
         with self._tracing.span("generate", attributes) as span:
             drawn = await draw_passes(self._executor, resolved, layout, request, context, broadcaster)

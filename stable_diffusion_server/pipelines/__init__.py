@@ -49,6 +49,8 @@ from stable_diffusion_server.pipelines.loading.hub_listing import (
 from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
 from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError, check_pipeline_folder
 from stable_diffusion_server.pipelines.model_spec import (
+    CHUNK_TOKENS,
+    MOST_CHUNKS,
     TRUE_GUIDANCE,
     ExtraParameter,
     ModelSpec,
@@ -58,7 +60,9 @@ from stable_diffusion_server.pipelines.model_spec import (
 from stable_diffusion_server.pipelines.owned_models import OwnedModels, find_owned_models
 
 __all__ = [
+    "CHUNK_TOKENS",
     "MODELS",
+    "MOST_CHUNKS",
     "REAL_MODELS",
     "SCHEDULERS",
     "TRUE_GUIDANCE",

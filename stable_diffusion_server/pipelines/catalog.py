@@ -9,6 +9,7 @@ from typing import Literal
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError, number_text
 from stable_diffusion_server.pipelines.model_spec import ModelSpec, SchedulerSpec, known_names
+from stable_diffusion_server.types import PromptSyntax
 
 # Strength of the refining second pass: the original's base model handed over at 0.7 of the steps.
 REFINE_STRENGTH = 0.3
@@ -56,6 +57,9 @@ _EMBEDDED_SDXL = ModelSpec(
     takes_negative_prompt=True,
     control_folder="embedded-controlnet-canny-sdxl",
     control_scale=1.0,
+    prompt_syntax=PromptSyntax.A1111,
+    weighs_prompts=True,
+    usual_clip_skip=2,
 )
 _EMBEDDED_FLUX = ModelSpec(
     name="flux",
@@ -83,6 +87,7 @@ _EMBEDDED_FLUX = ModelSpec(
     control_scale=1.0,
     denoiser_part="transformer",
     quantizable_parts=("transformer", "text_encoder_2", "control"),
+    prompt_syntax=PromptSyntax.A1111,
 )
 _SDXL_BASE = ModelSpec(
     name="sdxl",
@@ -106,6 +111,9 @@ _SDXL_BASE = ModelSpec(
     dtype="float16",
     measured_dtype=True,
     variant="fp16",
+    prompt_syntax=PromptSyntax.A1111,
+    weighs_prompts=True,
+    usual_clip_skip=2,
 )
 _PROTEUS = replace(_SDXL_BASE, folder="ProteusV0.2", repo="dataautogpt3/ProteusV0.2", revision="proteus-0.2")
 _FLUX_SCHNELL = ModelSpec(
@@ -133,6 +141,7 @@ _FLUX_SCHNELL = ModelSpec(
     control_scale=0.7,
     denoiser_part="transformer",
     quantizable_parts=("transformer", "text_encoder_2", "control"),
+    prompt_syntax=PromptSyntax.A1111,
     dtype="bfloat16",
     cpu_dtype="bfloat16",  # 24 GB; fp32 would be 48
     measured_dtype=True,

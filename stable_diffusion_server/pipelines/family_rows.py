@@ -16,7 +16,7 @@ from stable_diffusion_server.pipelines.model_spec import (
     ModelSpec,
 )
 from stable_diffusion_server.pipelines.stock_rows import stock_row
-from stable_diffusion_server.types import Task
+from stable_diffusion_server.types import PromptSyntax, Task
 
 # Keys of owners' specs that models with a UNet have a use for.
 _FOR_UNETS = ("guidance_rescale", "schedule", "negative_prompt", "clip_skip", "prediction_type", "zero_snr")
@@ -86,6 +86,7 @@ _SD15 = replace(
     default_scheduler="own",
     schedulers=("own", *_SDXL.schedulers),
     control_folder=None,
+    usual_clip_skip=1,
     owner_keys=_FOR_UNETS,
     source="model card of stable-diffusion-v1-5: 50 PLMS steps, guidance 7.5, 512 × 512",
 )
@@ -165,6 +166,7 @@ _SD3 = replace(
     dtype="bfloat16",
     tasks=USUAL_TASKS,
     max_references=0,
+    prompt_syntax=PromptSyntax.A1111,
     owner_keys=("negative_prompt", "clip_skip"),
     source="model card of stabilityai/stable-diffusion-3.5-large: 28 steps, guidance 3.5, 256 tokens",
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
 
-from stable_diffusion_server.types import Task
+from stable_diffusion_server.types import PromptSyntax, Task
 
 V = TypeVar("V")
 
@@ -20,6 +20,9 @@ TRUE_GUIDANCE = "true_cfg_scale"
 
 # What a model for text does with the same denoiser: images are the start of its schedule, a mask keeps a part of them.
 USUAL_TASKS = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINT)
+
+# Chunks of CLIP's 75 tokens that a prompt with weights may have.
+CHUNK_TOKENS, MOST_CHUNKS = 75, 8
 
 _CANDIDATES, _NEAREST, _SIMILAR, _COMPARED = 20, 3, 0.4, 100
 # Up to this many names are all listed to who gives an unknown one.
@@ -76,8 +79,9 @@ class ModelSpec:
     artifacts is generated again. `rounds_steps_up` says how strength × steps is rounded (see `steps_skipped`).
     `builtin_loras` are LoRAs that belong to the model, as (folder, weight). `guidance_rescale` (0..1) lessens the
     overexposure that guidance causes in models with zero terminal SNR. `clip_skip` layers of the text encoders more
-    than usual are left out, `scheduler_options` change the configuration of the model's scheduler, and `quantize` and
-    `offload` come before QUANTIZE and OFFLOAD unless they are empty. `checkpoint` lists the files of a model that is
+    than usual are left out; usual is layer `usual_clip_skip` from the end, and none can be left out if that is 0.
+    `scheduler_options` change the configuration of the model's scheduler, and `quantize` and `offload`
+    come before QUANTIZE and OFFLOAD unless they are empty. `checkpoint` lists the files of a model that is
     no diffusers folder; `folder` then is the name of the first of them. `added_parts` are components that other models
     give, as (component, place within MODELS_DIR): an SDXL `refiner`, or Redux as the `image_encoder` of a Flux.
 
@@ -89,6 +93,9 @@ class ModelSpec:
     class, whose parameter of the name `guidance_name` is the guidance. One that does not `batch` shares no forward
     pass. `source` says where its defaults are from. `owner_keys` are keys of an owner's spec that have an effect on
     it beside those that all models share.
+
+    `prompt_syntax` is how its prompts are written unless a request says otherwise. A model that `weighs_prompts` reads
+    weights and up to `MOST_CHUNKS` chunks of 75 tokens; another reads the words of such a prompt.
 
     An `unread` model is loaded on demand and was not loaded yet: its revision is not final, or it is `remembered` from
     the last load of the same files. `preload` loads it at the start, and a `pinned` one is not unloaded for others.
@@ -143,6 +150,7 @@ class ModelSpec:
     guidance_rescale: float = 0.0
     default_negative_prompt: str = ""
     clip_skip: int = 0
+    usual_clip_skip: int = 0
     scheduler_options: tuple[tuple[str, object], ...] = ()
     quantize: str = ""
     offload: str = ""
@@ -163,6 +171,8 @@ class ModelSpec:
     any_extra: bool = False
     batches: bool = True
     source: str = ""
+    prompt_syntax: PromptSyntax = PromptSyntax.PLAIN
+    weighs_prompts: bool = False
     owner_keys: tuple[str, ...] = ()
 
     def revision_for(self, *, edges: bool) -> str:

@@ -24,7 +24,6 @@ _SCHEDULES: Mapping[str, Mapping[str, object]] = {
     "simple": {"timestep_spacing": "trailing"},
 }
 # A1111's and Civitai's "clip skip 2" is the last layer but one, which SDXL always takes, and 1 the last one.
-_USUAL_CLIP_SKIP = {"sdxl": 2, "sd15": 1}
 # diffusers' scheduler class of a folder → ours of the same arithmetic; another class is drawn as `own`.
 _SAME_SCHEDULERS = {
     "EulerDiscreteScheduler": "euler",
@@ -88,11 +87,11 @@ def with_owner_values(spec: ModelSpec, model: LibraryModel, find: Callable[[str,
     changes["builtin_loras"] = tuple((find(name, Kind.LORA), weight) for name, weight in values.get("loras", ()))
     if controls := values.get("controlnets"):
         changes |= {"control_folder": find(controls[0], Kind.CONTROLNET), "control_repo": None}
-    spec = _with_values_of_some(replace(spec, **changes), values, _USUAL_CLIP_SKIP.get(model.identity.family, 0))
+    spec = _with_values_of_some(replace(spec, **changes), values)
     return OwnerValues(_with_revision(spec, values), _remark(model, {*model.spec.values} - usable))
 
 
-def _with_values_of_some(spec: ModelSpec, values: Mapping[str, Any], usual_clip_skip: int) -> ModelSpec:
+def _with_values_of_some(spec: ModelSpec, values: Mapping[str, Any]) -> ModelSpec:
     """Values that not all rows have a use for (`ModelSpec.owner_keys`)."""
     zero_snr = spec.checkpoint.zero_snr if spec.checkpoint else bool(values.get("zero_snr"))
     schedule = values.get("schedule", "automatic")
@@ -102,7 +101,7 @@ def _with_values_of_some(spec: ModelSpec, values: Mapping[str, Any], usual_clip_
     if spec.checkpoint is None:
         options |= {"prediction_type": values["prediction_type"]} if "prediction_type" in values else {}
         options |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
-    if "rescale_betas_zero_snr" in options and spec.default_scheduler == "own" and usual_clip_skip == 1:
+    if "rescale_betas_zero_snr" in options and spec.default_scheduler == "own" and spec.usual_clip_skip == 1:
         # PNDM, which SD 1.5's folders have, knows no zero terminal SNR.
         others = tuple(name for name in spec.schedulers if name != "own")
         spec = replace(spec, default_scheduler=others[0], schedulers=others)
@@ -110,7 +109,7 @@ def _with_values_of_some(spec: ModelSpec, values: Mapping[str, Any], usual_clip_
         spec,
         guidance_rescale=values.get("guidance_rescale", _RESCALE if zero_snr else 0.0),
         default_negative_prompt=values.get("negative_prompt", ""),
-        clip_skip=max(values.get("clip_skip", 0) - usual_clip_skip, 0),
+        clip_skip=max(values.get("clip_skip", 0) - spec.usual_clip_skip, 0),
         scheduler_options=tuple(sorted(options.items())),
     )
 

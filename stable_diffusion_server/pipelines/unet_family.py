@@ -81,9 +81,11 @@ class UnetFamily(NativeFamily[UnetConditioning]):
             # schedulers draw from the same generator afterwards.
             torch.randn(latents.shape, generator=generator, dtype=pipe.vae.dtype)
         lengths = (conditioning.embeds.shape[1],)
-        return self._state(
+        state = self._state(
             request, loras, conditioning, first, latents=latents, lengths=lengths, inpaint=inpaint, control=control
         )
+        state.warnings = conditioning.warnings
+        return state
 
     def _predicted(self, states: Sequence[PipelineState[UnetConditioning]]) -> Sequence[torch.Tensor]:
         """By one pass for each UNet."""
@@ -98,7 +100,7 @@ class UnetFamily(NativeFamily[UnetConditioning]):
 
     def _rows_of(self, unet: Any, states: Sequence[PipelineState[UnetConditioning]]) -> Sequence[torch.Tensor]:
         """The prediction of each state's rows, by one pass."""
-        conditionings = [state.conditioning for state in states]
+        conditionings = [state.conditioning.at(state.index) for state in states]
         rows = [len(conditioning.embeds) for conditioning in conditionings]
         inputs = {
             "sample": by_row([model_sample(state) for state in states], rows),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 
 from stable_diffusion_server.pipelines.base import PipelineState, classifier_free
+from stable_diffusion_server.pipelines.conditioning.prompt_reader import StepPrompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +19,20 @@ class UnetConditioning:
 
     `embeds` is rows × tokens × channels; `added` are further inputs by name, each with the rows first (SDXL's pooled
     prompt and sizes). `masked` is for a UNet made for inpainting: 1 × 5 × h × w, the mask and the latents of the image
-    without its masked part. `part` is the component that denoises.
+    without its masked part. `part` is the component that denoises. `later` are those that follow, each with the
+    step from which it counts, if the prompt changes with the step. `warnings` are sentences on what was not read.
     """
 
     embeds: torch.Tensor
     added: Mapping[str, torch.Tensor] = field(default_factory=dict)
     masked: torch.Tensor | None = None
     part: str = "unet"
+    later: tuple[tuple[int, UnetConditioning], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def at(self, step: int) -> UnetConditioning:
+        """What counts at a step, from 0, of `embeds` and `added`."""
+        return next((later for start, later in reversed(self.later) if start <= step), self)
 
     @property
     def guided(self) -> bool:
@@ -66,3 +74,15 @@ def guided_prediction(prediction: torch.Tensor, state: PipelineState[UnetConditi
     if not rescale or not state.conditioning.guided:
         return guided
     return rescale_noise_cfg(guided, prediction[1:], guidance_rescale=rescale)
+    if not state.conditioning.guided:
+        return prediction
+    negative, positive = prediction.chunk(2)
+    guided = negative + state.request.guidance_scale * (positive - negative)
+    return rescale_noise_cfg(guided, positive, guidance_rescale=rescale) if rescale else guided
+
+
+def by_step(prompts: Sequence[StepPrompts], conditioned: Callable[[StepPrompts], UnetConditioning]) -> UnetConditioning:
+    """The conditioning of prompts, the first with those that follow it."""
+    first, *later = (conditioned(prompt) for prompt in prompts)
+    starts = [prompt.start for prompt in prompts[1:]]
+    return replace(first, later=tuple(zip(starts, later, strict=True)), warnings=prompts[0].warnings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stable_diffusion_server.types.choices import Fill, Fit, PromptSyntax, Task
 from stable_diffusion_server.types.requests import (
     LORA_NAME_PATTERN,
     LORA_WEIGHT_MAX,
@@ -9,14 +10,11 @@ from stable_diffusion_server.types.requests import (
     Caller,
     DiffusionRequest,
     ExtraValue,
-    Fill,
-    Fit,
     Format,
     GenerationRequest,
     ImageArray,
     ImageInput,
     Seed,
-    Task,
     diffusion_request_fields,
     digest,
     image_digest,
@@ -47,6 +45,7 @@ __all__ = [
     "GenerationResult",
     "ImageArray",
     "ImageInput",
+    "PromptSyntax",
     "RequestWarning",
     "Seed",
     "StoredObject",

@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from stable_diffusion_server.types.choices import Fill, Fit, PromptSyntax, Task
+
 # Ends with a space, which no key name contains.
 _ANONYMOUS = "anonymous "
 SEED_MAX = 2**32 - 1
@@ -21,7 +23,7 @@ LORA_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 Seed = int | Literal["random"] | None
 ExtraValue = bool | int | float | str
 # Fields that few requests have.
-_RARE = ("references", "extra")
+_RARE = ("references", "extra", "weighted", "clip_skip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,8 @@ class DiffusionRequest:
         control: Edge map for ControlNet, of the canvas size.
         references: Images that an edit by instruction looks at, each of its own size, in the caller's order.
         extra: Parameters that only some models have, by name.
+        weighted: Whether the prompts have AUTOMATIC1111's syntax, and up to `MOST_CHUNKS` chunks of 75 tokens.
+        clip_skip: Last layers of CLIP that are left out, more than usual; `None` for the model's own.
         strength: Share of the denoising steps applied to the input image, 0..1.
         loras: Name and weight of each LoRA.
         alone: Whether the request must not share forward passes, so that it can be reproduced bit for bit.
@@ -139,6 +143,8 @@ class DiffusionRequest:
     lora_digests: tuple[str, ...] = ()
     references: tuple[ImageArray, ...] = ()
     extra: tuple[tuple[str, ExtraValue], ...] = ()
+    weighted: bool = False
+    clip_skip: int | None = None
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -159,23 +165,14 @@ def image_digest(request: DiffusionRequest) -> str:
 
 
 def diffusion_request_fields(request: DiffusionRequest) -> dict[str, object]:
-    """The fields of a request as JSON values; images are replaced by digests, `_RARE` fields left out if empty."""
+    """The fields of a request as JSON values; images are replaced by digests, `_RARE` fields left out without one."""
     values = {part.name: getattr(request, part.name) for part in fields(request)}
     values["references"] = [image.digest for image in request.references]
     return {
         name: value.digest if isinstance(value, ImageArray) else value
         for name, value in values.items()
-        if value or name not in _RARE
+        if name not in _RARE or not (value is None or value is False or value in ((), []))
     }
-
-
-class Task(StrEnum):
-    """The kind of generation. Tasks differ in how a request is prepared; all later stages are the same."""
-
-    TEXT_TO_IMAGE = "text_to_image"
-    IMAGE_TO_IMAGE = "image_to_image"
-    INPAINT = "inpaint"
-    EDIT = "edit"  # by instruction, with reference images
 
 
 class Format(StrEnum):
@@ -210,23 +207,6 @@ class ImageInput:
     inverted: bool = False
 
 
-class Fit(StrEnum):
-    """How an input image is brought to a size of another aspect ratio."""
-
-    STRETCH = "stretch"
-    CROP = "crop"
-    PAD = "pad"
-
-
-class Fill(StrEnum):
-    """What replaces the masked part of an image before it is repainted."""
-
-    ORIGINAL = "original"
-    SURROUNDINGS = "surroundings"
-    NOISE = "noise"
-    GREY = "grey"
-
-
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A request as the caller sent it; `None` means that the server chooses.
@@ -258,6 +238,8 @@ class GenerationRequest:
         at_least_one_step: Whether a `strength` that would leave no step draws one, instead of being refused.
         references: Images that an edit by instruction looks at, in order.
         extra: Parameters that only some models have, by name.
+        prompt_syntax: How the prompts are written; by default as the model's users write them.
+        clip_skip: Last layers of CLIP that are left out, more than usual; `None` for the model's own.
     """
 
     task: Task
@@ -302,6 +284,8 @@ class GenerationRequest:
     at_least_one_step: bool = False
     references: tuple[ImageInput, ...] = ()
     extra: tuple[tuple[str, ExtraValue], ...] = ()
+    prompt_syntax: PromptSyntax | None = None
+    clip_skip: int | None = None
 
     @property
     def sources(self) -> tuple[ImageInput, ...]:

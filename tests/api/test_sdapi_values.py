@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,13 @@ import pytest
 from conftest import RunningApp
 from fakes import FakeDenoiser, FakeImageDenoiser, disc, file_of, lora_file
 from PIL import Image
+
+from stable_diffusion_server.api.automatic1111.protocol import parse_task
+from stable_diffusion_server.api.automatic1111.task_params import Txt2Img
+from stable_diffusion_server.api.dependencies import DialectContext
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.generation.limits import RequestLimits
+from stable_diffusion_server.pipelines.catalog import MODELS
 
 SIZE = {"width": 64, "height": 64}
 TXT2IMG, IMG2IMG = "/sdapi/v1/txt2img", "/sdapi/v1/img2img"
@@ -181,14 +189,52 @@ def test_any_sampler_is_drawn_by_the_closest_and_reported(running: RunningApp, s
         ("((a [(red:1.1):blue:0.9]:1.2) square)", "a red square"),
     ],
 )
-def test_brackets_never_reach_the_encoder(running: RunningApp, prompt: str, words: str) -> None:
+def test_brackets_never_reach_an_encoder_of_plain_text(running: RunningApp, prompt: str, words: str) -> None:
     """The words stay, in both prompts, and `info` says so; escaped brackets are brackets."""
-    _, info = asked(running, prompt=prompt, negative_prompt=prompt)
+    _, info = asked(running, prompt=prompt, negative_prompt=prompt, override_settings={"sd_model_checkpoint": "flux"})
     (job,) = running.squares.finished
-    assert (job.prompt, job.negative_prompt) == (words, words)
+    assert (job.prompt, job.weighted) == (words, False)
     assert "prompt: weights and schedules in brackets" in said(info)
     assert "negative_prompt: weights" in said(info)
     assert info["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        *("(a red square:1.2)", "a (red:1.4) [[square]]", "a [red:blue:0.7] square", "a [red|blue] square"),
+        *("a red BREAK square", "a red square (unclosed:1.1", "a red square \\(cat\\)"),
+    ],
+)
+def test_brackets_reach_models_that_read_weights(running: RunningApp, prompt: str) -> None:
+    """SDXL gets both prompts as they are, and reads them as AUTOMATIC1111 does; nothing is reported."""
+    _, info = asked(running, prompt=prompt, negative_prompt=prompt)
+    (job,) = running.squares.finished
+    assert (job.prompt, job.negative_prompt, job.weighted) == (prompt, prompt, True)
+    assert info["not_honoured"] == []
+    assert info["infotexts"][0].startswith(prompt)
+
+
+def test_and_composes_no_prompts(running: RunningApp) -> None:
+    """Its parts become one prompt, without their weights, and `info` says so."""
+    _, info = asked(running, prompt="a (red:1.2) square :1.3 AND a disc :0.5 AND 16:9")
+    assert running.squares.finished[0].prompt == "a (red:1.2) square, a disc, 16"
+    assert "prompt: prompts are not composed by AND here" in said(info)
+
+
+def test_clip_skip_is_that_of_sd15_and_has_no_effect_on_sdxl(running: RunningApp) -> None:
+    """As in AUTOMATIC1111; there is no SD 1.5 here, so its request is read by the converter alone."""
+    _, info = asked(running, override_settings={"CLIP_stop_at_last_layers": 2})
+    assert "CLIP_stop_at_last_layers" in said(info)
+    assert running.squares.finished[0].clip_skip is None
+    spec = replace(MODELS["sdxl"], usual_clip_skip=1)
+    context = DialectContext(RequestLimits(), {"sdxl": spec}, "sdxl", {}, 10, 67_108_864)
+    for layer, skipped in ((1, 0), (2, 1), (12, 11)):
+        parsed = parse_task(Txt2Img(override_settings={"CLIP_stop_at_last_layers": layer}), context, {})
+        assert (parsed.generations[0].clip_skip, parsed.ignored) == (skipped, [])
+    for layer in (0, 13, True, "2", 1.5):
+        with pytest.raises(InvalidInput, match="between 1 and 12"):
+            parse_task(Txt2Img(override_settings={"CLIP_stop_at_last_layers": layer}), context, {})
 
 
 def test_a_plain_prompt_is_left_as_it_is(running: RunningApp) -> None:

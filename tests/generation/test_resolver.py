@@ -18,7 +18,7 @@ from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopW
 from stable_diffusion_server.generation.provenance import requested_fields
 from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.types import Fill, Fit, Format, GenerationRequest, ImageInput, Task
+from stable_diffusion_server.types import Fill, Fit, Format, GenerationRequest, ImageInput, PromptSyntax, Task
 
 OPTIONS = GenerationOptions(RequestLimits(), "sdxl", "up", loras=lambda: {"pastel": "1a2b", "ink": "3c4d"})
 EDGELESS_FLUX = replace(OPTIONS, models={**MODELS, "flux": replace(MODELS["flux"], control_folder=None)})
@@ -59,9 +59,11 @@ CHANGED: dict[str, Any] = {
     "hires_strength": 0.4,
     "references": (ImageInput("image_file[0]", data=b"reference"),),
     "extra": (("true_cfg_scale", 2.0),),
+    "clip_skip": 1,
 }
 WITH_CANNY: dict[str, Any] = {"canny_low": 90, "canny_high": 210, "control_scale": 0.9}
 WITH_SIZE: dict[str, Any] = {"fit": Fit.STRETCH}
+WITH_WEIGHTS: dict[str, Any] = {"prompt_syntax": PromptSyntax.PLAIN}
 NOT_IN_THE_PICTURE = {
     "save_path",
     "format",
@@ -110,16 +112,18 @@ def test_every_field_of_a_request_is_recorded_or_known_not_to_matter() -> None:
         *CHANGED,
         *WITH_CANNY,
         *WITH_SIZE,
+        *WITH_WEIGHTS,
         *NOT_IN_THE_PICTURE,
     }
 
 
-@pytest.mark.parametrize("name", [*CHANGED, *WITH_CANNY, *WITH_SIZE])
+@pytest.mark.parametrize("name", [*CHANGED, *WITH_CANNY, *WITH_SIZE, *WITH_WEIGHTS])
 def test_what_changes_the_picture_changes_its_identity(name: str) -> None:
     """Name, seed and all three digests differ."""
     sized = {"width": 64, "height": 128} if name in WITH_SIZE else {}
-    base = replace(UPLOADED, canny=name in WITH_CANNY, **sized)
-    change = {name: {**CHANGED, **WITH_CANNY, **WITH_SIZE}[name]}
+    words = {"prompt": "a (red:1.2) disc"} if name in WITH_WEIGHTS else {}
+    base = replace(UPLOADED, canny=name in WITH_CANNY, **sized, **words)
+    change = {name: {**CHANGED, **WITH_CANNY, **WITH_SIZE, **WITH_WEIGHTS}[name]}
     options = replace(OPTIONS, models={**MODELS, "sdxl": replace(MODELS["sdxl"], any_extra=True)})
     plans = [resolve_request(order, options) for order in (base, replace(base, **change))]
     for part in ("key", "seed", "content_digest", "request_digest", "sent_digest"):

@@ -22,7 +22,7 @@ from stable_diffusion_server.generation.provenance import RECORDED_WARNINGS
 from stable_diffusion_server.generation.resolver import resolve_request
 from stable_diffusion_server.imaging import read_record
 from stable_diffusion_server.storage.local import LocalBucket
-from stable_diffusion_server.types import EngineEventKind, Format, GenerationProgress
+from stable_diffusion_server.types import EngineEventKind, Format, GenerationProgress, PromptSyntax
 
 HarnessOf = Callable[..., ServiceHarness]
 
@@ -243,7 +243,7 @@ async def test_a_cached_answer_remembers_that_the_prompt_was_shortened(
 ) -> None:
     """The second caller gets the truncation warning as well."""
     harness = harness_of()
-    asked = order("a red square " + "with the very best of details " * 60, save_path="a.webp")
+    asked = order("a red square " + "with the very best of details " * 120, save_path="a.webp")
     codes = [{w.code for w in (await harness.service.generate(asked)).warnings} for _ in range(2)]
     assert all("prompt-shortened" in reported for reported in codes)
 
@@ -318,11 +318,20 @@ async def test_a_storage_that_fails_is_reported_as_such(harness_of: HarnessOf, t
 async def test_a_prompt_that_is_too_long_is_shortened_and_reported(harness_of: HarnessOf) -> None:
     """No silent truncation: the result has the prompt that was used."""
     harness = harness_of()
-    receipt = await harness.service.generate(order("a red square " + "with the very best of details " * 60))
+    words = "a red square " + "with the very best of details " * 120
+    receipt = await harness.service.generate(order(words, prompt_syntax=PromptSyntax.PLAIN))
     assert receipt.prompt_used is not None
     assert receipt.prompt_used.startswith("red square best details")
     assert len(receipt.prompt_used.split()) == 75
     assert "prompt-shortened" in {warning.code for warning in receipt.warnings}
+    in_chunks = await harness.service.generate(order(words, negative_prompt=words))
+    assert in_chunks.prompt_used is not None
+    assert in_chunks.prompt_used.split() == ["red", "square", *["best", "details"] * 120]
+    said = [warning.message for warning in in_chunks.warnings if warning.code == "prompt-shortened"]
+    assert said == [
+        "sdxl reads 600 tokens; see prompt_used.",
+        "The negative prompt was shortened: sdxl reads 600 tokens.",
+    ]
 
 
 class LeavingOut(FakeDenoiser):

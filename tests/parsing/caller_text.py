@@ -21,6 +21,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
+from stable_diffusion_server import parsing
 from stable_diffusion_server.api import base64_images, dialect_paths, dispatch, request_parsing
 from stable_diffusion_server.api.automatic1111 import (
     checkpoint_names,
@@ -40,7 +41,7 @@ from stable_diffusion_server.api.openai import image_sources
 from stable_diffusion_server.api.openai import protocol as openai_parameters
 from stable_diffusion_server.api.schemas import params, validation
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.generation import limits, prompts, replay
+from stable_diffusion_server.generation import limits, prompt_fitting, prompts, replay
 from stable_diffusion_server.generation.limits import RequestLimits
 from stable_diffusion_server.imaging import infotext, metadata
 from stable_diffusion_server.jobs.events import JobEventLog
@@ -51,6 +52,7 @@ from stable_diffusion_server.storage import object_headers
 from stable_diffusion_server.storage.keys import KEY_MAX_BYTES, object_key
 from stable_diffusion_server.types import Caller, StoredObject
 
+STOP_WORDS = prompts.BUILTIN_STOP_WORDS
 PACKAGE = Path(strict_json.__file__).parent.parent
 HEADER = 16_384
 MEBIBYTE = 1_048_576
@@ -115,6 +117,8 @@ SYNTAX = {
     "escapes": "\\(",
     "AND": "a:1 AND ",
     "BREAK": "BREAK ",
+    "signs": "a++",
+    "numbers": ")1.5",
     "unopened weights": "a:1.2)",
 }
 FACTS = {
@@ -393,6 +397,23 @@ PARSERS = [
         "tags and brackets of an AUTOMATIC1111 prompt",
         limits.TEXT_MAX,
         lambda text: prompt_syntax.read_prompt(text, "prompt", 20),
+        shapes=SYNTAX,
+        refuses=False,
+    ),
+    Parser(
+        "the same for models that read weights",
+        limits.TEXT_MAX,
+        lambda text: prompt_syntax.read_prompt(text, "prompt", 20, weighted=True),
+        shapes=SYNTAX,
+        refuses=False,
+    ),
+    Parser("weights", limits.TEXT_MAX, parsing.parse_weights, shapes=SYNTAX, refuses=False),
+    Parser("schedules", limits.TEXT_MAX, lambda text: parsing.scheduled_texts(text, 4), shapes=SYNTAX, refuses=False),
+    Parser("compel's weights", limits.TEXT_MAX, parsing.from_compel, shapes=SYNTAX, refuses=False),
+    Parser(
+        "a prompt with weights, shortened",
+        limits.TEXT_MAX,
+        lambda text: prompt_fitting.shorten_weighted_text(text, 4, lambda part: len(part) // 4, STOP_WORDS),
         shapes=SYNTAX,
         refuses=False,
     ),

@@ -92,7 +92,7 @@ def generation_info(
         "infotexts": texts,
         "styles": [],
         "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.gmtime(began)),
-        "clip_skip": 1,
+        "clip_skip": 1 if generation.clip_skip is None else generation.clip_skip + spec.usual_clip_skip,
         "is_using_inpainting_conditioning": False,
         "version": f"stable-diffusion-server {__version__}",
         "paths": [image.url for image in images if image.result is not None],

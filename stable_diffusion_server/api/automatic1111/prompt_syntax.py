@@ -1,4 +1,4 @@
-"""Reads AUTOMATIC1111's prompt syntax: LoRA tags, and weights, schedules and the like, of which the words remain."""
+"""Reads AUTOMATIC1111's prompt syntax: LoRA tags, AND, and for models that read no weights the words alone."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ _OTHER_NETWORKS = ("lyco:", "hypernet:")
 # Escaped characters, syntax, the words of syntax, and text between them.
 _TOKEN = re.compile(r"\\.|[\\()\[\]:|]|\b(?:BREAK|AND)\b|\w+|[^\\()\[\]:|\w]+", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})")
+_AND = re.compile(r"\bAND\b")
+# Characters at the end of a part that AND divides, among which its weight is.
+_WEIGHT_CHARACTERS = 30
 _BLANKS = re.compile(r"\s{2,}")
 _DEFAULT_STEPS = 20
 _NUMBER_LENGTH = 20
@@ -22,27 +25,38 @@ _NUMBER_LENGTH = 20
 
 @dataclass(frozen=True, slots=True)
 class PlainPrompt:
-    """A prompt without syntax, its LoRAs, and sentences about syntax without effect. `parameter` names it in them."""
+    """A prompt for the model, its LoRAs, and sentences about syntax without effect. `parameter` names it in them."""
 
     words: str
     loras: tuple[Lora, ...]
     ignored: list[str]
 
 
-def read_prompt(prompt: str, parameter: str, steps: int | None) -> PlainPrompt:
+def read_prompt(prompt: str, parameter: str, steps: int | None, *, weighted: bool = False) -> PlainPrompt:
     """Read a prompt with AUTOMATIC1111's syntax. Takes linear time for any text.
 
-    Of `[a:b:when]` the part stays that is drawn in more of the `steps`, of `[a|b]` the first.
+    If the model reads prompts that are `weighted`, they stay as they are, but for tags and AND. Otherwise the words
+    stay: of `[a:b:when]` the part that is drawn in more of the `steps`, of `[a|b]` the first.
     """
     tagless, loras, others = _extract_tags(prompt)
-    words, changed = _drop_syntax(tagless, steps or _DEFAULT_STEPS)
+    words, changed = (tagless, False) if weighted else _drop_syntax(tagless, steps or _DEFAULT_STEPS)
     ignored = []
+    if weighted and _AND.search(words):
+        words = ", ".join(_without_weight(part) for part in _AND.split(words))
+        ignored.append(f"{parameter}: prompts are not composed by AND here; its parts are one prompt.")
     if others:
         ignored.append(f"{parameter}: only <lora:…> is known here; other networks are left out.")
     if changed:
         ignored.append(f"{parameter}: weights and schedules in brackets, BREAK and AND are left out; the words stay.")
     words = _BLANKS.sub(" ", words)
     return PlainPrompt((words.replace(" ,", ",") if changed else words).strip(" ,"), tuple(loras), ignored)
+
+
+def _without_weight(part: str) -> str:
+    """A part of a prompt that AND divides, without its weight."""
+    _, colon, number = part[-_WEIGHT_CHARACTERS:].rpartition(":")
+    kept = part[: len(part) - len(number) - 1] if colon and _NUMBER.fullmatch(number.strip()) else part
+    return kept.strip()
 
 
 def resolve_loras(loras: Sequence[Lora], known: Callable[[], Sequence[str]]) -> tuple[tuple[Lora, ...], list[str]]:

@@ -18,7 +18,7 @@ from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.errors import Forbidden, InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, range_sentence
 from stable_diffusion_server.pipelines import ModelSpec
-from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, GenerationRequest, ImageInput, Task
+from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, GenerationRequest, ImageInput, PromptSyntax, Task
 
 _FITS = (Fit.STRETCH, Fit.CROP, Fit.PAD, Fit.STRETCH)
 _FILLS = (Fill.SURROUNDINGS, Fill.ORIGINAL, Fill.NOISE, Fill.GREY)
@@ -40,6 +40,7 @@ _SILENT = (
     "hr_",
     "comments",
 )
+_CLIP_SKIP, _LAYERS = "CLIP_stop_at_last_layers", 12
 _KNOWN_SETTINGS = {"sd_model_checkpoint", "samples_format"}
 # Maximum characters of tags in a prompt, in addition to MAX_PROMPT_CHARACTERS of text.
 _TAGS_MAX = 1000
@@ -76,8 +77,10 @@ def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Opt
     width, height = _pixels(params, context)
     second = None if isinstance(params, Img2Img) else parse_second_pass(params, width, height, context.limits)
     generation, ignored = _words_and_numbers(params, spec, context)
+    clip_skip, settings = _clip_skip(settings, spec)
     generation = replace(
         generation,
+        clip_skip=clip_skip,
         width=width,
         height=height,
         model=own,
@@ -125,8 +128,8 @@ def _words_and_numbers(
 ) -> tuple[GenerationRequest, list[str]]:
     """Return the request for text to image, without its size, and sentences about ignored parts."""
     steps = spec.default_steps if params.steps is None else params.steps
-    positive = read_prompt(params.prompt, "prompt", steps)
-    negative = read_prompt(params.negative_prompt or "", "negative_prompt", steps)
+    positive = read_prompt(params.prompt, "prompt", steps, weighted=spec.weighs_prompts)
+    negative = read_prompt(params.negative_prompt or "", "negative_prompt", steps, weighted=spec.weighs_prompts)
     loras, about_loras = resolve_loras(positive.loras, lambda: list(context.loras()))
     scheduler, about_scheduler = scheduler_for(
         params.sampler_name or params.sampler_index or "", params.scheduler or "", spec
@@ -141,6 +144,7 @@ def _words_and_numbers(
         guidance_scale=params.cfg_scale,
         scheduler=scheduler,
         loras=loras,
+        prompt_syntax=PromptSyntax.A1111 if spec.weighs_prompts else PromptSyntax.PLAIN,
         allow_empty_prompt=True,
         at_least_one_step=True,
     )
@@ -159,6 +163,19 @@ def _seed(wanted: int | None) -> tuple[int | Literal["random"], str | None]:
         return "random", None
     seed = wanted % (SEED_MAX + 1)
     return seed, None if seed == wanted else f"seed: {wanted} is {seed}; the lower 32 bits of a seed count."
+
+
+def _clip_skip(settings: dict[str, object], spec: ModelSpec) -> tuple[int | None, dict[str, object]]:
+    """Return how many layers more than usual are left out, and the other settings; those without effect stay in them.
+
+    As in AUTOMATIC1111, models that read the layer before the last take no other.
+    """
+    layer = settings.get(_CLIP_SKIP)
+    if layer is None or spec.usual_clip_skip != 1:
+        return None, settings
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= _LAYERS:
+        raise InvalidInput(f"{_CLIP_SKIP} must be between 1 and {_LAYERS}.", field="override_settings")
+    return layer - 1, {name: value for name, value in settings.items() if name != _CLIP_SKIP}
 
 
 def _second_pass_fields(second: SecondPass | None, first: GenerationRequest, spec: ModelSpec) -> dict[str, Any]:

@@ -20,12 +20,12 @@ from stable_diffusion_server.api.schemas.extra_parameters import read_extra
 from stable_diffusion_server.api.schemas.validation import FaultsOf, RequestParams, validated
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, TEXT_MAX, RequestLimits
-from stable_diffusion_server.types import LORA_NAME_PATTERN, Format, GenerationRequest, ImageInput, Task
+from stable_diffusion_server.types import LORA_NAME_PATTERN, Format, GenerationRequest, ImageInput, PromptSyntax, Task
 
 _BINARY = {"type": "string", "format": "binary"}
 _NUMBERS = frozenset(
     "seed num_inference_steps guidance_scale quality timeout width height strength feather canny_low canny_high "
-    "control_scale n output_compression partial_images".split()
+    "control_scale n output_compression partial_images clip_skip".split()
 )
 _BOOLEANS = frozenset("overwrite refine canny stream".split())
 # Maximum characters of `lora`: far more than MAX_LORAS entries need, and short enough to split before counting.
@@ -73,6 +73,16 @@ class GenerationParams(RequestParams):
         max_length=_LORA_TEXT_MAX,
         description="LoRAs to apply, `name` or `name:weight`, separated by commas.",
         examples=["pastel:0.8"],
+    )
+    prompt_syntax: PromptSyntax | None = Field(
+        None,
+        description=(
+            "How the prompts are written: with weights as AUTOMATIC1111 or compel has them, or as plain text. "
+            "If omitted a1111 for SD 1.5, SDXL, SD3 and FLUX.1, else plain."
+        ),
+    )
+    clip_skip: int | None = Field(
+        None, description="Last layers of CLIP to leave out, more than usual. For SD 1.5 and SDXL."
     )
     extra: dict[str, bool | int | float | str] | None = Field(
         None,

@@ -22,6 +22,7 @@ from stable_diffusion_server.types import (
     GenerationRequest,
     GenerationResult,
     ImageInput,
+    PromptSyntax,
     RequestWarning,
     Task,
     digest,
@@ -33,7 +34,10 @@ DECODE_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError
 _PICTURES, _REFERENCES = ("image", "mask"), "references"
 # Fields of pairs, which JSON has as lists.
 _PAIRS = ("loras", "extra")
-_CHOICES: dict[str, type[StrEnum]] = {"task": Task, "format": Format, "fit": Fit, "fill": Fill}
+_CHOICES: dict[str, type[StrEnum]] = {
+    **{"task": Task, "format": Format, "fit": Fit, "fill": Fill},
+    "prompt_syntax": PromptSyntax,
+}
 # Problem types that earlier versions stored under another name.
 _RENAMED_KINDS = {"ends-the-server": "poison-job"}
 _log = structlog.get_logger(__name__)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from stable_diffusion_server.pipelines.conditioning.clip_prompts import ClipEncoder
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
+from stable_diffusion_server.pipelines.conditioning.prompt_reader import read_prompts
 from stable_diffusion_server.pipelines.unet_family import UnetFamily
-from stable_diffusion_server.pipelines.unet_inputs import UnetConditioning
+from stable_diffusion_server.pipelines.unet_inputs import UnetConditioning, by_step
 from stable_diffusion_server.types import DiffusionRequest
 
 
@@ -15,6 +17,8 @@ class Sd15(UnetFamily):
 
     def _encode(self, request: DiffusionRequest, loras: ActiveLoras = ()) -> UnetConditioning:
         guided = request.guidance_scale > 1
+        if request.weighted or request.clip_skip is not None:
+            return self._read(request, loras)
         positive, negative = self.prompt_cache.get_or_create(
             (request.prompt, request.negative_prompt, guided, digests_and_weights(loras)),
             lambda: self.pipeline.encode_prompt(
@@ -27,6 +31,12 @@ class Sd15(UnetFamily):
             ),
         )
         return UnetConditioning(torch.cat([negative, positive]) if guided else positive)
+
+    def _read(self, request: DiffusionRequest, loras: ActiveLoras) -> UnetConditioning:
+        """The conditioning of prompts with weights, in chunks."""
+        encoder = ClipEncoder(self.pipeline.tokenizer, self.pipeline.text_encoder, penultimate=False)
+        prompts = read_prompts(request, self.spec, (encoder,), self.prompt_cache, loras, self.device)
+        return by_step(prompts, lambda each: UnetConditioning(torch.cat([text.embeds for text in each.rows])))
 
     def _skipped(self, prompt: str) -> torch.Tensor:
         """A prompt's embeddings without the last `clip_skip` layers, 1 × tokens × channels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,11 +10,13 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from stable_diffusion_server.pipelines.base import DenoisingSegment, seeded
 from stable_diffusion_server.pipelines.catalog import scheduler_of
+from stable_diffusion_server.pipelines.conditioning.clip_prompts import ClipEncoder, ClipText
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
+from stable_diffusion_server.pipelines.conditioning.prompt_reader import read_prompts
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler, set_timesteps
 from stable_diffusion_server.pipelines.model_spec import REFINER
 from stable_diffusion_server.pipelines.unet_family import UnetFamily
-from stable_diffusion_server.pipelines.unet_inputs import UnetConditioning
+from stable_diffusion_server.pipelines.unet_inputs import UnetConditioning, by_step
 from stable_diffusion_server.types import DiffusionRequest
 
 # Share of the noise schedule that the base draws before a refiner; its authors' "ensemble of experts".
@@ -61,6 +64,10 @@ class Sdxl(UnetFamily):
     def _encode_for_refiner(self, request: DiffusionRequest, loras: ActiveLoras) -> UnetConditioning:
         """The refiner's conditioning: the second text encoder alone, and aesthetic scores in place of a size."""
         pipe, guided = self.pipeline, request.guidance_scale > 1
+        size = (request.height, request.width, 0, 0)
+        if request.weighted or request.clip_skip is not None:
+            (last,) = read_prompts(request, self.spec, self._encoders()[1:], self.prompt_cache, loras, self.device)[-1:]
+            return self._conditioning_of_refiner(size, last.rows)
         texts = StableDiffusionXLImg2ImgPipeline(
             vae=pipe.vae,
             text_encoder=None,
@@ -83,15 +90,19 @@ class Sdxl(UnetFamily):
                 do_classifier_free_guidance=guided,
             ),
         )
-        size = (request.height, request.width, 0, 0)
-        scores = torch.tensor([[*size, _BAD], [*size, _GOOD]], dtype=positive.dtype, device=positive.device)
-        if not guided:
-            return UnetConditioning(positive, {"text_embeds": pooled, "time_ids": scores[1:]}, part=REFINER)
-        both = {"text_embeds": torch.cat([negative_pooled, pooled]), "time_ids": scores}
-        return UnetConditioning(torch.cat([negative, positive]), both, part=REFINER)
+        rows = [ClipText(negative, negative_pooled)] if guided else []
+        return self._conditioning_of_refiner(size, [*rows, ClipText(positive, pooled)])
+
+    @staticmethod
+    def _conditioning_of_refiner(size: tuple[int, ...], rows: Sequence[ClipText]) -> UnetConditioning:
+        embeds, pooled = _stacked(rows)
+        scores = torch.tensor([[*size, _BAD], [*size, _GOOD]], dtype=embeds.dtype, device=embeds.device)
+        return UnetConditioning(embeds, {"text_embeds": pooled, "time_ids": scores[-len(rows) :]}, part=REFINER)
 
     def _encode(self, request: DiffusionRequest, loras: ActiveLoras = ()) -> UnetConditioning:
         guided = request.guidance_scale > 1
+        if request.weighted or request.clip_skip is not None:
+            return self._read(request, loras)
         positive, negative, pooled, negative_pooled = self.prompt_cache.get_or_create(
             (request.prompt, request.negative_prompt, guided, digests_and_weights(loras)),
             lambda: self.pipeline.encode_prompt(
@@ -103,10 +114,29 @@ class Sdxl(UnetFamily):
                 clip_skip=self.spec.clip_skip or None,
             ),
         )
+        rows = [ClipText(negative, negative_pooled)] if guided else []
+        return self._conditioning(request, [*rows, ClipText(positive, pooled)])
+
+    def _conditioning(self, request: DiffusionRequest, rows: Sequence[ClipText]) -> UnetConditioning:
         # (original size, crop offset, target size): the stock pipeline's defaults, no crop.
         sizes = (request.height, request.width, 0, 0, request.height, request.width)
-        time_ids = torch.tensor([sizes], dtype=positive.dtype, device=positive.device)
-        if not guided:
-            return UnetConditioning(positive, {"text_embeds": pooled, "time_ids": time_ids})
-        both = {"text_embeds": torch.cat([negative_pooled, pooled]), "time_ids": time_ids.expand(2, -1)}
-        return UnetConditioning(torch.cat([negative, positive]), both)
+        embeds, pooled = _stacked(rows)
+        time_ids = torch.tensor([sizes], dtype=embeds.dtype, device=embeds.device).expand(len(rows), -1)
+        return UnetConditioning(embeds, {"text_embeds": pooled, "time_ids": time_ids})
+
+    def _read(self, request: DiffusionRequest, loras: ActiveLoras) -> UnetConditioning:
+        """The conditioning of prompts with weights, in chunks."""
+        prompts = read_prompts(request, self.spec, self._encoders(), self.prompt_cache, loras, self.device)
+        if request.negative_prompt is None and self.pipeline.config.force_zeros_for_empty_prompt:
+            prompts = [prompt.without_negative() for prompt in prompts]
+        return by_step(prompts, lambda each: self._conditioning(request, each.rows))
+
+    def _encoders(self) -> tuple[ClipEncoder, ...]:
+        pipe = self.pipeline
+        pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
+        return tuple(ClipEncoder(tokenizer, network, penultimate=True) for tokenizer, network in pairs)
+
+
+def _stacked(rows: Sequence[ClipText]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The embeddings and the pooled vectors of all rows."""
+    return torch.cat([row.embeds for row in rows]), torch.cat([row.pooled for row in rows if row.pooled is not None])

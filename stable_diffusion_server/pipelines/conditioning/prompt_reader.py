@@ -1,0 +1,85 @@
+"""Reads the prompts of a request for CLIP: weights, chunks of equal number for both, and texts that change by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from stable_diffusion_server.parsing import longest_text, scheduled_texts
+from stable_diffusion_server.pipelines.catalog import steps_skipped
+from stable_diffusion_server.pipelines.conditioning.clip_prompts import ClipEncoder, ClipText, encode_text, padded
+from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
+from stable_diffusion_server.pipelines.model_spec import MOST_CHUNKS, ModelSpec
+from stable_diffusion_server.types import DiffusionRequest
+
+# Texts that one request may change between: each takes memory on the device.
+_MOST_TEXTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StepPrompts:
+    """The texts that count from step `start` (from 0): [negative, positive] with guidance, [positive] without."""
+
+    start: int
+    rows: tuple[ClipText, ...]
+    warnings: tuple[str, ...] = ()
+
+    def without_negative(self) -> StepPrompts:
+        """The same with zeros in place of the negative text, as some pipelines read an empty one."""
+        if len(self.rows) == 1:
+            return self
+        negative, positive = self.rows
+        pooled = None if negative.pooled is None else torch.zeros_like(negative.pooled)
+        return replace(self, rows=(ClipText(torch.zeros_like(negative.embeds), pooled), positive))
+
+
+def read_prompts(
+    request: DiffusionRequest,
+    spec: ModelSpec,
+    encoders: Sequence[ClipEncoder],
+    cache: PromptCache,
+    loras: ActiveLoras,
+    device: torch.device,
+) -> list[StepPrompts]:
+    """Encode the prompts for each range of steps, the first from 0, all with chunks of equal number."""
+    skip = spec.clip_skip if request.clip_skip is None else request.clip_skip
+    skipped = steps_skipped(spec, request.num_inference_steps, request.strength) if request.image else 0
+    steps = request.num_inference_steps - skipped
+
+    def encoded(text: str) -> ClipText:
+        key = ("weighted", len(encoders), text, skip, digests_and_weights(loras))
+        value = cache.get_or_create(key, lambda: _as_entry(encode_text(text, encoders, skip, device)))
+        return ClipText(value[0], value[1], is_cut=value[2] is not None)
+
+    guided = request.guidance_scale > 1
+    texts = [request.negative_prompt or "", request.prompt] if guided else [request.prompt]
+    schedules, warnings = [], []
+    for text in texts:
+        schedule = scheduled_texts(text, steps)
+        if len({part for _, part in schedule}) > _MOST_TEXTS:
+            warnings.append(f"A prompt changes to more than {_MOST_TEXTS} texts; the one of the most steps is drawn.")
+            schedule = [(0, longest_text(text, steps))]
+        schedules.append([(start, encoded(part)) for start, part in schedule])
+    if any(text.is_cut for schedule in schedules for _, text in schedule):
+        warnings.append(f"A prompt has more than {MOST_CHUNKS} chunks of 75 tokens; the rest is not read.")
+    tokens = max(text.embeds.shape[1] for schedule in schedules for _, text in schedule)
+    starts = sorted({start for schedule in schedules for start, _ in schedule})
+    empty = encoded("")
+    return [
+        StepPrompts(
+            start, tuple(padded(_at(schedule, start), empty, tokens) for schedule in schedules), tuple(warnings)
+        )
+        for start in starts
+    ]
+
+
+def _as_entry(text: ClipText) -> tuple[torch.Tensor | None, ...]:
+    """The text as the cache holds it; a third tensor says that it was cut."""
+    return text.embeds, text.pooled, torch.ones(1) if text.is_cut else None
+
+
+def _at(schedule: Sequence[tuple[int, ClipText]], step: int) -> ClipText:
+    return next(text for start, text in reversed(schedule) if start <= step)

@@ -1,0 +1,39 @@
+"""Choices of a request: its task and prompt syntax, and how images are fitted and filled."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Task(StrEnum):
+    """The kind of generation. Tasks differ in how a request is prepared; all later stages are the same."""
+
+    TEXT_TO_IMAGE = "text_to_image"
+    IMAGE_TO_IMAGE = "image_to_image"
+    INPAINT = "inpaint"
+    EDIT = "edit"  # by instruction, with reference images
+
+
+class PromptSyntax(StrEnum):
+    """How a prompt is written: with AUTOMATIC1111's or compel's weights, or as plain text."""
+
+    A1111 = "a1111"
+    COMPEL = "compel"
+    PLAIN = "plain"
+
+
+class Fit(StrEnum):
+    """How an input image is brought to a size of another aspect ratio."""
+
+    STRETCH = "stretch"
+    CROP = "crop"
+    PAD = "pad"
+
+
+class Fill(StrEnum):
+    """What replaces the masked part of an image before it is repainted."""
+
+    ORIGINAL = "original"
+    SURROUNDINGS = "surroundings"
+    NOISE = "noise"
+    GREY = "grey"
