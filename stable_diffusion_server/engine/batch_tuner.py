@@ -223,7 +223,8 @@ class BatchSizeTuner:
                 return None
             profile = known[-1]
             scale = request.width * request.height / profile.pixels
-        return scale * (steps * (profile.seconds(size) or 0.0) + (profile.overhead or 0.0))
+        passes = steps * request.passes_per_step
+        return scale * (passes * (profile.seconds(size) or 0.0) + (profile.overhead or 0.0))
 
     def step_timings(self) -> list[StepTimings]:
         """Return the timings of all shapes, one entry per label."""

@@ -131,6 +131,7 @@ def lay_out_images(
         lora_digests=resolved.lora_digests,
         references=tuple(ImageArray(shrink_to_area(pixels, spec.reference_pixels)) for pixels in references),
         extra=request.extra,
+        sampling=parameters.sampling,
     )
     soft_mask = feather_mask(mask_on_image, request.feather) if mask_on_image is not None else None
     crop = None

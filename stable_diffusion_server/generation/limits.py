@@ -9,6 +9,7 @@ from typing import Any
 from uuid import NAMESPACE_OID, uuid5
 
 from stable_diffusion_server.errors import InvalidInput, number_text
+from stable_diffusion_server.pipelines import SAMPLING_NUMBERS
 from stable_diffusion_server.types import LORA_WEIGHT_MAX, SEED_MAX, Format, GenerationRequest
 
 # Maximum characters of a text and of a name, checked before any parsing; the settings allow no longer prompts.
@@ -65,6 +66,7 @@ class RequestLimits:
             "hires_height": (self.min_side, self.max_side),
             "hires_steps": (1, self.max_steps),
             "hires_strength": (0.0, 1.0),
+            **{name: (option.low, option.high) for name, option in SAMPLING_NUMBERS.items()},
         }
 
     def check(self, request: GenerationRequest) -> None:
@@ -75,8 +77,9 @@ class RequestLimits:
     def faults(self, value_of: Callable[[str], Any]) -> list[tuple[str, str]]:
         """Return (parameter, sentence) of each value out of its bounds; `value_of` returns a parameter by its name."""
         faults = []
+        sampling = dict(value_of("sampling") or ())
         for name, (low, high) in self.bounds().items():
-            value = value_of(name)
+            value = sampling.get(name) if name in SAMPLING_NUMBERS else value_of(name)
             # This form also refuses NaN, which compares false with everything.
             if isinstance(value, int | float) and not low <= value <= high:
                 faults.append((name, range_sentence(name, low, high)))

@@ -12,10 +12,11 @@ from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.limits import RequestLimits, file_format_of, name_of
 from stable_diffusion_server.generation.permissions import Ownership, check_extra, negative_prompt_scale, spec_for
 from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt, read_prompts
-from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength, scheduler_of
+from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength, resolve_sampling, scheduler_of
 from stable_diffusion_server.storage import object_key
 from stable_diffusion_server.types import (
     SEED_MAX,
+    ExtraValue,
     Fill,
     Fit,
     Format,
@@ -73,6 +74,7 @@ class ResolvedParameters:
     is_marked: bool
     clip_skip: int | None
     warnings: tuple[RequestWarning, ...]
+    sampling: tuple[tuple[str, ExtraValue], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,13 +192,15 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         warnings.append(
             RequestWarning("canny-unavailable", f"{spec.name} has no ControlNet; the edges are not followed.")
         )
+    steps = _or_default(request.num_inference_steps, spec.default_steps)
+    scheduler = _or_default(request.scheduler, spec.default_scheduler)
     parameters = ResolvedParameters(
         spec=spec,
         prompt=read.prompt,
         negative_prompt=read.negative_prompt,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        scheduler=_or_default(request.scheduler, spec.default_scheduler),
+        scheduler=scheduler,
         strength=_or_default(request.strength, 1.0),
         canny=follows,
         control_scale=_or_default(request.control_scale, spec.control_scale),
@@ -204,11 +208,11 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         is_marked=read.is_marked,
         clip_skip=None if request.clip_skip == spec.clip_skip else request.clip_skip,
         warnings=(*warnings, *read.warnings),
+        sampling=resolve_sampling(spec, scheduler, max(steps, request.hires_steps or 0), request.sampling),
     )
-    scheduler_of(spec, parameters.scheduler, parameters.num_inference_steps)
-    scheduler_of(spec, parameters.scheduler, request.hires_steps or parameters.num_inference_steps)
+    scheduler_of(spec, scheduler, steps)
     if not request.at_least_one_step:
-        check_strength(spec, parameters.num_inference_steps, parameters.strength)
+        check_strength(spec, steps, parameters.strength)
     if request.canny_low > request.canny_high:
         sentence = "canny_low must not be above canny_high."
         raise InvalidInput.from_faults([("canny_low", sentence), ("canny_high", sentence)])
@@ -276,6 +280,7 @@ def _identity_fields(
         **({"extra": sorted(request.extra)} if request.extra else {}),
         **({"prompt_syntax": parameters.prompt_syntax} if parameters.is_marked else {}),
         **({"clip_skip": parameters.clip_skip} if parameters.clip_skip is not None else {}),
+        **({"sampling": parameters.sampling} if parameters.sampling else {}),
     }
 
 

@@ -17,7 +17,7 @@ from stable_diffusion_server.imaging.formats import (
     media_type_of,
     media_types,
 )
-from stable_diffusion_server.imaging.infotext import SAMPLER_NAMES, parameters_text, parse_parameters
+from stable_diffusion_server.imaging.infotext import SAMPLER_NAMES, SCHEDULE_NAMES, parameters_text, parse_parameters
 from stable_diffusion_server.imaging.masks import binarize_mask, feather_mask, paste_back, to_mask
 from stable_diffusion_server.imaging.metadata import (
     DigitalSourceType,
@@ -43,6 +43,7 @@ __all__ = [
     "DEFAULT_FORMATS",
     "OPTIONAL_FORMATS",
     "SAMPLER_NAMES",
+    "SCHEDULE_NAMES",
     "SIGNATURE_BYTES",
     "Canvas",
     "CropBox",

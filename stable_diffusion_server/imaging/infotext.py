@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# AUTOMATIC1111's names of our schedulers.
+# AUTOMATIC1111's names of our schedulers, and of the spacings of their steps.
 SAMPLER_NAMES: Mapping[str, str] = {
     "euler": "Euler",
     "flow_euler": "Euler",
@@ -16,6 +16,38 @@ SAMPLER_NAMES: Mapping[str, str] = {
     "lcm": "LCM",
     "dpm": "DPM++ 2M SDE",
     "unipc": "UniPC",
+    "heun": "Heun",
+    "flow_heun": "Heun",
+    "dpm_2m": "DPM++ 2M",
+    "dpm_3m_sde": "DPM++ 3M SDE",
+    "dpm_sde": "DPM++ SDE",
+    "dpm_2s": "DPM++ 2S",
+    "dpm_2s_a": "DPM++ 2S a",
+    "deis": "DEIS",
+    "lms": "LMS",
+    "kdpm2": "DPM2",
+    "kdpm2_a": "DPM2 a",
+    "ddpm": "DDPM",
+    "tcd": "TCD",
+    "pndm": "PLMS",
+    "er_sde": "ER SDE",
+}
+SCHEDULE_NAMES: Mapping[str, str] = {
+    "normal": "Normal",
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "beta": "Beta",
+    "trailing": "SGM Uniform",
+    "ddim_uniform": "DDIM",
+    "ays": "Align Your Steps",
+}
+# Further options of a sampler, by AUTOMATIC1111's names.
+_OPTION_NAMES: Mapping[str, str] = {
+    "eta": "Eta",
+    "s_churn": "Sigma churn",
+    "s_tmin": "Sigma tmin",
+    "s_tmax": "Sigma tmax",
+    "s_noise": "Sigma noise",
 }
 _NEGATIVE = "Negative prompt:"
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})", re.ASCII)
@@ -69,11 +101,12 @@ def _pairs(record: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     """Return the parameters in AUTOMATIC1111's order. The record may come from any file."""
     hires = record.get("hires")
     hires = hires if isinstance(hires, Mapping) and _is_size(hires.get("from")) and _is_size(hires.get("to")) else None
-    scheduler = str(record.get("scheduler", ""))
+    scheduler, sampling = str(record.get("scheduler", "")), _sampling_of(record.get("sampling"))
     width, height = hires["from"] if hires else (record.get("width"), record.get("height"))
     values: dict[str, object] = {
         "Steps": record.get("num_inference_steps"),
         "Sampler": SAMPLER_NAMES.get(scheduler, scheduler) or None,
+        "Schedule type": SCHEDULE_NAMES.get(str(sampling.get("schedule"))),
         "CFG scale": record.get("guidance_scale"),
         "Seed": record.get("seed"),
         "Size": f"{width}x{height}" if width is not None and height is not None else None,
@@ -81,6 +114,7 @@ def _pairs(record: Mapping[str, object]) -> Iterator[tuple[str, object]]:
         "Model": record.get("model"),
         "Denoising strength": record.get("strength") if record.get("image") is not None and not hires else None,
     }
+    values |= {theirs: sampling.get(ours) for ours, theirs in _OPTION_NAMES.items()}
     yield from ((name, value) for name, value in values.items() if value is not None)
     if hires:
         yield from _hires_pairs(hires)
@@ -95,6 +129,13 @@ def _hires_pairs(hires: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
         yield "Hires resize", f"{wide}x{high}"
     yield "Hires steps", hires.get("steps")
     yield "Hires upscaler", "Lanczos"
+
+
+def _sampling_of(pairs: object) -> Mapping[str, object]:
+    """Return the options of the sampler in a record by name."""
+    listed = pairs if isinstance(pairs, list | tuple) else ()
+    found = {str(pair[0]): pair[1] for pair in listed if isinstance(pair, list | tuple) and len(pair) == 2}
+    return {name: value for name, value in found.items() if isinstance(value, str) or _is_small(value)}
 
 
 def _lora_tags(loras: object) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from stable_diffusion_server.pipelines.catalog import (
     MODELS,
     REAL_MODELS,
-    SCHEDULERS,
     check_strength,
     choose_models,
     scheduler_of,
@@ -58,13 +57,23 @@ from stable_diffusion_server.pipelines.model_spec import (
     known_names,
 )
 from stable_diffusion_server.pipelines.owned_models import OwnedModels, find_owned_models
+from stable_diffusion_server.pipelines.sampling_options import (
+    SAMPLING_NUMBERS,
+    SAMPLING_OPTIONS,
+    resolve_sampling,
+    schedule_named,
+)
+from stable_diffusion_server.pipelines.scheduler_rows import SCHEDULERS, SCHEDULES
 
 __all__ = [
     "CHUNK_TOKENS",
     "MODELS",
     "MOST_CHUNKS",
     "REAL_MODELS",
+    "SAMPLING_NUMBERS",
+    "SAMPLING_OPTIONS",
     "SCHEDULERS",
+    "SCHEDULES",
     "TRUE_GUIDANCE",
     "ExtraParameter",
     "FileIdentity",
@@ -99,6 +108,8 @@ __all__ = [
     "pin_origin",
     "read_spec",
     "refusal_of_name",
+    "resolve_sampling",
+    "schedule_named",
     "scheduler_of",
     "spec_of",
     "spec_path",

@@ -24,6 +24,9 @@ C = TypeVar("C")
 class DenoisingSegment:
     """Consecutive steps of one schedule, with the noise they start from (shaped like the latents) and its generator.
 
+    `timesteps` has one for each forward pass; a scheduler of second order takes two passes a step, so that `steps`, as
+    a caller counts them, are fewer; 0 means one for each pass.
+
     A request has one segment; a refined request has a second one, which starts from the result of the first: with noise
     added, or, for another network with a `conditioning` of its own, as it is.
     """
@@ -33,9 +36,14 @@ class DenoisingSegment:
     generator: torch.Generator
     noise: torch.Tensor
     conditioning: Any = None
+    steps: int = 0
+
+    def steps_done(self, passes: int) -> int:
+        """How many steps are finished after so many passes; the last step of a scheduler of second order has one."""
+        return passes * (self.steps or len(self.timesteps)) // len(self.timesteps)
 
     def add_noise(self, latents: torch.Tensor, position: int) -> torch.Tensor:
-        """`latents` with the noise level of step number `position`.
+        """`latents` with the noise level of pass number `position`.
 
         Some schedulers use their own step counter instead of the timestep, so `position` must be the next step.
         """
@@ -50,7 +58,7 @@ class DenoisingSegment:
     def step(
         self, prediction: torch.Tensor, position: int, latents: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The latents after step `position`, and the scheduler's estimate of the final ones, if it gives one.
+        """The latents after pass `position`, and the scheduler's estimate of the final ones, if it gives one.
 
         Schedulers that draw noise in a step use this segment's generator.
         """
@@ -75,11 +83,11 @@ class PipelineState(Generic[C]):
     """A request between two steps. It owns its schedulers and generators, so requests in a batch are independent.
 
     `latents` are 1 × …, `segments` the remaining ones, `index` the number of steps done, `segment_start` the index at
-    which the present segment began; `conditioning` is what the family computed from the prompt. `inpaint` and `control`
-    may be used together. `predicted_original` is the scheduler's latest estimate of the final latents, if it gives one.
-    `loras` are the LoRAs of the request; they stay loaded while the state exists. `tiling` is that of the VAE for this
-    request, if it found too little memory for the usual one. `warnings` are sentences for the caller on what the family
-    did not use as it was asked for.
+    which the present segment began, `passes` the number of forward passes in it; `conditioning` is what the family
+    computed from the prompt. `inpaint` and `control` may be used together. `predicted_original` is the scheduler's
+    latest estimate of the final latents, if it gives one. `loras` are the LoRAs of the request; they stay loaded while
+    the state exists. `tiling` is that of the VAE for this request, if it found too little memory for the usual one.
+    `warnings` are sentences for the caller on what the family did not use as it was asked for.
     """
 
     request: DiffusionRequest
@@ -91,6 +99,7 @@ class PipelineState(Generic[C]):
     control: ControlNetInput | None = None
     index: int = 0
     segment_start: int = 0
+    passes: int = 0
     predicted_original: torch.Tensor | None = None
     loras: ActiveLoras = ()
     tiling: VaeTiling | None = None
@@ -99,7 +108,7 @@ class PipelineState(Generic[C]):
     @property
     def steps(self) -> int:
         """Total number of steps."""
-        return self.segment_start + sum(len(segment.timesteps) for segment in self.segments)
+        return self.segment_start + sum(segment.steps_done(len(segment.timesteps)) for segment in self.segments)
 
     @property
     def done(self) -> bool:
@@ -108,12 +117,12 @@ class PipelineState(Generic[C]):
 
     @property
     def timestep(self) -> torch.Tensor:
-        """The timestep of the next step, a scalar."""
-        return self.segments[0].timesteps[self.index - self.segment_start]
+        """The timestep of the next pass, a scalar."""
+        return self.segments[0].timesteps[self.passes]
 
     @property
     def model_input(self) -> torch.Tensor:
-        """The latents, scaled for the model at the next step."""
+        """The latents, scaled for the model at the next pass."""
         scheduler = self.segments[0].scheduler
         if not hasattr(scheduler, "scale_model_input"):  # flow matching
             return self.latents
@@ -121,19 +130,19 @@ class PipelineState(Generic[C]):
         return scaled
 
     def advance(self, prediction: torch.Tensor) -> None:
-        """Take one scheduler step with the model's prediction, apply the inpaint constraint, start the next segment.
+        """Take the scheduler on by the model's prediction, apply the inpaint constraint, start the next segment.
 
         The blend is that of diffusers' inpaint pipelines (after Lugmayr et al. 2022, arXiv 2201.09865): the kept
         latents have the noise level of the next step, and none after the last one.
         """
         segment = self.segments[0]
-        latents, predicted = segment.step(prediction, self.index - self.segment_start, self.latents)
-        self.index += 1
-        position = self.index - self.segment_start
-        ended = position == len(segment.timesteps)
+        latents, predicted = segment.step(prediction, self.passes, self.latents)
+        self.passes += 1
+        self.index = self.segment_start + segment.steps_done(self.passes)
+        ended = self.passes == len(segment.timesteps)
         if self.inpaint is not None:
             mask, original = self.inpaint.mask, self.inpaint.latents
-            latents = (1 - mask) * (original if ended else segment.add_noise(original, position)) + mask * latents
+            latents = (1 - mask) * (original if ended else segment.add_noise(original, self.passes)) + mask * latents
             if predicted is not None:
                 predicted = (1 - mask) * original + mask * predicted
         self.latents, self.predicted_original = latents, predicted
@@ -145,7 +154,7 @@ class PipelineState(Generic[C]):
 
         A network of its own continues with the latents as they are, without the ControlNet, which is another's.
         """
-        self.segments, self.segment_start = self.segments[1:], self.index
+        self.segments, self.segment_start, self.passes = self.segments[1:], self.index, 0
         if self.segments[0].conditioning is not None:
             self.conditioning, self.control = self.segments[0].conditioning, None
             return

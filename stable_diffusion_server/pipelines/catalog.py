@@ -9,6 +9,7 @@ from typing import Literal
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError, number_text
 from stable_diffusion_server.pipelines.model_spec import ModelSpec, SchedulerSpec, known_names
+from stable_diffusion_server.pipelines.scheduler_rows import FOR_FLOWS, FOR_NOISE, SCHEDULERS
 from stable_diffusion_server.types import PromptSyntax
 
 # Strength of the refining second pass: the original's base model handed over at 0.7 of the steps.
@@ -16,25 +17,6 @@ REFINE_STRENGTH = 0.3
 
 Source = Literal["embedded", "local", "hub", "auto"]
 
-
-SCHEDULERS: Mapping[str, SchedulerSpec] = MappingProxyType(
-    {
-        "euler": SchedulerSpec("EulerDiscreteScheduler"),
-        "euler_a": SchedulerSpec("EulerAncestralDiscreteScheduler"),
-        # clip_sample is meant for pixels; on latents it makes images grey.
-        "ddim": SchedulerSpec("DDIMScheduler", options=MappingProxyType({"clip_sample": False})),
-        # LCM was distilled on 50 steps and selects among them.
-        "lcm": SchedulerSpec("LCMScheduler", max_steps=50, options=MappingProxyType({"clip_sample": False})),
-        "dpm": SchedulerSpec(
-            "DPMSolverMultistepScheduler",
-            options=MappingProxyType({"algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"}),
-        ),
-        "unipc": SchedulerSpec("UniPCMultistepScheduler"),
-        "flow_euler": SchedulerSpec("FlowMatchEulerDiscreteScheduler"),
-        # The one of the model's folder, of any class.
-        "own": SchedulerSpec(""),
-    }
-)
 
 _SDXL = "stable_diffusion_server.pipelines.families.sdxl:Sdxl"
 _FLUX = "stable_diffusion_server.pipelines.families.flux:Flux"
@@ -53,7 +35,7 @@ _EMBEDDED_SDXL = ModelSpec(
     default_steps=4,
     default_guidance=2.0,
     default_scheduler="euler",
-    schedulers=("euler", "euler_a", "ddim", "unipc"),
+    schedulers=FOR_NOISE,
     takes_negative_prompt=True,
     control_folder="embedded-controlnet-canny-sdxl",
     control_scale=1.0,
@@ -75,7 +57,7 @@ _EMBEDDED_FLUX = ModelSpec(
     default_steps=4,
     default_guidance=0.0,
     default_scheduler="flow_euler",
-    schedulers=("flow_euler",),
+    schedulers=FOR_FLOWS,
     takes_negative_prompt=False,
     takes_guidance=False,
     takes_controlnet_lora=True,
@@ -102,7 +84,7 @@ _SDXL_BASE = ModelSpec(
     default_steps=25,
     default_guidance=7.0,
     default_scheduler="euler",
-    schedulers=("euler", "euler_a", "ddim", "dpm", "lcm", "unipc"),
+    schedulers=FOR_NOISE,
     takes_negative_prompt=True,
     control_folder="diffusers/controlnet-canny-sdxl-1.0",
     control_repo="diffusers/controlnet-canny-sdxl-1.0",
@@ -129,7 +111,7 @@ _FLUX_SCHNELL = ModelSpec(
     default_steps=4,
     default_guidance=0.0,
     default_scheduler="flow_euler",
-    schedulers=("flow_euler",),
+    schedulers=FOR_FLOWS,
     takes_negative_prompt=False,
     takes_guidance=False,
     takes_controlnet_lora=True,

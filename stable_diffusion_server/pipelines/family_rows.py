@@ -15,6 +15,7 @@ from stable_diffusion_server.pipelines.model_spec import (
     ExtraParameter,
     ModelSpec,
 )
+from stable_diffusion_server.pipelines.scheduler_rows import FOR_FLOWS
 from stable_diffusion_server.pipelines.stock_rows import stock_row
 from stable_diffusion_server.types import PromptSyntax, Task
 
@@ -103,7 +104,7 @@ _KLEIN = ModelSpec(
     default_steps=4,
     default_guidance=1.0,
     default_scheduler="flow_euler",
-    schedulers=("flow_euler",),
+    schedulers=FOR_FLOWS,
     takes_negative_prompt=False,
     takes_guidance=False,
     rounds_steps_up=True,

@@ -31,12 +31,20 @@ _LISTED = 12
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSpec:
-    """A scheduler: its diffusers class, the configuration options it overrides, and the steps it takes."""
+    """A scheduler: its class, the configuration options it overrides, and the steps it takes.
+
+    The class is one of `own_schedulers` or of diffusers. `schedules` are the spacings of its steps that may be asked
+    for, `takes` further options of a request that it has a use for, with their defaults. One that does not `start_pure`
+    divides by the least noise what it computes at the most, and so cannot start in pure noise (zero terminal SNR).
+    """
 
     class_name: str
     min_steps: int = 1
     max_steps: int = 1000
     options: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    schedules: tuple[str, ...] = ()
+    takes: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    start_pure: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Generic
 
 import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.pipelines.base import (
@@ -24,6 +25,8 @@ from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNet
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras
 from stable_diffusion_server.pipelines.diffusers_family import DiffusersFamily
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler
+from stable_diffusion_server.pipelines.loading.schedules import follow
+from stable_diffusion_server.pipelines.scheduler_rows import SCHEDULERS
 from stable_diffusion_server.pipelines.vae_tiles import VaeTiling
 from stable_diffusion_server.types import DiffusionRequest
 
@@ -136,9 +139,16 @@ class NativeFamily(DiffusersFamily, Generic[C]):
         model lacks.
         """
         spec = scheduler_of(self.spec, request.scheduler, request.num_inference_steps)
-        scheduler = make_scheduler(spec, like=self.pipeline.scheduler)
-        levels = {"num_inference_steps": request.num_inference_steps} if sigmas is None else {"sigmas": [*sigmas]}
-        scheduler.set_timesteps(**levels, device=noise.device, mu=shift)
+        scheduler = make_scheduler(spec, self.pipeline.scheduler, request.sampling)
+        steps = request.num_inference_steps
+        levels = {"num_inference_steps": steps} if sigmas is None else {"sigmas": [*sigmas]}
+        if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):  # it takes no noise levels of its own
+            euler = make_scheduler(SCHEDULERS["flow_euler"], self.pipeline.scheduler, request.sampling)
+            euler.set_timesteps(**levels, device=noise.device, mu=shift)
+            scheduler.set_timesteps(steps, device=noise.device)
+            follow(scheduler, euler)
+        else:
+            scheduler.set_timesteps(**levels, device=noise.device, mu=shift)
         first = skipped * scheduler.order
         scheduler.set_begin_index(first)
-        return DenoisingSegment(scheduler, scheduler.timesteps[first:], generator, noise)
+        return DenoisingSegment(scheduler, scheduler.timesteps[first:], generator, noise, steps=steps - skipped)

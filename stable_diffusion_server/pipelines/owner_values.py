@@ -14,12 +14,13 @@ from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 # Lin et al. 2023 (arXiv 2305.08891) recommend it for zero terminal SNR.
 _RESCALE = 0.7
-# Spacing of the steps → options of diffusers' schedulers. `beta` needs scipy, which is no dependency.
+# Spacing of the steps → options of diffusers' schedulers.
 _SCHEDULES: Mapping[str, Mapping[str, object]] = {
     "automatic": {},
     "normal": {},
     "karras": {"use_karras_sigmas": True},
     "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
     "sgm_uniform": {"timestep_spacing": "trailing"},
     "simple": {"timestep_spacing": "trailing"},
 }

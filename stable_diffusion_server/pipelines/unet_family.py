@@ -27,6 +27,7 @@ from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import 
     set_timesteps,
     token_counter,
 )
+from stable_diffusion_server.pipelines.loading.schedules import aligned_timesteps, has_table, use_own_noise
 from stable_diffusion_server.pipelines.native_family import NativeFamily
 from stable_diffusion_server.pipelines.unet_inputs import (
     UnetConditioning,
@@ -94,9 +95,7 @@ class UnetFamily(NativeFamily[UnetConditioning]):
             own = [index for index, state in enumerate(states) if state.conditioning.part == part]
             predicted = self._rows_of(getattr(self.pipeline, part), [states[index] for index in own])
             found |= zip(own, predicted, strict=True)
-        return [
-            guided_prediction(found[index], state, self.spec.guidance_rescale) for index, state in enumerate(states)
-        ]
+        return [guided_prediction(found[index], state, self._rescale(state)) for index, state in enumerate(states)]
 
     def _rows_of(self, unet: Any, states: Sequence[PipelineState[UnetConditioning]]) -> Sequence[torch.Tensor]:
         """The prediction of each state's rows, by one pass."""
@@ -115,6 +114,10 @@ class UnetFamily(NativeFamily[UnetConditioning]):
         predicted: torch.Tensor = unet(**inputs, **residuals, return_dict=False)[0]
         return list(predicted.split(rows))
 
+    def _rescale(self, state: PipelineState[UnetConditioning]) -> float:
+        """The rescaling of guidance that the request asks for, by default the model's."""
+        return float(dict(state.request.sampling).get("guidance_rescale", self.spec.guidance_rescale))
+
     def _vae_latents(self, state: PipelineState[UnetConditioning], latents: torch.Tensor) -> torch.Tensor:
         config = self.pipeline.vae.config
         if (statistics := vae_statistics(self.pipeline.vae, latents)) is None:
@@ -126,16 +129,29 @@ class UnetFamily(NativeFamily[UnetConditioning]):
         self, request: DiffusionRequest, skipped: int, generator: torch.Generator, dtype: torch.dtype
     ) -> DenoisingSegment:
         pipe = self.pipeline
-        scheduler_spec = scheduler_of(self.spec, request.scheduler, request.num_inference_steps)
-        scheduler = make_scheduler(scheduler_spec, like=pipe.scheduler)
-        # On the CPU: schedulers read timesteps in Python, and on a device every read would wait for its queue.
-        set_timesteps(scheduler, request.num_inference_steps, torch.device("cpu"))
+        scheduler = self._scheduler(request)
         first = skipped * scheduler.order
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
         size = (request.height // pipe.vae_scale_factor, request.width // pipe.vae_scale_factor)
         noise = torch.randn((1, pipe.unet.config.out_channels, *size), generator=generator, dtype=dtype)
-        return DenoisingSegment(scheduler, scheduler.timesteps[first:], generator, noise.to(self.device))
+        noise = noise.to(self.device)
+        use_own_noise(scheduler, noise, generator.initial_seed())
+        steps = request.num_inference_steps - skipped
+        return DenoisingSegment(scheduler, scheduler.timesteps[first:], generator, noise, steps=steps)
+
+    def _scheduler(self, request: DiffusionRequest) -> Any:
+        """A new scheduler with the request's timesteps.
+
+        On the CPU: schedulers read timesteps in Python, and on a device every read would wait for its queue.
+        """
+        steps, like = request.num_inference_steps, self.pipeline.scheduler
+        scheduler = make_scheduler(scheduler_of(self.spec, request.scheduler, steps), like, request.sampling)
+        table: list[int] = []
+        if has_table(dict(request.sampling)):
+            table = aligned_timesteps(scheduler, steps, sdxl=hasattr(self.pipeline, "text_encoder_2"))
+        set_timesteps(scheduler, steps, torch.device("cpu"), table)
+        return scheduler
 
     @property
     def _takes_mask(self) -> bool:

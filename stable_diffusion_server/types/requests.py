@@ -23,7 +23,9 @@ LORA_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 Seed = int | Literal["random"] | None
 ExtraValue = bool | int | float | str
 # Fields that few requests have.
-_RARE = ("references", "extra", "weighted", "clip_skip")
+_RARE = ("references", "extra", "weighted", "clip_skip", "sampling")
+# Schedulers of second order: two forward passes a step.
+_TWO_PASSES = frozenset({"heun", "kdpm2", "kdpm2_a", "dpm_sde", "dpm_2s_a", "flow_heun"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ class DiffusionRequest:
         loras: Name and weight of each LoRA.
         alone: Whether the request must not share forward passes, so that it can be reproduced bit for bit.
         lora_digests: SHA-256 of each LoRA's file; if empty, the current content of the files is used.
+        sampling: Options of the sampler that are not its defaults, by name, sorted.
     """
 
     task: Task
@@ -145,6 +148,12 @@ class DiffusionRequest:
     extra: tuple[tuple[str, ExtraValue], ...] = ()
     weighted: bool = False
     clip_skip: int | None = None
+    sampling: tuple[tuple[str, ExtraValue], ...] = ()
+
+    @property
+    def passes_per_step(self) -> int:
+        """Forward passes of one step: 2 for schedulers of second order, whose last step takes one."""
+        return 2 if self.scheduler in _TWO_PASSES else 1
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -240,6 +249,7 @@ class GenerationRequest:
         extra: Parameters that only some models have, by name.
         prompt_syntax: How the prompts are written; by default as the model's users write them.
         clip_skip: Last layers of CLIP that are left out, more than usual; `None` for the model's own.
+        sampling: Options of the sampler by name: its `schedule`, `eta` and so on.
     """
 
     task: Task
@@ -286,6 +296,7 @@ class GenerationRequest:
     extra: tuple[tuple[str, ExtraValue], ...] = ()
     prompt_syntax: PromptSyntax | None = None
     clip_skip: int | None = None
+    sampling: tuple[tuple[str, ExtraValue], ...] = ()
 
     @property
     def sources(self) -> tuple[ImageInput, ...]:

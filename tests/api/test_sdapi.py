@@ -79,8 +79,9 @@ def test_no_seed_is_another_picture_each_time_and_several_count_on(client: webui
         ("Euler a", "euler_a", False),
         ("euler a", "euler_a", False),
         ("DDIM", "ddim", False),
-        ("Euler a Karras", "euler_a", True),
-        ("DPM++ 2M Karras", "euler", True),
+        ("Euler a Karras", "euler_a", False),
+        ("DPM++ 2M Karras", "dpm_2m", False),
+        ("Restart", "dpm_2s_a", True),
         ("UniPC", "unipc", False),
         ("ddim", "ddim", False),
     ],
@@ -100,12 +101,12 @@ def test_what_is_known_and_not_honoured_is_reported(client: webuiapi.WebUIApi) -
     assert plain.info["not_honoured"] == []
     result = client.txt2img(
         prompt="a (red:1.3) square", restore_faces=True, tiling=True, styles=["anime"], subseed_strength=0.5,
-        scheduler="karras", override_settings={"CLIP_stop_at_last_layers": 2}, **SIZE,
+        scheduler="KL Optimal", override_settings={"CLIP_stop_at_last_layers": 2}, **SIZE,
     )  # fmt: skip
     said = " ".join(result.info["not_honoured"])
     for name in ("restore_faces", "tiling", "styles", "subseed_strength", "CLIP_stop_at_last_layers", "brackets"):
         assert name in said
-    assert "spacing" in said
+    assert "scheduler: KL Optimal" in said
 
 
 def test_a_model_is_chosen_for_one_call_or_for_the_caller(live: LiveServer, client: webuiapi.WebUIApi) -> None:

@@ -153,9 +153,9 @@ def test_an_infotext_with_wrong_values_is_taken_as_far_as_it_goes(running: Runni
 @pytest.mark.parametrize(
     "sampler",
     [
-        *("Restart", "DPM fast", "DPM adaptive", "DPM++ 2M SDE Heun", "DPM++ 3M SDE Exponential", "DDIM CFG++"),
-        *("UniPC BH2", "DEIS", "HeunPP2", "IPNDM", "[Forge] Flux Realistic", "Default", "Automatic", "k_euler_a"),
-        *("dpmpp_2m", "Warp", "k_dpmpp_2m_sde", "Euler Ancestral CFG++", "uni_pc_bh2", "[[[[", "\u732b"),
+        *("Restart", "DPM fast", "DPM adaptive", "DPM++ 2M SDE Heun", "DDIM CFG++"),
+        *("UniPC BH2", "HeunPP2", "IPNDM", "[Forge] Flux Realistic", "Default", "Automatic"),
+        *("Warp", "Euler Ancestral CFG++", "uni_pc_bh2", "[[[[", "\u732b"),
     ],
 )
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
@@ -164,10 +164,15 @@ def test_any_sampler_is_drawn_by_the_closest_and_reported(running: RunningApp, s
     _, info = asked(running, sampler_name=sampler, override_settings={"sd_model_checkpoint": model})
     taken = running.squares.finished[0].scheduler
     assert f"{sampler} is drawn by {taken}" in said(info)
-    closest = {"k_euler_a": "euler_a", "Euler Ancestral CFG++": "euler_a", "DDIM CFG++": "ddim", "UniPC BH2": "unipc"}
-    assert taken == (
-        "flow_euler" if model == "flux" else closest.get(sampler, "unipc" if "uni" in sampler else "euler")
-    )
+    closest = {
+        **dict.fromkeys(("Restart",), "dpm_2s_a"),
+        **dict.fromkeys(("DPM fast", "DPM adaptive"), "dpm_2m"),
+        **dict.fromkeys(("HeunPP2",), "heun"),
+        **{"DPM++ 2M SDE Heun": "dpm", "IPNDM": "lms", "DDIM CFG++": "ddim", "UniPC BH2": "unipc"},
+        **{"Euler Ancestral CFG++": "euler_a", "uni_pc_bh2": "unipc"},
+    }
+    flow = "flow_heun" if sampler == "HeunPP2" else "flow_euler"
+    assert taken == (flow if model == "flux" else closest.get(sampler, "euler"))
 
 
 @pytest.mark.parametrize(

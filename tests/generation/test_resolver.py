@@ -60,6 +60,7 @@ CHANGED: dict[str, Any] = {
     "references": (ImageInput("image_file[0]", data=b"reference"),),
     "extra": (("true_cfg_scale", 2.0),),
     "clip_skip": 1,
+    "sampling": (("schedule", "karras"),),
 }
 WITH_CANNY: dict[str, Any] = {"canny_low": 90, "canny_high": 210, "control_scale": 0.9}
 WITH_SIZE: dict[str, Any] = {"fit": Fit.STRETCH}

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict bef
 from stable_diffusion_server.api.automatic1111.checkpoint_names import title_of
 from stable_diffusion_server.api.automatic1111.controlnet_routes import MODULES
 from stable_diffusion_server.api.automatic1111.list_bodies import UPSCALERS
-from stable_diffusion_server.api.automatic1111.name_mapping import samplers_of
+from stable_diffusion_server.api.automatic1111.sampler_names import samplers_of
 from stable_diffusion_server.api.dependencies import DialectContext, caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.schemas.responses import described

@@ -11,11 +11,14 @@ from typing import Any
 import psutil
 from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
 
+from stable_diffusion_server.api.automatic1111.sampler_names import schedules_of
 from stable_diffusion_server.api.dependencies import DialectContext
+from stable_diffusion_server.imaging import SCHEDULE_NAMES
 
 # Pillow's resampling filters, under AUTOMATIC1111's names.
 UPSCALERS = ("Lanczos", "Nearest")
 CONTROLNET_SCRIPT = "controlnet"
+_SCHEDULE_ALIASES = {"normal": ("uniform",), "trailing": ("sgm_uniform", "simple"), "ays": ("align_your_steps",)}
 
 
 class Automatic1111UpscalerBody(TypedDict):
@@ -93,15 +96,16 @@ def upscalers_body(context: DialectContext) -> list[Automatic1111UpscalerBody]:
 
 
 def schedulers_body(context: DialectContext) -> list[Automatic1111SchedulerBody]:
-    """List the spacings of the steps: each sampler here has one, its own."""
+    """List the spacings of the steps. Automatic is the sampler's own, as AUTOMATIC1111 has it."""
     return [
         {
-            "name": "automatic",
-            "label": "Automatic",
-            "aliases": None,
-            "default_rho": -1.0,
+            "name": name,
+            "label": SCHEDULE_NAMES.get(name, name.capitalize()),
+            "aliases": [*_SCHEDULE_ALIASES[name]] if name in _SCHEDULE_ALIASES else None,
+            "default_rho": 7.0 if name == "karras" else -1.0,
             "need_inner_model": False,
         }
+        for name in ("automatic", *schedules_of(context.models))
     ]
 
 

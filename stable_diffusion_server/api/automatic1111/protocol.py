@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from stable_diffusion_server.api.automatic1111.checkpoint_names import model_named
 from stable_diffusion_server.api.automatic1111.controlnet_units import CannyUnit, parse_units
-from stable_diffusion_server.api.automatic1111.name_mapping import scheduler_for
 from stable_diffusion_server.api.automatic1111.options import FORMATS, Option
 from stable_diffusion_server.api.automatic1111.prompt_syntax import read_prompt, resolve_loras
+from stable_diffusion_server.api.automatic1111.sampler_names import sampler_for
+from stable_diffusion_server.api.automatic1111.sampling_params import SAMPLING_PARAMETERS, read_sampling
 from stable_diffusion_server.api.automatic1111.second_pass_params import SecondPass, parse_second_pass
 from stable_diffusion_server.api.automatic1111.task_params import Img2Img, Txt2Img, with_infotext
 from stable_diffusion_server.api.base64_images import bytes_of
@@ -24,9 +25,9 @@ _FITS = (Fit.STRETCH, Fit.CROP, Fit.PAD, Fit.STRETCH)
 _FILLS = (Fill.SURROUNDINGS, Fill.ORIGINAL, Fill.NOISE, Fill.GREY)
 # Parameters without effect on this server, with their neutral values, which cause no warning.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    **dict.fromkeys(("seed_resize_from_h", "seed_resize_from_w", "s_churn", "s_tmax"), (0, -1)),
-    **dict.fromkeys(("s_tmin", "s_min_uncond", "firstphase_width", "firstphase_height"), (0, -1)),
-    **dict.fromkeys(("eta", "s_noise", "initial_noise_multiplier"), (0, 1)),
+    **dict.fromkeys(("seed_resize_from_h", "seed_resize_from_w", "s_min_uncond"), (0, -1)),
+    **dict.fromkeys(("firstphase_width", "firstphase_height"), (0, -1)),
+    **dict.fromkeys(("initial_noise_multiplier",), (0, 1)),
     **dict.fromkeys(("image_cfg_scale",), (1.5,)),
     **dict.fromkeys(("restore_faces", "tiling", "include_init_images", "disable_extra_networks"), (False,)),
     **dict.fromkeys(("do_not_save_samples", "do_not_save_grid", "save_images"), (True, False)),
@@ -131,8 +132,9 @@ def _words_and_numbers(
     positive = read_prompt(params.prompt, "prompt", steps, weighted=spec.weighs_prompts)
     negative = read_prompt(params.negative_prompt or "", "negative_prompt", steps, weighted=spec.weighs_prompts)
     loras, about_loras = resolve_loras(positive.loras, lambda: list(context.loras()))
-    scheduler, about_scheduler = scheduler_for(
-        params.sampler_name or params.sampler_index or "", params.scheduler or "", spec
+    chosen = sampler_for(params.sampler_name or params.sampler_index or "", params.scheduler or "", spec)
+    sampling, about_sampling = read_sampling(
+        {name: getattr(params, name, None) for name in SAMPLING_PARAMETERS}, chosen, spec
     )
     seed, about_seed = _seed(params.seed)
     generation = GenerationRequest(
@@ -142,13 +144,21 @@ def _words_and_numbers(
         seed=seed,
         num_inference_steps=params.steps,
         guidance_scale=params.cfg_scale,
-        scheduler=scheduler,
+        scheduler=chosen.scheduler,
+        sampling=sampling,
         loras=loras,
         prompt_syntax=PromptSyntax.A1111 if spec.weighs_prompts else PromptSyntax.PLAIN,
         allow_empty_prompt=True,
         at_least_one_step=True,
     )
-    ignored = [*filter(None, (about_scheduler, about_seed)), *positive.ignored, *about_loras, *negative.ignored]
+    ignored = [
+        *chosen.ignored,
+        *filter(None, (about_seed,)),
+        *about_sampling,
+        *positive.ignored,
+        *about_loras,
+        *negative.ignored,
+    ]
     if negative.loras:
         ignored.append("negative_prompt: <lora:…> has no effect there.")
     return generation, ignored
@@ -287,7 +297,10 @@ def _ignored_parameters(params: Txt2Img, settings: Mapping[str, object]) -> list
     ignored = [
         f"{name[:50]} is not honoured."
         for name, value in extra.items()
-        if value not in (None, "", [], {}) and value not in _NEUTRAL.get(name, ()) and not name.startswith(_SILENT)
+        if value not in (None, "", [], {})
+        and value not in _NEUTRAL.get(name, ())
+        and not name.startswith(_SILENT)
+        and name not in SAMPLING_PARAMETERS
     ]
     return [
         *ignored,

@@ -11,9 +11,9 @@ from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict bef
 
 from stable_diffusion_server.api.automatic1111.checkpoint_names import title_of
 from stable_diffusion_server.api.automatic1111.generation_info import TaskImage, generation_info
-from stable_diffusion_server.api.automatic1111.name_mapping import SAMPLERS, samplers_of
 from stable_diffusion_server.api.automatic1111.progress import TrackedTask
 from stable_diffusion_server.api.automatic1111.protocol import ParsedTask
+from stable_diffusion_server.api.automatic1111.sampler_names import SAMPLERS, default_options, samplers_of
 from stable_diffusion_server.api.base64_images import text_of
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.imaging import parameters_text, parse_parameters, read_parameters_text, read_record
@@ -174,7 +174,10 @@ def models_body(context: DialectContext) -> list[Automatic1111ModelBody]:
 
 def samplers_body(context: DialectContext) -> list[Automatic1111SamplerBody]:
     """List the samplers that have an exact counterpart here."""
-    return [{"name": name, "aliases": [SAMPLERS[name][0]], "options": {}} for name in samplers_of(context.models)]
+    return [
+        {"name": name, "aliases": [SAMPLERS[name][0]], "options": default_options(name)}
+        for name in samplers_of(context.models)
+    ]
 
 
 def loras_body(context: DialectContext) -> list[Automatic1111LoraBody]:

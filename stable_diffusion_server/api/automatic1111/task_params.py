@@ -31,6 +31,11 @@ _OF_INFOTEXT = {
     "Size-2": "height",
     "Denoising strength": "denoising_strength",
     "Mask blur": "mask_blur",
+    "Eta": "eta",
+    "Sigma churn": "s_churn",
+    "Sigma tmin": "s_tmin",
+    "Sigma tmax": "s_tmax",
+    "Sigma noise": "s_noise",
     "Variation seed": "subseed",
     "Variation seed strength": "subseed_strength",
     "Hires upscale": "hr_scale",
@@ -77,8 +82,15 @@ class Txt2Img(BaseModel):
     )
     sampler_index: str | None = Field(None, max_length=NAME_MAX, description="`sampler_name` of older clients.")
     scheduler: str | None = Field(
-        None, max_length=NAME_MAX, description="Spacing of the steps; `info` says if it is ignored."
+        None,
+        max_length=NAME_MAX,
+        description="Spacing of the steps, a name in `/sdapi/v1/schedulers`; `info` says what is not drawn so.",
     )
+    eta: Any = Field(None, description="Share of new noise in a step, for samplers that take it.")
+    s_churn: Any = Field(None, description="Noise added before a step, for Euler.")
+    s_tmin: Any = Field(None, description="Noise level below which `s_churn` adds none.")
+    s_tmax: Any = Field(None, description="Noise level above which `s_churn` adds none; 0: no bound.")
+    s_noise: Any = Field(None, description="Factor of the noise that is added.")
     batch_size: int | None = Field(None, ge=1, description="Images in a batch.")
     n_iter: int | None = Field(None, ge=1, description="Batches.")
     denoising_strength: float | None = Field(

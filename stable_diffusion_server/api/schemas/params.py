@@ -12,22 +12,24 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from fastapi import Request
 from pydantic import Field, WithJsonSchema, field_validator
 
-from stable_diffusion_server.api.base64_images import bytes_of, is_data_url
 from stable_diffusion_server.api.concurrency import run_if_large
 from stable_diffusion_server.api.dependencies import caller_of, scope_to_caller
 from stable_diffusion_server.api.request_parsing import RawJson, UploadedFile, read_parameters, read_query
 from stable_diffusion_server.api.schemas.extra_parameters import read_extra
+from stable_diffusion_server.api.schemas.input_images import image_at, input_images, pictures_size
 from stable_diffusion_server.api.schemas.validation import FaultsOf, RequestParams, validated
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, TEXT_MAX, RequestLimits
+from stable_diffusion_server.pipelines import SAMPLING_OPTIONS
 from stable_diffusion_server.types import LORA_NAME_PATTERN, Format, GenerationRequest, ImageInput, PromptSyntax, Task
 
 _BINARY = {"type": "string", "format": "binary"}
 _NUMBERS = frozenset(
     "seed num_inference_steps guidance_scale quality timeout width height strength feather canny_low canny_high "
-    "control_scale n output_compression partial_images clip_skip".split()
+    "control_scale n output_compression partial_images clip_skip eta s_churn s_tmin s_tmax s_noise "
+    "guidance_rescale".split()
 )
-_BOOLEANS = frozenset("overwrite refine canny stream".split())
+_BOOLEANS = frozenset("overwrite refine canny stream zero_snr".split())
 # Maximum characters of `lora`: far more than MAX_LORAS entries need, and short enough to split before counting.
 _LORA_TEXT_MAX = 2000
 _LORA = re.compile(rf"(?P<name>{LORA_NAME_PATTERN})(:(?P<weight>[+-]?[0-9]{{1,3}}(\.[0-9]{{1,6}})?))?")
@@ -61,6 +63,23 @@ class GenerationParams(RequestParams):
     num_inference_steps: int | None = Field(None, description="Denoising steps.")
     guidance_scale: float | None = Field(None, description="How strongly to follow the prompt.")
     scheduler: str | None = Field(None, max_length=NAME_MAX, description="Scheduler by its name.")
+    schedule: str | None = Field(
+        None,
+        max_length=NAME_MAX,
+        description="Spacing of the steps, as the scheduler takes it. If omitted or `automatic`, the scheduler's own.",
+    )
+    eta: float | None = Field(None, description="Share of new noise in a step, for schedulers that add it.")
+    s_churn: float | None = Field(None, description="Noise added before a step (Karras et al. 2022).")
+    s_tmin: float | None = Field(None, description="Noise level below which `s_churn` adds none.")
+    s_tmax: float | None = Field(None, description="Noise level above which `s_churn` adds none.")
+    s_noise: float | None = Field(None, description="Factor of the noise that is added.")
+    zero_snr: bool | None = Field(
+        None,
+        description="Whether the schedule ends in pure noise, for models with a UNet. If omitted, the model's.",
+    )
+    guidance_rescale: float | None = Field(
+        None, description="How far guidance keeps the spread of the prediction, for models with a UNet: less exposure."
+    )
     overwrite: bool = Field(False, description="Generate and store even if the key exists.")
     timeout: float | None = Field(None, description="Maximum seconds to wait for the image.")
     refine: bool = Field(False, description="Run a second pass at low strength over the image.")
@@ -110,6 +129,8 @@ class GenerationParams(RequestParams):
         loras = tuple((match["name"], float(match["weight"] or 1)) for match in matches if match)
         values = self.model_dump(exclude={"lora", "batch", *images})
         values["extra"] = tuple((self.extra or {}).items())
+        sampling = {name: values.pop(name) for name in SAMPLING_OPTIONS}
+        values["sampling"] = tuple((name, value) for name, value in sampling.items() if value is not None)
         # A default strength must not refuse a request of few steps.
         chosen = "strength" in self.model_fields_set and getattr(self, "strength", None) is not None
         return {**values, "loras": loras, "alone": self.batch == "alone", "at_least_one_step": not chosen}
@@ -174,7 +195,7 @@ class ImageToImageParams(NativeParams):
 
     def to_request(self) -> GenerationRequest:
         """Return the request these parameters describe. Raises `InvalidInput` unless there is exactly one image."""
-        (image,) = _input_images(self, "image")
+        (image,) = input_images(self, "image")
         return GenerationRequest(task=Task.IMAGE_TO_IMAGE, image=image, **self.to_request_fields())
 
 
@@ -210,7 +231,7 @@ class EditParams(NativeParams):
             sentence = "Give image_url or image_file, once for each image, and not both."
             raise InvalidInput.from_faults([("image_url", sentence), ("image_file", sentence)])
         files = [ImageInput(f"image_file[{number}]", data=file.data) for number, file in enumerate(self.image_file)]
-        urls = [_image_at(url, f"image_url[{number}]") for number, url in enumerate(self.image_url)]
+        urls = [image_at(url, f"image_url[{number}]") for number, url in enumerate(self.image_url)]
         return GenerationRequest(task=Task.EDIT, references=(*files, *urls), **self.to_request_fields())
 
 
@@ -232,7 +253,7 @@ class InpaintParams(NativeParams):
 
     def to_request(self) -> GenerationRequest:
         """Return the request these parameters describe. Raises `InvalidInput` without exactly one image and mask."""
-        image, mask = _input_images(self, "image", "mask")
+        image, mask = input_images(self, "image", "mask")
         return GenerationRequest(task=Task.INPAINT, image=image, mask=mask, **self.to_request_fields())
 
 
@@ -271,34 +292,7 @@ def generation_from_request(
         if request.method == "GET" and len(query) <= _CACHED_QUERY_MAX:
             return scope_to_caller(caller_of(request), parse_query(query))
         params = await read_params(request)
-        size = sum(_characters(getattr(params, name)) for name in schema.pictures)
+        size = pictures_size(params)
         return scope_to_caller(caller_of(request), await run_if_large(size, params.to_request))
 
     return read
-
-
-def _characters(value: str | Sequence[str] | None) -> int:
-    return len(value) if isinstance(value, str) else sum(map(len, value or ()))
-
-
-def _input_images(parameters: NativeParams, *names: str) -> list[ImageInput]:
-    """Return the images of those parameters, by URL or as files. Raises `InvalidInput` for both, or for neither."""
-    images, faults = [], []
-    for name in names:
-        by_url, by_file = f"{name}_url", f"{name}_file"
-        url, file = getattr(parameters, by_url), getattr(parameters, by_file)
-        if (url is None) == (file is None):
-            sentence = f"Give {by_url} or {by_file}, and not both."
-            faults += [(by_url, sentence), (by_file, sentence)]
-        elif file is not None:
-            images.append(ImageInput(by_file, data=file.data))
-        else:
-            images.append(_image_at(url, by_url))
-    if faults:
-        raise InvalidInput.from_faults(faults)
-    return images
-
-
-def _image_at(url: str, parameter: str) -> ImageInput:
-    """Return the image of a URL, or in a data URL. Raises `InvalidInput` for base64 that is none."""
-    return ImageInput(parameter, data=bytes_of(url, parameter)) if is_data_url(url) else ImageInput(parameter, url=url)

@@ -9,11 +9,10 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from stable_diffusion_server.pipelines.base import DenoisingSegment, seeded
-from stable_diffusion_server.pipelines.catalog import scheduler_of
 from stable_diffusion_server.pipelines.conditioning.clip_prompts import ClipEncoder, ClipText
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
 from stable_diffusion_server.pipelines.conditioning.prompt_reader import read_prompts
-from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler, set_timesteps
+from stable_diffusion_server.pipelines.loading.schedules import use_own_noise
 from stable_diffusion_server.pipelines.model_spec import REFINER
 from stable_diffusion_server.pipelines.unet_family import UnetFamily
 from stable_diffusion_server.pipelines.unet_inputs import UnetConditioning, by_step
@@ -38,9 +37,7 @@ class Sdxl(UnetFamily):
         """
         if getattr(self.pipeline, REFINER, None) is None or request.mask is not None:
             return super()._refined(request, first, loras)
-        scheduler_spec = scheduler_of(self.spec, request.scheduler, request.num_inference_steps)
-        scheduler = make_scheduler(scheduler_spec, like=self.pipeline.scheduler)
-        set_timesteps(scheduler, request.num_inference_steps, torch.device("cpu"))
+        scheduler = self._scheduler(request)
         trained = scheduler.config.num_train_timesteps
         handover = round(trained - HANDOVER * trained)
         left = int((scheduler.timesteps < handover).sum())
@@ -52,14 +49,17 @@ class Sdxl(UnetFamily):
         start = len(scheduler.timesteps) - left
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(start)
+        generator, done = seeded(request.seed + 1), max(1, first.steps_done(above))
+        use_own_noise(scheduler, first.noise, generator.initial_seed())
         refining = DenoisingSegment(
             scheduler,
             scheduler.timesteps[start:],
-            seeded(request.seed + 1),
+            generator,
             first.noise,
             self._encode_for_refiner(request, loras),
+            steps=max(1, first.steps - done),
         )
-        return replace(first, timesteps=first.timesteps[:above]), refining
+        return replace(first, timesteps=first.timesteps[:above], steps=done), refining
 
     def _encode_for_refiner(self, request: DiffusionRequest, loras: ActiveLoras) -> UnetConditioning:
         """The refiner's conditioning: the second text encoder alone, and aesthetic scores in place of a size."""

@@ -4,37 +4,51 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
 import diffusers
 import torch
 
+from stable_diffusion_server.pipelines import own_schedulers
+from stable_diffusion_server.pipelines.loading.schedules import configuration
 from stable_diffusion_server.pipelines.model_spec import SchedulerSpec
+from stable_diffusion_server.types import ExtraValue
 
 
-def make_scheduler(spec: SchedulerSpec, like: Any) -> Any:
+def make_scheduler(spec: SchedulerSpec, like: Any, sampling: Sequence[tuple[str, ExtraValue]] = ()) -> Any:
     """A new scheduler with the training configuration (betas, prediction type …) of the model's own one.
 
-    Without a class it is of the class of the model's own. Its attribute `draws_noise` says whether `step` takes a
-    generator, `step_options` are further arguments of `step`.
+    Without a class it is of the class of the model's own. `sampling` are a request's options. Its attribute
+    `draws_noise` says whether `step` takes a generator, `step_options` are further arguments of `step`.
     """
-    scheduler_class = getattr(diffusers, spec.class_name) if spec.class_name else type(like)
-    scheduler = scheduler_class.from_config(like.config, **spec.options)
+    chosen = dict(sampling)
+    scheduler_class = type(like)
+    if spec.class_name:
+        scheduler_class = getattr(own_schedulers, spec.class_name, None) or getattr(diffusers, spec.class_name)
+    options = {**spec.options, **configuration(scheduler_class, like, chosen, pure=spec.start_pure)}
+    scheduler = scheduler_class.from_config(like.config, **options)
     parameters = inspect.signature(scheduler.step).parameters
     scheduler.draws_noise = "generator" in parameters
+    own = isinstance(scheduler, own_schedulers.SigmaScheduler)
     # The stock pipelines pass it too; TCD's own default is 0.3.
-    scheduler.step_options = {"eta": 0.0} if "eta" in parameters else {}
+    scheduler.step_options = {"eta": 0.0} if "eta" in parameters and not own else {}
+    scheduler.step_options |= {name: chosen[name] for name in spec.takes if name in chosen and name in parameters}
+    if isinstance(scheduler, own_schedulers.DPM2SAncestralScheduler):
+        scheduler.eta = float(chosen.get("eta", scheduler.eta))
     return scheduler
 
 
-def set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
-    """Give a scheduler exactly `steps` timesteps.
+def set_timesteps(scheduler: Any, steps: int, device: torch.device, timesteps: Sequence[int] = ()) -> None:
+    """Give a scheduler exactly `steps` timesteps, or those that a table has.
 
     diffusers' trailing spacing subtracts fractions from 1000; for some counts (61, for example) rounding adds a
     timestep of −1 at the end. It is removed with its sigma.
     """
+    if timesteps:
+        scheduler.set_timesteps(timesteps=[*timesteps], device=device)
+        return
     scheduler.set_timesteps(steps, device=device)
     if len(scheduler.timesteps) == steps + 1 and scheduler.timesteps[-1] < 0:
         scheduler.timesteps = scheduler.timesteps[:-1]
