@@ -242,7 +242,7 @@ class BatchSizeTuner:
         if request.shape not in self._profiles:
             start = 1 if self._learn else self._max_batch
             self._profiles[request.shape] = ShapeProfile(
-                label=f"{request.model} {request.width}x{request.height}" + (" with adapters" if request.loras else ""),
+                label=f"{request.model} {request.width}x{request.height}",
                 model=request.model,
                 pixels=request.width * request.height,
                 max_batch=self._max_batch,

@@ -16,7 +16,7 @@ from stable_diffusion_server.engine.interface import Denoiser, EngineResult, Eng
 from stable_diffusion_server.engine.scheduler import OccupancyCallback, Scheduler
 from stable_diffusion_server.engine.ticket import Ticket, request_to_load
 from stable_diffusion_server.engine.worker import EngineWorker
-from stable_diffusion_server.errors import InvalidInput, ModelLoadError, ModelStays, NotReady, QueueFull
+from stable_diffusion_server.errors import ModelLoadError, ModelStays, NotReady, QueueFull
 from stable_diffusion_server.types import DiffusionRequest, EngineEvent
 
 
@@ -141,16 +141,11 @@ class Engine(Generic[P]):
         Owners share the device fairly; background requests run after all others. `watch` receives the request's
         events, on any thread: queued (again at each new position), started, step, and its end. `wants_picture` is asked
         after each step whether that event carries the unfinished picture. An `exclusive` request
-        runs with no other on the device; `label` names it to `on_occupancy`. Raises `InvalidInput` for LoRAs if
-        several workers share the weights.
+        runs with no other on the device; `label` names it to `on_occupancy`.
         """
         scheduler = self._scheduler
         with scheduler.changed:
             self.check_open(owner, background=background)
-            if job.loras and self._workers > 1:
-                raise InvalidInput(
-                    "Adapters change the weights that all workers share; they need ENGINE_WORKERS=1.", field="lora"
-                )
             ticket: Ticket[P] = Ticket(
                 job,
                 owner=owner,

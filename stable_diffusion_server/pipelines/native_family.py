@@ -22,7 +22,7 @@ from stable_diffusion_server.pipelines.base import (
 )
 from stable_diffusion_server.pipelines.catalog import refine_steps_skipped, scheduler_of, steps_skipped
 from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput
-from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras
+from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, remarks_of
 from stable_diffusion_server.pipelines.diffusers_family import DiffusersFamily
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler
 from stable_diffusion_server.pipelines.loading.schedules import follow
@@ -39,6 +39,8 @@ class NativeFamily(DiffusersFamily, Generic[C]):
     """
 
     _smaller_tiling: VaeTiling | None = None
+    # Whether the first dimension of all layers' inputs is the batch, so that rows may have different LoRAs.
+    _mixes_loras = True
 
     def prepare(self, request: DiffusionRequest) -> PipelineState[C]:
         """Encode the prompt and the input images, draw the noise, set the timesteps.
@@ -51,17 +53,26 @@ class NativeFamily(DiffusersFamily, Generic[C]):
             raise InvalidInput(f"{self.spec.name} has no ControlNet here to follow edges with.", field="canny")
         with translate_torch_errors():
             skipped = steps_skipped(self.spec, request.num_inference_steps, request.strength) if request.image else 0
-            state = self._state_of(request, skipped, self.loras.use(request.loras, request.lora_digests))
+            loras = self.loras.use(request.loras, request.lora_digests)
+            with self.loras.applied(loras):
+                state = self._state_of(request, skipped, loras)
         state.tiling = self._smaller_tiling
+        state.warnings += remarks_of(loras)
         return state
 
     def step(self, states: Sequence[PipelineState[C]]) -> None:
-        """One pass over the rows of all states, then guidance and a scheduler step for each state."""
+        """One pass over the rows of all states, then guidance and a scheduler step for each state.
+
+        Rows may have different LoRAs; a family whose network mixes the rows runs a pass for each set of LoRAs.
+        """
         with translate_torch_errors():
-            self.loras.switch(states[0].loras)
+            sets = dict.fromkeys(state.loras for state in states)
+            groups = [states] if self._mixes_loras else [[s for s in states if s.loras == own] for own in sets]
             # All passes come first: one that fails leaves every state as it was.
-            for state, prediction in zip(states, self._predicted(states), strict=True):
-                state.advance(prediction)
+            predicted = [self._predicted(group) for group in groups]
+            for group, predictions in zip(groups, predicted, strict=True):
+                for state, prediction in zip(group, predictions, strict=True):
+                    state.advance(prediction)
             await_device(states[0].latents.device)
 
     @abstractmethod
@@ -79,7 +90,7 @@ class NativeFamily(DiffusersFamily, Generic[C]):
 
     @abstractmethod
     def _predicted(self, states: Sequence[PipelineState[C]]) -> Sequence[torch.Tensor]:
-        """The guided prediction for each state, shaped like its latents."""
+        """The guided prediction for each state, shaped like its latents, with the LoRAs of its rows."""
 
     def _state(
         self,
@@ -95,12 +106,12 @@ class NativeFamily(DiffusersFamily, Generic[C]):
     ) -> PipelineState[C]:
         """The state that starts with the segment `first`, from its noise or from `latents`.
 
-        Requests share a pass if `lengths` are equal, beside their sizes and LoRAs.
+        Requests share a pass if `lengths` are equal, beside their sizes.
         """
         segments = (first,) if not request.refine else self._refined(request, first, loras)
         return PipelineState(
             request=request,
-            shape=(*request.shape, *lengths, *(lora.digest for lora, _ in loras)),
+            shape=(*request.shape, *lengths),
             latents=first.noise if latents is None else latents,
             segments=segments,
             conditioning=conditioning,

@@ -45,17 +45,15 @@ class Registry:
     """The models by name: what the engine uses as its denoiser.
 
     `loaded` describes the loaded models, `models` holds their specs as they were loaded, and `unusable` says in a
-    sentence why another model could not be loaded at the start. With `dynamic_loras`, requests may name LoRAs, so
-    weights change between requests. With `on_demand`, models are loaded and unloaded while the engine runs.
-    `resident` is false when weights move between memory and device; the engine then prepares, steps and finishes in
-    phases, since every join would move weights.
+    sentence why another model could not be loaded at the start. With `on_demand`, models are loaded and
+    unloaded while the engine runs. `resident` is false when weights move between memory and device; the engine then
+    prepares, steps and finishes in phases, since every join would move weights.
     """
 
     def __init__(
         self,
         families: Sequence[LoadedFamily] = (),
         *,
-        dynamic_loras: bool = False,
         unusable: Mapping[str, str] | None = None,
         residents: ResidentModels | None = None,
         on_demand: bool = False,
@@ -68,7 +66,6 @@ class Registry:
             residents.add(loaded)
         self.on_demand = on_demand
         self.unusable = dict(unusable or {})
-        self._dynamic_loras = dynamic_loras
         self._device = device
         self._model_on_device = ""
         self._threads = torch.get_num_threads()
@@ -178,12 +175,12 @@ class Registry:
 
     @property
     def best_workers(self) -> int:
-        """Recommended number of engine threads: 2 on a CPU of several cores whose weights never change, otherwise 1.
+        """Recommended number of engine threads: 2 on a CPU of several cores whose weights do not move, otherwise 1.
 
         Small tensors gain little from threads inside an operator: two engine threads generated 1.5 times the
         images per second on two cores (benchmarks/results/).
         """
-        return 2 if self.cpu_threads > 1 and not self._dynamic_loras and not self.unshareable else 1
+        return 2 if self.cpu_threads > 1 and not self.unshareable else 1
 
     @property
     def cpu_threads(self) -> int:
@@ -265,7 +262,6 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
         sentences = " ".join(error.detail for error in errors.values())
         raise next(iter(errors.values())) if len(errors) == 1 else ModelLoadError(sentences)
     registry = Registry(
-        dynamic_loras=options.lora_folder.folder is not None,
         unusable={name: error.detail for name, error in errors.items()},
         residents=residents,
         on_demand=options.loads_on_demand,

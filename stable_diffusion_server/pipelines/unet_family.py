@@ -111,7 +111,8 @@ class UnetFamily(NativeFamily[UnetConditioning]):
         }
         controls = [state.control for state, n in zip(states, rows, strict=True) for _ in range(n)]
         residuals = unet_residuals(self.controlnet, inputs, controls)
-        predicted: torch.Tensor = unet(**inputs, **residuals, return_dict=False)[0]
+        with self.loras.applied_by_row([state.loras for state in states], rows):
+            predicted: torch.Tensor = unet(**inputs, **residuals, return_dict=False)[0]
         return list(predicted.split(rows))
 
     def _rescale(self, state: PipelineState[UnetConditioning]) -> float:

@@ -28,9 +28,9 @@ class LimitSettings(SettingsGroup):
         ge=0,
         le=64,
         description=(
-            "Worker threads that share the weights, for several CPU cores. With more than one, LoRA adapters are not "
-            "possible and weights are not moved. 0: two on a CPU of several cores where that is possible and LORA_DIR "
-            "is empty, otherwise one; long steps then run one at a time on all cores, short ones side by side."
+            "Worker threads that share the weights, for several CPU cores. With more than one, weights are not moved. "
+            "0: two on a CPU of several cores where that is possible, otherwise one; long steps then run one at a time "
+            "on all cores, short ones side by side."
         ),
     )
     min_side: int = Field(64, ge=8, description="Minimum width and height in pixels.")

@@ -159,7 +159,7 @@ class DiffusionRequest:
     def shape(self) -> tuple[object, ...]:
         """What must be equal for two requests to share a forward pass, as far as known before `prepare`."""
         references = tuple(image.pixels.shape for image in self.references)
-        return (self.model, self.height, self.width, self.loras, self.lora_digests, references)
+        return (self.model, self.height, self.width, references)
 
 
 def digest(value: Mapping[str, object]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -58,13 +59,15 @@ def test_equal_shapes_that_keep_coming_do_not_starve_another(engine_of: EngineOf
 
 def test_owners_share_the_device_whoever_floods_it(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """Against 300 jobs of one owner, a later owner with 60 gets at least 45 % of the steps until they end."""
-    for loras in ((), (("of another shape", 1.0),)):
+    for side in (64, 32):  # of the same shape, and of another that costs as much
         engine = engine_of(gated, queue_limit=400)
         assert gated.gate is not None
         gated.gate.clear()
         gated.batches.clear()
         flood = [engine.submit(job(f"flood {n}"), owner="flood") for n in range(300)]
-        mine = [engine.submit(job(f"mine {n}", loras=loras), owner="mine") for n in range(60)]
+        mine = [
+            engine.submit(replace(job(f"mine {n}", width=side), height=4096 // side), owner="mine") for n in range(60)
+        ]
         open_gate(gated)
         for ticket in mine:
             ticket.result.result(30)

@@ -21,7 +21,6 @@ from squares import (
 
 from stable_diffusion_server.engine import Engine, EngineState
 from stable_diffusion_server.engine.previews import MIN_STEPS_BETWEEN
-from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.types import EngineEvent
 
 
@@ -38,14 +37,12 @@ def test_workers_draw_side_by_side_and_prepare_in_turns(engine_of: EngineOf) -> 
 
 
 def test_the_denoiser_says_how_many_workers_are_best_where_nobody_else_does(engine_of: EngineOf) -> None:
-    """Without a setting, the denoiser's preferred number of workers runs, and they refuse LoRAs."""
+    """Without a setting, the denoiser's preferred number of workers runs."""
     painter = ConcurrentDenoiser(together=threading.Barrier(2), best_workers=2)
     engine = engine_of(painter, workers=0, max_batch=1)
     for ticket in [engine.submit(job(f"job {n}")) for n in range(4)]:
         ticket.result.result(10)
     assert len(painter.threads) == 2
-    with pytest.raises(InvalidInput):
-        engine.submit(job("a square", loras=(("style", 1.0),)))
 
 
 @pytest.mark.parametrize(("cpu_threads", "grows"), [(1, True), (2, False), (0, False)])
@@ -62,15 +59,6 @@ def test_a_worker_on_one_thread_learns_by_what_the_processor_gave_it(
         ticket.result.result(30)
     later = painter.batches[-8:]
     assert (max(map(len, painter.batches)) == 2 and all(len(batch) == 2 for batch in later[:4])) is grows
-
-
-def test_workers_refuse_adapters(engine_of: EngineOf) -> None:
-    """A LoRA changes the weights that all workers share, so the job is refused, by parameter name."""
-    engine = engine_of(ConcurrentDenoiser(), workers=2)
-    with pytest.raises(InvalidInput) as refused:
-        engine.submit(job("a square", loras=(("style", 1.0),)))
-    assert refused.value.field == "lora"
-    assert "ENGINE_WORKERS=1" in refused.value.detail
 
 
 def test_workers_are_refused_where_weights_change_while_drawing() -> None:

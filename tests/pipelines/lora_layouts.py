@@ -190,10 +190,57 @@ def _sd15() -> Tensors:
     return {f"{key}.lora_down.weight": torch.ones(4, 768), f"{key}.lora_up.weight": torch.ones(320, 4)}
 
 
-def _lycoris(kind: str) -> Tensors:
-    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b") if kind == "LoHa" else ("lokr_w1", "lokr_w2")
-    return {f"{key}.{name}": torch.ones(4, 4) for name in names}
+_QUERY = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def _lycoris(kind: str, key: str = _QUERY, **sides: int) -> Tensors:
+    """A file of one layer of the embedded SDXL, 64 × 64, or of other `sides`."""
+    out, inner = sides.get("out", 64), sides.get("inner", 64)
+    if kind == "LoHa":
+        return {
+            f"{key}.hada_w{number}_{half}": torch.ones(*((out, 4) if half == "a" else (4, inner)))
+            for number in (1, 2)
+            for half in "ab"
+        }
+    if kind == "LoKr":
+        return {f"{key}.lokr_w1": torch.ones(4, 4), f"{key}.lokr_w2": torch.ones(out // 4, inner // 4)}
+    pair = {f"{key}.lora_down.weight": torch.ones(4, inner), f"{key}.lora_up.weight": torch.ones(out, 4)}
+    return {**pair, f"{key}.dora_scale": torch.ones(out, 1)} if kind == "DoRA" else pair
+
+
+# Methods beside LoRA, what is wrong with their files, and what is said.
+_SPOILT = [
+    *((kind, "of another width", "another model") for kind in ("LoHa", "LoKr", "DoRA")),
+    *((kind, "of an unknown layer", "another model") for kind in ("LoHa", "LoKr", "DoRA")),
+    *((kind, "with NaN", "not finite") for kind in ("LoHa", "LoKr", "DoRA")),
+    *((kind, "without a half", "lacks") for kind in ("LoHa", "LoKr")),
+    ("LoHa", "of a huge rank", "a rank of 70000"),
+    ("LoKr", "of a huge rank", "a rank of 70000"),
+    ("LoHa", "of one side", "another model"),
+    ("LoKr", "of one side", "another model"),
+    ("DoRA", "with few magnitudes", "another model"),
+]
+
+
+def _spoilt(kind: str, fault: str, pipeline: Any) -> bytes:
+    tensors = _lycoris(kind)
+    if fault == "of another width":
+        tensors = _lycoris(kind, inner=48)
+    elif fault == "of an unknown layer":
+        tensors = _lycoris(kind, "lora_unet_down_blocks_7_attentions_0_proj_in")
+    elif fault == "with NaN":
+        tensors = with_one(tensors, float("nan"), "")
+    elif fault == "without a half":
+        tensors.pop(f"{_QUERY}.{'hada_w2_a' if kind == 'LoHa' else 'lokr_w2'}")
+    elif fault == "of a huge rank":
+        second = "hada_w2_b" if kind == "LoHa" else "lokr_w2_b"
+        tensors |= {f"{_QUERY}.{second}": torch.ones(70_000, 1), f"{_QUERY}.lokr_w2_a": torch.ones(16, 1)}
+        tensors.pop(f"{_QUERY}.lokr_w2", None)
+    elif fault == "of one side":
+        tensors |= {f"{_QUERY}.{'hada_w2_a' if kind == 'LoHa' else 'lokr_w1'}": torch.ones(64)}
+    else:
+        tensors[f"{_QUERY}.dora_scale"] = torch.ones(3, 1)
+    return _bytes(tensors)
 
 
 def _all(prefix: str, found: Pairs, kind: torch.dtype) -> Tensors:
@@ -251,13 +298,13 @@ UNFIT: dict[str, dict[str, tuple[Callable[[Any], bytes], str]]] = {
         ),
         "a part there is none of": (
             lambda p: _bytes(peft("unet", unet_pairs(p)) | peft("prior", unet_pairs(p))),
-            "for no part",
+            "in part",
         ),
-        "LoHa": (lambda p: _bytes(_lycoris("LoHa")), "LoHa"),
-        "LoKr": (lambda p: _bytes(_lycoris("LoKr")), "LoKr"),
-        "kohya's DoRA": (
-            lambda p: _bytes(kohya("lora_unet", unet_pairs(p)) | {"lora_unet_mid.dora_scale": torch.ones(4, 1)}),
-            "dora_scale",
+        **{f"{kind}, {fault}": (partial(_spoilt, kind, fault), said) for kind, fault, said in _SPOILT},
+        "OFT": (lambda p: _bytes({f"{_QUERY}.oft_blocks": torch.ones(4, 4, 4)}), "is a OFT|is an OFT"),
+        "a tensor in two ways of writing": (
+            lambda p: _bytes(peft("unet", unet_pairs(p)) | peft("diffusion_model", unet_pairs(p))),
+            "two ways of writing",
         ),
         "no lora_B": (lambda p: _bytes(peft("unet", unet_pairs(p), "A")), "lacks .*lora_B"),
         "names with line breaks and escapes": (
@@ -270,7 +317,7 @@ UNFIT: dict[str, dict[str, tuple[Callable[[Any], bytes], str]]] = {
         ),
         "no lora_up": (
             lambda p: _bytes({k: v for k, v in kohya("lora_unet", unet_pairs(p)).items() if "lora_up" not in k}),
-            "not an adapter for this model",
+            "lacks .*lora_B",
         ),
         **{
             f"{number} dimensions": (
@@ -316,10 +363,6 @@ UNFIT: dict[str, dict[str, tuple[Callable[[Any], bytes], str]]] = {
             lambda p: _bytes(peft("unet", unet_pairs(p)), noted("unet", target_modules="(a+)+$")),
             "target_modules",
         ),
-        "notes that name further layers": (
-            lambda p: _bytes(peft("unet", unet_pairs(p)), noted("unet", target_modules=["to_q", "proj_in", "conv1"])),
-            "cannot be loaded",
-        ),
         "notes that are none": (lambda p: _bytes(peft("unet", unet_pairs(p)), {NOTES: "["}), "notes that are none"),
         "an embedding": (lambda p: _bytes({"clip_l": torch.ones(2, 8), "clip_g": torch.ones(2, 8)}), "no LoRA"),
         "a ControlNet": (lambda p: _bytes({"controlnet_cond_embedding.conv_in.weight": torch.ones(4, 3)}), "no LoRA"),
@@ -352,28 +395,12 @@ UNFIT: dict[str, dict[str, tuple[Callable[[Any], bytes], str]]] = {
     },
     "flux": {
         "of SDXL": (lambda p: _bytes(_sd15()), "family"),
-        "ComfyUI's names": (lambda p: _bytes(peft("diffusion_model", flux_originals(p))), "for no part|not an adapter"),
-        "the original's bare names": (
-            lambda p: _bytes({k.removeprefix("x."): v for k, v in peft("x", flux_originals(p)).items()}),
-            "for no part",
-        ),
-        "base_model.model": (
-            lambda p: _bytes(peft("base_model.model", flux_pairs(p))),
-            "not an adapter for this model",
-        ),
         "half of it matches": (lambda p: _bytes(renamed_by_half(peft("transformer", flux_pairs(p)))), "in part"),
         "too many blocks": (
             lambda p: _bytes(
                 peft("transformer", {"single_transformer_blocks.77.attn.to_q": (torch.ones(2, 4), torch.ones(4, 2))})
             ),
             "another model",
-        ),
-        "norms that would be written over": (
-            lambda p: _bytes(
-                peft("transformer", flux_pairs(p))
-                | {"transformer.transformer_blocks.0.attn.norm_q.weight": torch.ones(8)}
-            ),
-            "would be left out",
         ),
         "a scale below nothing": (
             lambda p: _bytes(kohya("lora_unet", flux_originals(p), -1.0)),
@@ -383,19 +410,9 @@ UNFIT: dict[str, dict[str, tuple[Callable[[Any], bytes], str]]] = {
             lambda p: _bytes(
                 kohya("lora_unet", flux_originals(p)) | {"lora_unet_double_blocks_0_img_mod_lin.diff_b": torch.ones(8)}
             ),
-            "would be left out",
+            "another model",
         ),
-        "an encoder there is none of": (
-            lambda p: _bytes(
-                kohya("lora_unet", flux_originals(p))
-                | {
-                    f"text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.lora_{half}.weight": t
-                    for half, t in (("down", torch.ones(2, 4)), ("up", torch.ones(4, 2)))
-                }
-            ),
-            "in part",
-        ),
-        "LoHa": (lambda p: _bytes(_lycoris("LoHa")), "LoHa"),
+        "LoHa of SDXL": (lambda p: _bytes(_lycoris("LoHa")), "family"),
         "no lora_B": (lambda p: _bytes(peft("transformer", flux_pairs(p), "A")), "lacks .*lora_B"),
         "NaN": (lambda p: _bytes(with_one(peft("transformer", flux_pairs(p)), float("nan"))), "not finite"),
         "a control LoRA": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,12 @@ import torch
 from structlog.testing import capture_logs
 from transformers.modeling_outputs import BaseModelOutput
 
+from stable_diffusion_server.pipelines.acceleration.apply import _unless_adapted
 from stable_diffusion_server.pipelines.acceleration.call_signature import rebuild, signature, tensors_of
-from stable_diffusion_server.pipelines.acceleration.cuda_graphs import record
+from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraphRunner, _Recording, record
+from stable_diffusion_server.pipelines.adapters.lora_deltas import LayerChange
+from stable_diffusion_server.pipelines.adapters.lora_hooks import LayerHook, applied
+from stable_diffusion_server.pipelines.adapters.lora_rows import Adapter, RowPlan, WeightedAdapter
 
 pytestmark = pytest.mark.slow
 
@@ -70,3 +75,21 @@ def test_what_cannot_be_recorded_runs_as_it_is() -> None:
         for _ in range(4):
             torch.testing.assert_close(module(torch.ones(1, 3)), wanted)
     assert [entry["event"] for entry in logs] == ["not recorded as a CUDA graph"]
+
+
+def test_a_pass_with_adapters_is_neither_replayed_nor_compiled() -> None:
+    """What was recorded or compiled has no rows of adapters: the module itself runs while a pass has some."""
+    layer, given = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    change = LayerChange((4, 4), down=torch.randn(1, 4), up=torch.randn(4, 1))
+    layer.register_forward_hook(LayerHook(("unet", "layer")))
+    plain, compiled = layer(given), _unless_adapted(lambda rows: torch.zeros(2, 4), layer)
+    runner = CudaGraphRunner(layer.__call__)
+    recorded = _Recording(SimpleNamespace(replay=lambda: None), [given.clone()], torch.zeros(2, 4))
+    runner._recordings[signature(((given,), {}))] = recorded  # as a device would have it
+    adapter = WeightedAdapter(Adapter({("unet", "layer"): change}), {"unet": 1.0})
+    for recording in (runner, compiled):
+        assert torch.equal(recording(given), torch.zeros(2, 4))
+        with applied(RowPlan([(adapter,), ()], [0, 1])):
+            changed = recording(given)
+        assert torch.allclose(changed[1], plain[1])
+        assert not torch.allclose(changed[0], plain[0])

@@ -14,10 +14,11 @@ import pytest
 import torch
 from drawing import MODELS_DIR, Pixels, draw, job_for
 from lora_layouts import FITTING, UNFIT, peft, unet_pairs, with_one, write
-from peft.tuners.lora import LoraLayer
 
-from stable_diffusion_server.errors import InvalidInput, NotFinite
+from stable_diffusion_server.errors import InvalidInput, NotFinite, OutOfMemory
+from stable_diffusion_server.pipelines.adapters.lora_changes import change_of
 from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.pipelines.conditioning import lora_weights
 from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.families.flux import Flux
@@ -59,15 +60,11 @@ def twos(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str
     return made
 
 
-def traces(pipeline: Any) -> set[str]:
-    """Names of all LoRAs that are left anywhere in a pipeline."""
-    found: set[str] = set()
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            found |= set(getattr(part, "peft_config", None) or {})
-            layers = (layer for layer in part.modules() if isinstance(layer, LoraLayer))
-            found |= {name for layer in layers for name in (*layer.lora_A, *layer.lora_B)}
-    return found
+def traces(family: Any) -> set[str]:
+    """What a LoRA may leave: its digest among the loaded ones, its hooks on layers."""
+    modules = (part for part in family.pipeline.components.values() if isinstance(part, torch.nn.Module))
+    hooked = (name for part in modules for name, layer in part.named_modules() if layer._forward_hooks)
+    return {*family.loras._recent, *hooked}
 
 
 @pytest.mark.parametrize("weight", [1.0, -0.7])
@@ -75,7 +72,11 @@ def traces(pipeline: Any) -> set[str]:
 def test_an_adapter_is_drawn_as_the_stock_pipeline_draws_it(
     family: str, layout: str, weight: float, twos: dict[str, Two]
 ) -> None:
-    """For each trainer, bit-exact, although copied from its file; and it has an effect."""
+    """For each trainer, bit-exact, although copied from its file; and it has an effect.
+
+    A DoRA at a weight beside 1 has no one meaning: ours is a share of the way to the changed weights, as in
+    `test_adapter_table`.
+    """
     two = twos[family]
     tensors, notes = FITTING[family][layout](two.stock.pipeline)
     write(two.folder / "style.safetensors", tensors, notes)
@@ -86,7 +87,7 @@ def test_an_adapter_is_drawn_as_the_stock_pipeline_draws_it(
     finally:
         two.stock.pipeline.delete_adapters("style")
     drawn = draw(two.ours, quick(family, loras=(("style", weight),)))
-    assert (drawn == expected).all()
+    assert (drawn == expected).all() or (layout == "DoRA" and weight != 1)
     assert (drawn != two.plain).any()
 
 
@@ -99,25 +100,24 @@ def test_a_file_that_does_not_fit_is_refused_in_a_sentence_and_leaves_nothing(
     two = twos[family]
     made, said = UNFIT[family][kind]
     (two.folder / "bad.safetensors").write_bytes(made(two.stock.pipeline))
-    before = traces(two.ours.pipeline)
+    before = traces(two.ours)
     for _ in range(2):  # the cached refusal has the same text
         with pytest.raises(InvalidInput, match=rf"^bad\.safetensors .*({said})") as refused:
             two.ours.prepare(quick(family, loras=(("bad", 1.0),)))
         assert refused.value.field == "lora"
         assert refused.value.detail.endswith(".")
         assert "\n" not in refused.value.detail
-    assert traces(two.ours.pipeline) == before
+    assert traces(two.ours) == before
 
 
 # Those that fail latest, or would change shared weights.
 FAR = {
     "sdxl": (
-        "notes that name further layers",
         "notes that change the model below",
         "no lora_B in a text encoder",
         "NaN",
     ),
-    "flux": ("norms that would be written over", "half of it matches", "too many blocks"),
+    "flux": ("half of it matches", "too many blocks"),
 }
 
 
@@ -150,24 +150,25 @@ def weights_below(family: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.fault(160)
-def test_what_stumbles_while_it_is_loaded_is_taken_off_again(
-    twos: dict[str, Two], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The text encoder part fails after the denoiser part was applied: both are removed, and the next attempt works."""
+def test_what_stumbles_while_it_is_loaded_leaves_nothing(twos: dict[str, Two], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer fails after all others were read: nothing is on the model, and the next attempt works."""
     two = twos["sdxl"]
     tensors, notes = FITTING["sdxl"]["kohya, both text encoders"](two.stock.pipeline)
     write(two.folder / "late.safetensors", with_one(tensors, 0.5), notes)
-    before = traces(two.ours.pipeline)
+    before, read = traces(two.ours), change_of
 
-    def fail(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("the second text encoder stumbles")
+    def fail(tensors: Any, layer: Any, name: str, *args: Any) -> Any:
+        if name.endswith("11_mlp_fc2") or name.endswith("1_mlp_fc2"):
+            raise torch.OutOfMemoryError
+        return read(tensors, layer, name, *args)
 
-    with monkeypatch.context() as patched:  # no known file fails so late
-        patched.setattr(two.ours.pipeline.text_encoder_2, "load_adapter", fail)
-        with pytest.raises(InvalidInput, match=r"late\.safetensors cannot be loaded"):
+    with monkeypatch.context() as patched:  # memory that ends at this layer
+        patched.setattr(lora_weights, "change_of", fail)
+        with pytest.raises(OutOfMemory):
             two.ours.prepare(quick("sdxl", loras=(("late", 1.0),)))
-    assert traces(two.ours.pipeline) == before
+    assert traces(two.ours) == before
     assert (draw(two.ours, quick("sdxl")) == two.plain).all()
+    assert (draw(two.ours, quick("sdxl", loras=(("late", 1.0),))) != two.plain).any()
 
 
 @pytest.mark.fault(161)

@@ -119,11 +119,9 @@ def test_groups_may_take_turns(painter: Sdxl) -> None:
         assert (painter.finish(state).pixels == expected).all()
 
 
-def test_jobs_with_other_adapters_never_share_a_forward_pass() -> None:
-    """LoRAs and their weights are part of the shape by which the engine batches."""
-    shapes = {job_for("sdxl", loras=loras).shape for loras in ((), GREEN, (("green", 0.5),))}
-    assert len(shapes) == 3
-    assert job_for("sdxl", loras=GREEN, seed=1).shape == job_for("sdxl", loras=GREEN, seed=2).shape
+def test_jobs_with_other_adapters_share_a_forward_pass() -> None:
+    """LoRAs and their weights are no part of the shape by which the engine batches."""
+    assert len({job_for("sdxl", loras=loras).shape for loras in ((), GREEN, (("green", 0.5),))}) == 1
 
 
 def test_a_batch_may_share_an_adapter(painter: Sdxl) -> None:
@@ -195,8 +193,8 @@ def test_adapters_that_were_not_used_for_long_are_forgotten(
     own = LoraManager(pipeline, tmp_path)
     for letter in "abcda":
         own.use(((f"{letter}.v1", 1.0),))
-        assert len(pipeline.get_list_adapters()["unet"]) <= 3
-    assert pipeline.get_active_adapters() == [lora._key(digest_of(find(tmp_path, "a.v1")))]
+        assert len(own._held) <= 2
+    assert digest_of(find(tmp_path, "a.v1")) in own._held
 
 
 def test_an_adapter_someone_draws_with_is_not_forgotten(
@@ -220,8 +218,8 @@ def test_an_adapter_someone_draws_with_is_not_forgotten(
         own.step([waiting])
     assert (own.finish(waiting).pixels == expected).all()
     del waiting
-    draw(own, job_for("sdxl", loras=(("d", 1.0),)))
-    assert len(pipeline.get_list_adapters()["unet"]) <= 2
+    draw(own, job_for("sdxl", loras=(("b", 1.0),)))
+    assert len(own.loras._held) == 1
 
 
 def test_a_control_lora_is_refused_in_one_sentence(tmp_path: Path) -> None:

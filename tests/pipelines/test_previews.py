@@ -80,14 +80,14 @@ def test_encoded_prompts_are_kept_within_their_bytes() -> None:
     assert kept.bytes <= 1200
 
 
-@pytest.mark.parametrize(("threads", "adaptable", "lanes"), [(1, False, 1), (2, False, 2), (8, False, 2), (8, True, 1)])
+@pytest.mark.parametrize(("threads", "lanes"), [(1, 1), (2, 2), (8, 2)])
 def test_two_workers_are_best_on_a_cpu_of_several_cores(
-    threads: int, adaptable: bool, lanes: int, registry: Any, monkeypatch: pytest.MonkeyPatch
+    threads: int, lanes: int, registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless there is only one core, or jobs may change the weights that workers share."""
+    """Unless there is only one core."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # the machine is what is varied here
     families = [LoadedFamily(cast(Any, None), registry.models[info.name], info) for info in registry.loaded]
-    assert Registry(families, dynamic_loras=adaptable).best_workers == lanes
+    assert Registry(families).best_workers == lanes
 
 
 def test_the_registry_offers_what_the_engine_asks_for(registry: Any) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from adapter_files import TRAINED
 from drawing import MODELS_DIR, disc_mask, draw, draw_together, job_for, scene
+from lora_layouts import write
 
 from stable_diffusion_server.pipelines.acceleration import torchscript
 from stable_diffusion_server.pipelines.acceleration.torchscript import TorchScriptRunner, trace
@@ -259,7 +262,21 @@ def test_the_models_can_be_traced(traced: Registry, model: str) -> None:
         assert any(kind.trace and kind.settled for kind in forward._signatures.values()), name
 
 
-def test_nothing_is_traced_where_weights_may_change(tmp_path: Path) -> None:
-    """A trace contains the LoRAs of its time."""
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_passes_with_adapters_go_around_traces(model: str, tmp_path: Path) -> None:
+    """What was recorded has no adapters: they act all the same, on each layer, and plain passes are as before."""
     registry = load(MODELS_DIR, "cpu", 1, LoadOptions(lora_dir=tmp_path, performance="safe"))
-    assert not isinstance(registry.residents["sdxl"].family.pipeline.unet.forward, TorchScriptRunner)
+    plain = load(MODELS_DIR, "cpu", 1, LoadOptions(lora_dir=tmp_path, performance="off"))
+    pipeline = registry.residents[model].family.pipeline
+    trained = TRAINED[model]["kohya LoCon" if model == "sdxl" else "kohya"]
+    write(tmp_path / "style.safetensors", trained.file(plain.residents[model].family.pipeline)[0])
+    jobs = [job_for(model, seed=seed, prompt=f"a square, {seed}") for seed in range(4)]
+    before = [draw(registry, job) for job in jobs]
+    assert isinstance((getattr(pipeline, "unet", None) or pipeline.transformer).forward, TorchScriptRunner)
+    adapted = [replace(job, loras=(("style", 1.0),)) for job in jobs]
+    for job, drawn in zip(adapted, before, strict=True):
+        changed = draw(registry, job)
+        assert abs(changed.astype(int) - draw(plain, job)).max() <= 1
+        assert abs(changed.astype(int) - drawn).max() >= 4
+    for job, drawn in zip(jobs, before, strict=True):
+        np.testing.assert_array_equal(draw(registry, job), drawn)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraphRunner, record
 from stable_diffusion_server.pipelines.acceleration.onednn import use_onednn
 from stable_diffusion_server.pipelines.acceleration.torchscript import trace
+from stable_diffusion_server.pipelines.adapters.lora_hooks import current_plan
 
 _log = structlog.get_logger(__name__)
 
@@ -57,14 +59,13 @@ def optimizations_of(performance: str) -> frozenset[Optimization]:
 
 
 def apply_optimizations(
-    pipeline: Any, controlnet: Any, device: torch.device, performance: str, *, steady: bool = True, traced: bool = True
+    pipeline: Any, controlnet: Any, device: torch.device, performance: str, *, traced: bool = True
 ) -> list[CudaGraphRunner]:
     """Optimize placed modules in place; returns the CUDA graph runners.
 
-    `performance` is a comma-separated list. Optimizations that a device does not have are skipped, and so are graphs
-    and traces when weights may change (`steady` is false), since they hold the LoRAs of their recording. Without
-    `traced` nothing is traced: TorchScript never frees a trace, so that the model could not be unloaded. What cannot be
-    compiled runs normally and a warning is logged.
+    `performance` is a comma-separated list. Optimizations that a device does not have are skipped. Passes
+    with LoRAs run neither recorded nor compiled. Without `traced` nothing is traced: TorchScript never frees a trace,
+    so that the model could not be unloaded. What cannot be compiled runs normally and a warning is logged.
     """
     parts, cuda = optimizations_of(performance), device.type == "cuda"
     vae: Any = getattr(pipeline, "vae", None)  # a pipeline without one has no optimizations, see the stock family
@@ -76,7 +77,7 @@ def apply_optimizations(
     # It overflows in fp16, and bf16 has the range of fp32.
     if Optimization.VAE_BF16 in parts and cuda and vae.config.get("force_upcast") and vae.dtype == torch.float32:
         vae.to(torch.bfloat16)
-    replayed = Optimization.GRAPHS in parts and cuda and steady
+    replayed = Optimization.GRAPHS in parts and cuda
     if Optimization.LAYOUT in parts:
         # On CUDA, launching our kernels from Python takes longer than the denoiser's pass, unless a graph replays it.
         for module in (denoiser, vae, controlnet) if replayed or not cuda else (vae,):
@@ -87,7 +88,7 @@ def apply_optimizations(
         use_onednn(pipeline, controlnet)
     else:  # the compiler takes none of oneDNN's modules
         _compile(denoiser, vae, parts)
-    if Optimization.TRACE in parts and device.type == "cpu" and steady and traced:
+    if Optimization.TRACE in parts and device.type == "cpu" and traced:
         for part in (denoiser, controlnet, vae.encoder, vae.decoder, *encoders):
             if part is not None:
                 trace(part)
@@ -104,10 +105,23 @@ def _compile(denoiser: Any, vae: Any, parts: frozenset[Optimization]) -> None:
     # Without `fullgraph`, a failure of the compiler falls back to eager mode.
     _dynamo.config.suppress_errors = True
     if Optimization.COMPILE_WHOLE in parts:
-        denoiser.forward = torch.compile(denoiser.forward)
+        denoiser.forward = _unless_adapted(torch.compile(denoiser.forward), denoiser.forward)
         vae.decoder.compile()
     else:
         denoiser.compile_repeated_blocks()
+        for block in denoiser.modules():
+            if block._compiled_call_impl is not None:
+                block._compiled_call_impl = _unless_adapted(block._compiled_call_impl, block._call_impl)
+
+
+def _unless_adapted(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """What was compiled, or in a pass with LoRAs the module itself: compiled code does not look for hooks."""
+
+    @functools.wraps(plain)  # diffusers inspects the signature
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if current_plan() is None else plain)(*args, **kwargs)
+
+    return call
 
 
 def _convert_layout(module: Any, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from stable_diffusion_server.pipelines.acceleration.group_norm import GroupNorm, add_shifted, is_channels_last
 from stable_diffusion_server.pipelines.acceleration.onednn import is_nearest_doubling
+from stable_diffusion_server.pipelines.adapters.lora_hooks import is_changed
 
 
 class Resnet(ResnetBlock2D):  # type: ignore[misc]  # diffusers is read without its types
@@ -109,7 +110,7 @@ def use_channels_last(module: torch.nn.Module) -> None:
 
 def _unbiased(layer: torch.nn.Module, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The output of a convolution without its bias, and the bias; for a layer with a LoRA the output and `None`."""
-    if type(layer) is torch.nn.Conv2d:
+    if type(layer) is torch.nn.Conv2d and not is_changed(layer):
         return layer._conv_forward(given, layer.weight, None), layer.bias
     return layer(given), None
 

@@ -10,6 +10,8 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional
 
+from stable_diffusion_server.pipelines.adapters.lora_hooks import is_changed
+
 
 def _by(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The function, scripted while tracing: a tracer records neither its branches nor non-tensor arguments."""
@@ -84,7 +86,7 @@ class OneDnnUpsample(Upsample2D):  # type: ignore[misc]  # as above
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Rows × channels × height × width to twice the height and width, or to `output_size`."""
         made: torch.Tensor
-        if output_size is not None or type(self.conv) is not OneDnnConv2d:  # a LoRA adds weights of its own
+        if output_size is not None or is_changed(self.conv):
             made = super().forward(hidden_states, output_size)
         else:
             made = functional.conv_transpose2d(hidden_states, self._folded, self.conv.bias, stride=2, padding=1)

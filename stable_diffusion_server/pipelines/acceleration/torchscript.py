@@ -16,6 +16,7 @@ import torch
 from cachetools import LRUCache
 
 from stable_diffusion_server.pipelines.acceleration.call_signature import rebuild, signature, structure, tensors_of
+from stable_diffusion_server.pipelines.adapters.lora_hooks import current_plan
 
 _log = structlog.get_logger(__name__)
 
@@ -61,8 +62,8 @@ class TorchScriptRunner:
     The second call of a signature looks for a trace with bit-identical output, or makes one; the third call must agree
     as well. Later calls run that trace, which does not hold Python's lock, so threads compute in parallel.
 
-    The weights must not change. A pass that cannot be traced, whose trace differs, or that takes too long to gain from
-    it runs normally.
+    The weights must not change. A pass that has LoRAs, that cannot be traced, whose trace differs, or that takes too
+    long to gain from it runs normally.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
@@ -77,6 +78,8 @@ class TorchScriptRunner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the forward pass."""
+        if current_plan() is not None:
+            return self._forward(*args, **kwargs)
         call = (args, kwargs)
         known = self._known(signature(call))
         # Read once: another thread may still discard the trace.

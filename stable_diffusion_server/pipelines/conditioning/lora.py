@@ -1,15 +1,18 @@
-"""Loads, activates and removes the LoRAs of one pipeline.
+"""Loads the LoRAs that requests name, and says which row of a pass has which.
 
-A LoRA has one scaling for the whole model, so rows with and without it cannot share a forward pass: requests are
-grouped by their LoRAs (`DiffusionRequest.shape`), and `switch` changes over when the group changes.
+Weights of the model never change: see `adapters/lora_hooks.py`. So requests with different LoRAs share forward passes,
+and several threads may draw with different ones.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import RLock
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import structlog
@@ -17,9 +20,12 @@ from cachetools import LRUCache
 from safetensors.torch import load
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
-from stable_diffusion_server.pipelines.conditioning import lora_weights
+from stable_diffusion_server.pipelines.adapters.lora_hooks import LayerHook, applied
+from stable_diffusion_server.pipelines.adapters.lora_rows import Adapter, RowAdapters, RowPlan, WeightedAdapter
+from stable_diffusion_server.pipelines.adapters.lora_targets import LayerTable
 from stable_diffusion_server.pipelines.conditioning.lora_files import LoraFile, digest_of, read_header, read_lora
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder, find, names_in
+from stable_diffusion_server.pipelines.conditioning.lora_weights import fit_lora
 
 __all__ = [
     "ActiveLoras",
@@ -32,32 +38,52 @@ __all__ = [
     "find",
     "names_in",
     "read_header",
+    "remarks_of",
 ]
 
 Loras = Sequence[tuple[str, float]]
 
 # LoRAs that stay loaded besides those in use; the least recently used is unloaded first.
 MAX_IDLE = 8
-_MAX_REFUSED = 1024
+_MAX_REFUSED, _MAX_PLANS = 1024, 8
 
 _log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LoadedLora:
-    """A loaded LoRA, by its digest; it stays loaded while a reference to this exists."""
+    """A loaded LoRA, by its digest; it stays loaded while a reference to this exists.
 
-    __slots__ = ("__weakref__", "digest")
+    `remarks` are sentences on what of its file is not used.
+    """
 
-    def __init__(self, digest: str) -> None:
-        self.digest = digest
+    digest: str
+    adapter: Adapter
+    remarks: tuple[str, ...] = ()
 
 
-ActiveLoras = tuple[tuple[LoadedLora, float], ...]
+class Strength(NamedTuple):
+    """The weights of a LoRA in the denoiser and in the text encoders."""
+
+    denoiser: float
+    encoders: float
+
+    def plus(self, other: Strength) -> Strength:
+        """Both together."""
+        return Strength(self.denoiser + other.denoiser, self.encoders + other.encoders)
 
 
-def digests_and_weights(used: ActiveLoras) -> tuple[tuple[str, float], ...]:
-    """The digest and the weight of each LoRA."""
-    return tuple((held.digest, weight) for held, weight in used)
+ActiveLoras = tuple[tuple[LoadedLora, Strength], ...]
+
+
+def digests_and_weights(used: ActiveLoras) -> tuple[tuple[str, Strength], ...]:
+    """The digest and the weights of each LoRA."""
+    return tuple((held.digest, strength) for held, strength in used)
+
+
+def remarks_of(used: ActiveLoras) -> tuple[str, ...]:
+    """Sentences on what of these LoRAs is not used, and on what a weight means."""
+    return tuple(remark for held, _ in used for remark in held.remarks)
 
 
 def add_to_controlnet(controlnet: Any, path: Path) -> None:
@@ -76,10 +102,9 @@ def add_to_controlnet(controlnet: Any, path: Path) -> None:
 
 
 class LoraManager:
-    """The LoRAs of one pipeline, loaded on first use and identified by content. For the engine's thread only.
+    """The LoRAs of one pipeline, loaded on first use and identified by content. Thread-safe.
 
-    `always` are (file, weight) of the model's built-in LoRAs, loaded at once. `settle` applies the residency again when
-    a failed load has moved weights.
+    `always` are (file, weight) of the model's built-in LoRAs, loaded at once.
     """
 
     def __init__(
@@ -87,106 +112,95 @@ class LoraManager:
         pipeline: Any,
         folder: LoraFolder | Path | None = None,
         always: Sequence[tuple[Path, float]] = (),
-        settle: Callable[[], object] = lambda: None,
     ) -> None:
-        self._pipeline = pipeline
-        self._denoiser = "unet" if hasattr(pipeline, "unet") else "transformer"
+        self._table = LayerTable(pipeline)
         self._folder = folder if isinstance(folder, LoraFolder) else LoraFolder(folder)
-        self._settle = settle
-        self._loaded: OrderedDict[str, None] = OrderedDict()
+        self._lock = RLock()
+        self._hooks: dict[tuple[str, str], LayerHook] = {}
         self._held: WeakValueDictionary[str, LoadedLora] = WeakValueDictionary()
+        self._recent: OrderedDict[str, LoadedLora] = OrderedDict()
         # Reasons of refusals by digest.
         self._refused: LRUCache[str, str] = LRUCache(_MAX_REFUSED)
-        self._always: list[tuple[str, float]] = []
-        self._active: list[tuple[str, float]] | None = None
-        for number, (file, weight) in enumerate(always):
-            key = f"always{number}"
-            self._load(key, read_lora(file))
-            self._always.append((key, weight))
-        self.switch(())
+        self._plans: LRUCache[tuple[ActiveLoras, ...], RowPlan] = LRUCache(_MAX_PLANS)
+        for file, weight in always:
+            loaded = self._load(read_lora(file))
+            for layer in loaded.adapter.changes:
+                self._hooks[layer].always += (self._weighted(loaded, Strength(weight, weight)),)
 
     def use(self, loras: Loras, digests: Sequence[str] = ()) -> ActiveLoras:
-        """Activate exactly these LoRAs, by name and weight, loading them if necessary.
+        """These LoRAs by name and weight, loaded if necessary; `applied` and `applied_by_row` run passes with them.
 
         `digests`, one each, say which content is meant under a name; without them it is the present one. Raises
         `InvalidInput` with the reason for an unknown name, a file that does not fit, and one that was replaced.
         """
-        wanted: list[tuple[LoadedLora, float]] = []
+        wanted: dict[LoadedLora, Strength] = {}
         for number, (name, weight) in enumerate(loras):
             digest = digests[number] if digests else self._folder.digest(name)
-            wanted.append((self._hold(name, digest), weight))
-        used = tuple(wanted)
-        self.switch(used)
-        self._unload_idle()
-        return used
+            held, strength = self._hold(name, digest), Strength(weight, weight)
+            wanted[held] = wanted[held].plus(strength) if held in wanted else strength
+        return tuple(wanted.items())
 
-    def switch(self, used: ActiveLoras) -> None:
-        """Activate exactly what `use` returned."""
-        weights: dict[str, float] = {}
-        for held, weight in used:
-            key = _key(held.digest)
-            weights[key] = weights.get(key, 0.0) + weight  # the library takes one weight per LoRA
-        on = [*weights.items(), *self._always]
-        if on == self._active:
-            return
-        self._active = None  # unknown until the call succeeds
-        if on:
-            self._pipeline.enable_lora()
-            self._pipeline.set_adapters([key for key, _ in on], [weight for _, weight in on])
-        elif self._loaded:
-            self._pipeline.disable_lora()
-        self._active = on
+    @contextmanager
+    def applied(self, used: ActiveLoras) -> Iterator[None]:
+        """Run the passes of this thread with these LoRAs in all rows."""
+        with self.applied_by_row([used]):
+            yield
+
+    @contextmanager
+    def applied_by_row(self, used: Sequence[ActiveLoras], counts: Sequence[int] | None = None) -> Iterator[None]:
+        """Run the passes of this thread with the LoRAs of each request: in `counts` rows one after the other."""
+        rows = [own for own, count in zip(used, counts or [1] * len(used), strict=True) for _ in range(count)]
+        with applied(self._plan(rows) if any(rows) else None):
+            yield
+
+    def _plan(self, rows: list[ActiveLoras]) -> RowPlan:
+        sets = list(dict.fromkeys(rows))
+        rows = rows if len(sets) > 1 else sets
+        with self._lock:
+            plan = self._plans.get(tuple(rows))
+            if plan is None:
+                weighted: list[RowAdapters] = [tuple(self._weighted(*one) for one in own) for own in sets]
+                plan = self._plans[tuple(rows)] = RowPlan(weighted, [sets.index(row) for row in rows])
+            return plan
+
+    def _weighted(self, loaded: LoadedLora, strength: Strength) -> WeightedAdapter:
+        weights = dict.fromkeys(self._table.parts, strength.encoders) | {self._table.denoiser: strength.denoiser}
+        return WeightedAdapter(loaded.adapter, weights)
 
     def _hold(self, name: str, digest: str) -> LoadedLora:
         """The loaded LoRA of that digest."""
-        if digest not in self._loaded:
-            if digest in self._refused:
-                raise InvalidInput(f"{name}{self._refused[digest]}", field="lora")
-            file = self._folder.read(name)
-            if file.digest != digest:
-                raise InvalidInput(f"{file.name} was replaced while the order waited; ask again.", field="lora")
-            self._load(_key(digest), file)
-            self._loaded[digest] = None
-        self._loaded.move_to_end(digest)
-        held = self._held.get(digest) or LoadedLora(digest)
-        self._held[digest] = held
-        return held
+        with self._lock:
+            held = self._held.get(digest)
+            if held is None:
+                if digest in self._refused:
+                    raise InvalidInput(f"{name}{self._refused[digest]}", field="lora")
+                file = self._folder.read(name)
+                if file.digest != digest:
+                    raise InvalidInput(f"{file.name} was replaced while the order waited; ask again.", field="lora")
+                held = self._held[digest] = self._load(file)
+            self._recent[digest] = held
+            self._recent.move_to_end(digest)
+            if len(self._recent) > MAX_IDLE:
+                self._recent.popitem(last=False)
+                self._plans.clear()  # they hold LoRAs too
+            return held
 
-    def _load(self, key: str, file: LoraFile) -> None:
+    def _load(self, file: LoraFile) -> LoadedLora:
         try:
-            fitting = lora_weights.fit_lora(file, self._pipeline)
+            fitted = fit_lora(file, self._table)
         except InvalidInput as error:
             self._refuse(file, error.detail)
             raise
-        self._active = None  # loading a LoRA activates it
-        hooked = _hooked(self._pipeline)
-        try:
-            lora_weights.attach(fitting, self._pipeline, key, file.name)
-        except BaseException:
-            if _hooked(self._pipeline) != hooked:
-                self._settle()
-            raise
+        for layer in fitted.changes:
+            if layer not in self._hooks:
+                hook = self._hooks[layer] = LayerHook(layer)
+                component, path = layer
+                self._table.parts[component].get_submodule(path).register_forward_hook(hook)
+        return LoadedLora(file.digest, Adapter(fitted.changes), fitted.remarks)
 
     def _refuse(self, file: LoraFile, why: str) -> None:
         """Remember why this content does not fit, so that it is not loaded again."""
         # The same content may have another file name.
         self._refused[file.digest] = why.removeprefix(Path(file.name).stem)
         _log.warning("an adapter is refused", file=file.name, why=why)
-        self._folder.refuse(file, self._denoiser, why)
-
-    def _unload_idle(self) -> None:
-        """Unload the least recently used LoRAs, except those a running request uses."""
-        idle = [digest for digest in self._loaded if digest not in self._held]
-        for digest in idle[: max(0, len(self._loaded) - MAX_IDLE)]:
-            lora_weights.detach(self._pipeline, _key(digest))
-            del self._loaded[digest]
-
-
-def _hooked(pipeline: Any) -> list[bool]:
-    """Which components have offloading hooks."""
-    return [hasattr(part, "_hf_hook") for part in pipeline.components.values()]
-
-
-def _key(digest: str) -> str:
-    """The LoRA's adapter name inside the pipeline."""
-    return f"lora{digest}"
+        self._folder.refuse(file, self._table.denoiser, why)

@@ -24,7 +24,9 @@ _POINTER = b"version https://git-lfs"
 # First parts of tensor names in LoRA files for a UNet, and for a transformer.
 _UNET = (
     "unet. lora_unet_down_blocks lora_unet_mid_block lora_unet_up_blocks lora_unet_input_blocks lora_unet_middle_block "
-    "lora_unet_output_blocks lora_unet_time_embed lora_unet_label_emb lora_unet_conv_ lora_unet_out_"
+    "lora_unet_output_blocks lora_unet_time_embed lora_unet_label_emb lora_unet_conv_ lora_unet_out_ "
+    "diffusion_model.input_blocks diffusion_model.middle_block diffusion_model.output_blocks "
+    "diffusion_model.time_embed diffusion_model.label_emb diffusion_model.out."
 )
 _TRANSFORMER = (
     "transformer. lora_transformer_ diffusion_model. double_blocks. single_blocks. base_model.model. "
@@ -32,7 +34,8 @@ _TRANSFORMER = (
     "lora_unet_time_in lora_unet_vector_in lora_unet_guidance_in"
 )
 DENOISERS = {"unet": tuple(_UNET.split()), "transformer": tuple(_TRANSFORMER.split())}
-_OTHER_KINDS = {".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT", ".on_input": "IA3", ".a1.": "GLoRA"}
+_OTHER_KINDS = {".oft_": "OFT", ".on_input": "IA3", ".a1.": "GLoRA", ".boft_": "BOFT", ".vera_": "VeRA"}
+_MARKS = ("lora", "lycoris", ".hada_", ".lokr_", ".diff")
 
 
 class LoraIdentity(NamedTuple):
@@ -154,17 +157,15 @@ def identity_of(facts: os.stat_result) -> LoraIdentity:
 def reason_unusable(header: LoraHeader) -> str:
     """Why these tensors are not a usable LoRA, as the end of a sentence; empty if they may be one."""
     names = header.tensors
-    if any("dora_scale" in name for name in names):
-        return "holds DoRA scales in kohya's form (dora_scale), which would be left out; save it in PEFT's form"
     for mark, kind in _OTHER_KINDS.items():
         if any(mark in name for name in names):
-            return f"is a {kind}, and only LoRA is taken here"
+            return f"is a {kind}, and only LoRA, LoCon, LoHa, LoKr and DoRA are taken here"
     if control := _of_a_control_lora(names):
         return (
             "is a control LoRA, which would change the input of the shared Flux transformer; use an ordinary LoRA, or "
             f"a ControlNet for edges. Its tensor {control[:100]!a} has the shape {names[control]['shape'][:4]}"
         )
-    if not any("lora" in name for name in names):
+    if not any(mark in name for name in names for mark in _MARKS):
         return f"holds no LoRA; its tensors are named like {next(iter(names), 'nothing')[:60]!a}"
     return ""
 
@@ -185,8 +186,10 @@ def _of_a_control_lora(names: Iterable[str]) -> str:
 
 def denoisers_of(header: LoraHeader) -> Collection[str]:
     """The denoisers (`unet`, `transformer`) that the tensors may belong to, according to their names."""
-    meant = {kind for kind, begins in DENOISERS.items() for name in header.tensors if name.startswith(begins)}
-    return meant or DENOISERS
+    kinds = (
+        next((kind for kind, begins in DENOISERS.items() if name.startswith(begins)), "") for name in header.tensors
+    )
+    return {kind for kind in kinds if kind} or DENOISERS
 
 
 def check_lora(source: BinaryIO, facts: os.stat_result, name: str, largest: int) -> LoraHeader:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -111,14 +110,10 @@ class Flux(NativeFamily[Conditioning]):
             "img_ids": conditionings[0].image_ids,
         }
         controls = [state.control for state, n in zip(states, rows, strict=True) for _ in range(n)]
-        # The prompt is the last row of each state, and its edges are those of the negative prompt too.
-        sources = [end - 1 for end, n in zip(itertools.accumulate(rows), rows, strict=True) for _ in range(n)]
-        predicted = transformer(
-            **inputs,
-            **transformer_residuals(self.controlnet, inputs, guidance, controls, sources),
-            guidance=guidance if transformer.config.guidance_embeds else None,
-            return_dict=False,
-        )[0]
+        residuals = transformer_residuals(self.controlnet, inputs, guidance, controls)
+        guided = guidance if transformer.config.guidance_embeds else None
+        with self.loras.applied_by_row([state.loras for state in states], rows):
+            predicted = transformer(**inputs, **residuals, guidance=guided, return_dict=False)[0]
         return [
             classifier_free(prediction[:, : state.latents.shape[1]], true_guidance(state.request) or 1)
             for state, prediction in zip(states, predicted.split(rows), strict=True)

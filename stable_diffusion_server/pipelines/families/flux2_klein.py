@@ -86,15 +86,16 @@ class Flux2Klein(NativeFamily[Conditioning]):
         rows = [len(conditioning.embeds) for conditioning in conditionings]
         latents = by_row([torch.cat([state.latents, state.conditioning.references], dim=1) for state in states], rows)
         times = by_row([state.timestep.reshape(1) for state in states], rows)
-        predicted = self.pipeline.transformer(
-            hidden_states=latents.to(self.pipeline.transformer.dtype),
-            timestep=times.to(latents.dtype) / 1000,
-            guidance=None,
-            encoder_hidden_states=torch.cat([conditioning.embeds for conditioning in conditionings]),
-            txt_ids=conditionings[0].text_ids,
-            img_ids=conditionings[0].image_ids,
-            return_dict=False,
-        )[0][:, : states[0].latents.shape[1]]
+        with self.loras.applied_by_row([state.loras for state in states], rows):
+            predicted = self.pipeline.transformer(
+                hidden_states=latents.to(self.pipeline.transformer.dtype),
+                timestep=times.to(latents.dtype) / 1000,
+                guidance=None,
+                encoder_hidden_states=torch.cat([conditioning.embeds for conditioning in conditionings]),
+                txt_ids=conditionings[0].text_ids,
+                img_ids=conditionings[0].image_ids,
+                return_dict=False,
+            )[0][:, : states[0].latents.shape[1]]
         return [
             classifier_free(prediction, state.request.guidance_scale)
             for state, prediction in zip(states, predicted.split(rows), strict=True)

@@ -66,13 +66,14 @@ class StableDiffusion3(NativeFamily[Conditioning]):
     def _predicted(self, states: Sequence[PipelineState[Conditioning]]) -> Sequence[torch.Tensor]:
         conditionings = [state.conditioning for state in states]
         rows = [len(conditioning.embeds) for conditioning in conditionings]
-        predicted = self.pipeline.transformer(
-            hidden_states=by_row([state.latents for state in states], rows),
-            timestep=by_row([state.timestep.reshape(1) for state in states], rows),
-            encoder_hidden_states=torch.cat([conditioning.embeds for conditioning in conditionings]),
-            pooled_projections=torch.cat([conditioning.pooled for conditioning in conditionings]),
-            return_dict=False,
-        )[0]
+        with self.loras.applied_by_row([state.loras for state in states], rows):
+            predicted = self.pipeline.transformer(
+                hidden_states=by_row([state.latents for state in states], rows),
+                timestep=by_row([state.timestep.reshape(1) for state in states], rows),
+                encoder_hidden_states=torch.cat([conditioning.embeds for conditioning in conditionings]),
+                pooled_projections=torch.cat([conditioning.pooled for conditioning in conditionings]),
+                return_dict=False,
+            )[0]
         return [
             classifier_free(prediction, state.request.guidance_scale)
             for state, prediction in zip(states, predicted.split(rows), strict=True)

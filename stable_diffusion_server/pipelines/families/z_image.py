@@ -41,6 +41,8 @@ class ZImage(NativeFamily[Conditioning]):
     is none.
     """
 
+    _mixes_loras = False  # its embedders take the patches of all rows as one row
+
     def _adapt_controlnet(self) -> None:
         if self.controlnet is not None:  # it has no embedders of its own
             type(self.controlnet).from_transformer(self.controlnet, self.pipeline.transformer)
@@ -77,8 +79,10 @@ class ZImage(NativeFamily[Conditioning]):
         pictures = [state.latents[0].to(transformer.dtype).unsqueeze(1) for state in by_row]
         captions = [caption for state in states for caption in state.conditioning.captions]
         levels = (1000 - torch.stack([state.timestep for state in by_row])) / 1000
-        residuals = layer_residuals(self.controlnet, pictures, levels, captions, [state.control for state in by_row])
-        predicted = iter(transformer(pictures, levels, captions, return_dict=False, **residuals)[0])
+        controls = [state.control for state in by_row]
+        with self.loras.applied(states[0].loras):
+            residuals = layer_residuals(self.controlnet, pictures, levels, captions, controls)
+            predicted = iter(transformer(pictures, levels, captions, return_dict=False, **residuals)[0])
         found = []
         for state, count in zip(states, rows, strict=True):
             velocity, *negative = (next(predicted).float() for _ in range(count))

@@ -195,15 +195,6 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
     controlnet, control = _control(spec, models_dir, device, options, pipeline, placement, remarks)
     if options.digests.of(files) != weights:
         raise ModelLoadError(f"The files in {spec.folder} were changed while they were loaded; start again.")
-    try:
-        adapters = LoraManager(
-            pipeline,
-            options.lora_folder,
-            always,
-            lambda: apply_residency(pipeline, controlnet, device, placement.residency),
-        )
-    except InvalidInput as error:  # a built-in LoRA, not a request's
-        raise ModelLoadError(error.detail) from error
     known = spec if _quantize(spec, options) != "auto" else with_quantization(spec, placement.quantization)
     known = with_weights(known, weights, control)
     if controlnet is None:
@@ -216,6 +207,10 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
         load_dfloat11(pipeline.transformer, options.dfloat11, device)
     if not options.mapped and (device.type == "cpu" or placement.residency is not Residency.RESIDENT):
         copy_out_of_files(part for part in parts.values() if isinstance(part, torch.nn.Module))
+    try:
+        adapters = LoraManager(pipeline, options.lora_folder, always)  # on the layers that quantization made
+    except InvalidInput as error:  # a built-in LoRA, not a request's
+        raise ModelLoadError(error.detail) from error
     options.report(_COPIED)
     apply_residency(pipeline, controlnet, device, placement.residency)
     commit = hub.commit(spec.repo) if hub and spec.repo else ""
@@ -270,7 +265,6 @@ def _optimize(
             controlnet,
             device,
             options.performance,
-            steady=options.lora_folder.folder is None,
             traced=not options.loads_on_demand and not packed,
         )
     if on_cpu and Optimization.ONEDNN in optimizations_of(options.performance):

@@ -109,6 +109,10 @@ class PackedLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is read with
         self.register_buffer("scale", weight.scale)
         self.multiply: Callable[..., torch.Tensor] = functional.linear
 
+    def unpacked(self) -> torch.Tensor:
+        """The weight in fp32: out × in features."""
+        return unpack(self.weight, self.format, self.scale, torch.float32)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """… × in features → … × out features, computed in the dtype of `input`."""
         return self.multiply(input, unpack(self.weight, self.format, self.scale, input.dtype), self.bias)
@@ -125,6 +129,10 @@ class PackedConv2d(torch.nn.Conv2d):  # type: ignore[misc]  # as above
         self.weight = torch.nn.Parameter(weight.raw, requires_grad=False)
         self.bias = layer.bias
         self.register_buffer("scale", weight.scale)
+
+    def unpacked(self) -> torch.Tensor:
+        """The weight in fp32, as a matrix: out channels × the rest."""
+        return unpack(self.weight, self.format, self.scale, torch.float32)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows × in channels × height × width → rows × out channels × height × width."""
