@@ -22,7 +22,7 @@ from stable_diffusion_server.types import DiffusionRequest, Task
 from training.image_checker import background_of, look, nearest_colour
 from training.synthetic_shapes import Picture
 
-SIDE, STEPS = 256, 8
+SIDE, STEPS = 128, 4
 COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "black")
 SHAPES = ("circle", "square", "star", "triangle")
 BACKGROUNDS = ("white", "blue", "yellow", "green")

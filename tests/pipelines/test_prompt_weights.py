@@ -225,9 +225,10 @@ def test_clip_skip_of_a_request(small: Any, sdxl: Any) -> None:
 
 def test_a_weighted_colour_stays_the_colour_of_one_thing(sdxl: Any) -> None:
     """A (red:1.4) circle is what a red circle is; read as words, the brackets would change it."""
-    for seed, colour in enumerate(("red", "blue", "green", "yellow")):
+    for seed, colour in enumerate(("red", "blue")):
         prompts = (f"a {words} circle on a white background" for words in (colour, f"({colour}:1.4)"))
-        drawn = [draw(sdxl, job_for("sdxl", prompt=prompt, weighted=True, seed=seed)) for prompt in prompts]
+        jobs = [job_for("sdxl", prompt=prompt, weighted=True, seed=seed, width=192, height=192) for prompt in prompts]
+        drawn = [draw(sdxl, job) for job in jobs]
         plain, weighted = ([(thing.shape, thing.colour) for thing in look(picture)[1]] for picture in drawn)
         assert weighted == plain
         assert [found for _, found in weighted] == [colour]
