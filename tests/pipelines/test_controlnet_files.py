@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -107,8 +108,9 @@ def test_the_owners_spec_names_a_file(tmp_path: Path) -> None:
     assert loaded.spec.control_revision
     request = request_for(loaded.spec, control=outline(SIDE, SIDE), control_scale=0.8, num_inference_steps=2)
     drawn = draw(loaded.family, request)
-    by_folder = load_controlnet(replace(found, control_folder="folder"), tmp_path, CPU)
-    assert largest_difference(drawn, draw(Sd15(pipeline_of("sd15"), loaded.spec, by_folder), request)) == 0
+    # Copied as the registry copies it: rounding depends on where weights of a mapped file begin.
+    by_folder = copy.deepcopy(load_controlnet(replace(found, control_folder="folder"), tmp_path, CPU))
+    assert largest_difference(drawn, draw(Sd15(loaded.family.pipeline, loaded.spec, by_folder), request)) == 0
     assert largest_difference(drawn, draw(loaded.family, replace(request, control=None))) > 2
 
 
