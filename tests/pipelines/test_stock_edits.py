@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import tiny_families
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
@@ -20,7 +21,7 @@ from stable_diffusion_server.pipelines.loading.loader import LoadOptions
 from stable_diffusion_server.pipelines.loading.vision_processor import PictureProcessor
 from stable_diffusion_server.pipelines.owned_models import find_owned_models
 from stable_diffusion_server.pipelines.registry import Registry, load
-from stable_diffusion_server.types import Task
+from stable_diffusion_server.types import ImageArray, Task
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
@@ -58,6 +59,17 @@ def test_an_edit_is_drawn_as_its_class_draws_it(folder: Path, monkeypatch: pytes
     assert (ours == stock).all()
     for other in ({"references": (given[0], picture(9))}, {"references": given[::-1]}, {"prompt": "turn the sky dark"}):
         assert (draw(registry, replace(request, **other)) != stock).any(), other
+
+
+def test_a_reference_that_is_too_narrow_is_named(folder: Path) -> None:
+    """The second of two, which Qwen2-VL's processor would refuse; 200 times as long as wide is drawn."""
+    registry, family, revision = _loaded(folder, "QwenImageEditPlus")
+    lines = [ImageArray(np.full((2 * ratio, 2, 3), 90, np.uint8)) for ratio in (200, 201)]
+    request = request_of(family, Task.EDIT, references=(picture(3), lines[1]), revision=revision, num_inference_steps=1)
+    with pytest.raises(InvalidInput) as refused:
+        registry.prepare(request)
+    assert refused.value.field == "references[1]"
+    registry.prepare(replace(request, references=(picture(3), lines[0])))
 
 
 def test_a_class_that_edits_draws_nothing_from_text_alone(folder: Path) -> None:

@@ -157,6 +157,7 @@ def test_rows_agree_with_the_pinned_diffusers(row: Any) -> None:
     assert {"callback_on_step_end", "callback"} & parameters.names
     assert all(task_class(kind, task) is not None for task in row.tasks)
     assert bool(row.takes_guidance) == bool(parameters.guidance)
+    assert not parameters.guidance or row.guidance_name == parameters.guidance
     assert not row.takes_negative_prompt or "negative_prompt" in parameters.names
     assert row.source
     assert row.any_extra

@@ -66,12 +66,16 @@ def transformer_residuals(
     inputs: Mapping[str, Any],
     guidance: torch.Tensor,
     controls: Sequence[ControlNetInput | None],
+    sources: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The Flux transformer's further arguments, as `unet_residuals`.
 
-    `guidance` (one number a row) goes to a ControlNet that was distilled with it, whether or not the model was.
+    `guidance` (one number a row) goes to a ControlNet that was distilled with it, whether or not the model was. Row `i`
+    takes what the network says of row `sources[i]`, by default of itself: as in the stock pipeline, a negative prompt
+    takes what is said of the prompt.
     """
-    guided = _guided(controls)
+    read = range(len(controls)) if sources is None else sources
+    guided = [(row, control) for row, control in _guided(controls) if read[row] == row]
     if not guided:
         return {}
     rows = torch.tensor([row for row, _ in guided], device=guidance.device)
@@ -86,8 +90,16 @@ def transformer_residuals(
         return_dict=False,
     )
 
+    places = {row: place for place, (row, _) in enumerate(guided)}
+    taking = [row for row, _ in _guided(controls)]
+    taken = [places[read[row]] for row in taking]
+    at, which = (torch.tensor(places, device=guidance.device) for places in (taking, taken))
+    own = taken == [*range(len(guided))]
+
     def spread(residuals: Sequence[torch.Tensor] | None) -> list[torch.Tensor] | None:
-        return None if residuals is None else [_spread(residual, rows, len(controls)) for residual in residuals]
+        if residuals is None:
+            return None
+        return [_spread(residual if own else residual[which], at, len(controls)) for residual in residuals]
 
     return {
         "controlnet_block_samples": spread(double),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -110,7 +111,9 @@ class Flux(NativeFamily[Conditioning]):
             "img_ids": conditionings[0].image_ids,
         }
         controls = [state.control for state, n in zip(states, rows, strict=True) for _ in range(n)]
-        residuals = transformer_residuals(self.controlnet, inputs, guidance, controls)
+        # The prompt is the last row of each state, and its edges are those of the negative prompt too.
+        sources = [end - 1 for end, n in zip(itertools.accumulate(rows), rows, strict=True) for _ in range(n)]
+        residuals = transformer_residuals(self.controlnet, inputs, guidance, controls, sources)
         guided = guidance if transformer.config.guidance_embeds else None
         with self.loras.applied_by_row([state.loras for state in states], rows):
             predicted = transformer(**inputs, **residuals, guidance=guided, return_dict=False)[0]

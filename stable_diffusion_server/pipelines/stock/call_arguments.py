@@ -27,6 +27,8 @@ _OURS = frozenset(
 )
 # Whole numbers and fractions of the caller's, and characters of a text.
 _MOST_INTEGER, _MOST_NUMBER, _LONGEST_TEXT = 100_000, 10_000.0, 200
+# The ratio of sides that Qwen2-VL's processor takes.
+_LONGEST = 200
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _negative_prompt(request: DiffusionRequest, spec: ModelSpec, parameters: Cal
 
 def _pictures(request: DiffusionRequest) -> dict[str, Any]:
     if request.task is Task.EDIT:
-        references = [_as_pil(image) for image in request.references]
+        references = [_reference(*numbered) for numbered in enumerate(request.references)]
         return {"image": references if len(references) > 1 else references[0]}
     if request.image is None:
         return {}
@@ -165,6 +167,15 @@ def _pictures(request: DiffusionRequest) -> dict[str, Any]:
     given: dict[str, Any] = {"image": _as_pil(request.image)}
     given["strength"] = max(request.strength, 1 / request.num_inference_steps)
     return given if request.mask is None else {**given, "mask_image": _as_pil(request.mask)}
+
+
+def _reference(number: int, image: ImageArray) -> Image.Image:
+    """Raises `InvalidInput` for one that Qwen2-VL's processor refuses, which no class here takes."""
+    height, width = image.pixels.shape[:2]
+    if max(height, width) > _LONGEST * min(height, width):
+        sentence = f"The longer side of a reference image is at most {_LONGEST} times the shorter; one has "
+        raise InvalidInput(f"{sentence}{width} × {height}.", field=f"references[{number}]")
+    return _as_pil(image)
 
 
 def _as_pil(image: ImageArray) -> Image.Image:
