@@ -131,12 +131,94 @@ QWEN3_4B = {
     "max_position_embeddings": 40960,
     "tie_word_embeddings": True,
 }
+SD15_UNET = {
+    "sample_size": 64,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+}
+SD3_TRANSFORMER = {
+    "sample_size": 128,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+    "out_channels": 16,
+    "pos_embed_max_size": 192,
+}
+PIXART = {
+    "sample_size": 128,
+    "caption_channels": 4096,
+    "out_channels": 8,
+    "use_additional_conditions": False,
+    "norm_type": "ada_norm_single",
+}
+QWEN25_VL_7B = {
+    "text_config": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    },
+}
 CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "sdxl": {"unet": UNET, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
     "flux": {"transformer": TRANSFORMER, "vae": FLUX_VAE, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL},
 }
+Skeleton = dict[str, tuple[Any, dict[str, Any]]]
+_VAE, _FLUX_VAE = (diffusers.AutoencoderKL, VAE), (diffusers.AutoencoderKL, FLUX_VAE)
+_CLIP_L, _T5 = (transformers.CLIPTextModel, CLIP_L), (transformers.T5EncoderModel, T5_XXL)
+_CLIP_L_PROJECTED, _CLIP_G = ((transformers.CLIPTextModelWithProjection, config) for config in (CLIP_L, CLIP_G))
+
+
+def _flux(**changes: Any) -> Skeleton:
+    transformer = (diffusers.FluxTransformer2DModel, {**TRANSFORMER, "guidance_embeds": True, **changes})
+    return {"transformer": transformer, "vae": _FLUX_VAE, "text_encoder": _CLIP_L, "text_encoder_2": _T5}
+
+
 # Of other families: (part → class and configuration), for `skeleton`.
-SKELETONS: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
+SKELETONS: dict[str, Skeleton] = {
+    "sd15": {"unet": (diffusers.UNet2DConditionModel, SD15_UNET), "vae": _VAE, "text_encoder": _CLIP_L},
+    "sdxl": {
+        "unet": (diffusers.UNet2DConditionModel, UNET),
+        "vae": (diffusers.AutoencoderKL, VAE | {"force_upcast": True}),
+        "text_encoder": _CLIP_L,
+        "text_encoder_2": _CLIP_G,
+    },
+    "flux-dev": _flux(),
+    "flux-kontext": _flux(),
+    "flux-fill": _flux(in_channels=384, out_channels=64),
+    "sd3": {
+        "transformer": (diffusers.SD3Transformer2DModel, SD3_TRANSFORMER),
+        "vae": _FLUX_VAE,
+        "text_encoder": _CLIP_L_PROJECTED,
+        "text_encoder_2": _CLIP_G,
+        "text_encoder_3": _T5,
+    },
+    "qwen-image": {
+        "transformer": (diffusers.QwenImageTransformer2DModel, {}),
+        "vae": (diffusers.AutoencoderKLQwenImage, {}),
+        "text_encoder": (transformers.Qwen2_5_VLForConditionalGeneration, QWEN25_VL_7B),
+    },
+    "chroma": {
+        "transformer": (diffusers.ChromaTransformer2DModel, {}),
+        "vae": _FLUX_VAE,
+        "text_encoder": _T5,
+    },
+    "pixart-sigma": {
+        "transformer": (diffusers.PixArtTransformer2DModel, PIXART),
+        "vae": _VAE,
+        "text_encoder": _T5,
+    },
     "flux2": {
         "transformer": (diffusers.Flux2Transformer2DModel, KLEIN_4B),
         "vae": (diffusers.AutoencoderKLFlux2, {}),

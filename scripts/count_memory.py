@@ -17,7 +17,7 @@ from benchmarks.full_size import skeleton, write_configurations
 from scripts.memory_tables import FAMILIES
 from stable_diffusion_server.pipelines import MODELS, REAL_MODELS
 from stable_diffusion_server.pipelines.loading.components import empty_pipeline
-from stable_diffusion_server.pipelines.loading.footprint import architecture_of
+from stable_diffusion_server.pipelines.loading.footprint import architecture_of, dtype_of
 from stable_diffusion_server.pipelines.loading.working_memory import TABLE, Architecture
 
 _MODELS_DIR = Path(__file__).resolve().parent.parent / "models"
@@ -38,7 +38,8 @@ def architectures(folder: Path) -> Iterator[Architecture]:
         for dtype in _DTYPES:
             yield from (architecture_of(spec, some, dtype) for some in (parts, plain))
     for spec in FAMILIES.values():
-        yield from (architecture_of(spec, skeleton(spec.name), dtype) for dtype in (torch.bfloat16, torch.float32))
+        dtypes = (dtype_of(spec, torch.device("cuda")), torch.float32)
+        yield from (architecture_of(spec, skeleton(spec.name), dtype) for dtype in dtypes)
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
             for name in model.parts:
                 if name != "control" and (key := model.key(name)) not in counts:
                     counted = model.count(name)
-                    counts[key] = (counted.fixed, counted.per_pixel)
+                    counts |= {} if counted.estimated else {key: (counted.fixed, counted.per_pixel)}
     TABLE.write_text(json.dumps(dict(sorted(counts.items())), indent=1) + "\n")
 
 

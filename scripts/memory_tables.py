@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from benchmarks.full_size import skeleton, write_configurations
 from stable_diffusion_server.errors import ModelTooLarge
 from stable_diffusion_server.pipelines import REAL_MODELS, ModelSpec
 from stable_diffusion_server.pipelines.family_rows import family_row
-from stable_diffusion_server.pipelines.library import FileIdentity, Kind
+from stable_diffusion_server.pipelines.library import FileIdentity, Kind, ModelTask
 from stable_diffusion_server.pipelines.loading.components import empty_pipeline
 from stable_diffusion_server.pipelines.loading.footprint import Workload, architecture_of, dtype_of
 from stable_diffusion_server.pipelines.loading.measurement import MeasuredModel, MemoryRoom
@@ -29,15 +30,25 @@ _H200 = _ROOT / "benchmarks" / "results" / "2026-11-26-gpu-h200.md"
 START, END = "<!-- computed by scripts/memory_tables.py -->\n", "<!-- end -->\n"
 START_FAMILIES = "<!-- families, computed by scripts/memory_tables.py -->\n"
 SDXL, FLUX = REAL_MODELS["sdxl"][-1], REAL_MODELS["flux"][0]
+# Rows by title, named as their skeletons.
 FAMILIES = {
-    title: row
-    for title, family, variant in (
-        ("FLUX.2 klein 4B", "flux2", "klein"),
-        ("FLUX.2 klein base 4B", "flux2", "klein-base"),
-        ("Z-Image-Turbo", "z-image", "turbo"),
-        ("Z-Image", "z-image", "base"),
+    title: replace(row, name=name, control_folder=None)
+    for title, name, given in (
+        ("SD 1.5", "sd15", {"families": ("sd15",)}),
+        ("SDXL", "sdxl", {"families": ("sdxl",)}),
+        ("FLUX.1 dev, Krea", "flux-dev", {"families": ("flux",), "variant": "dev"}),
+        ("FLUX.1 Fill", "flux-fill", {"families": ("flux",), "variant": "fill", "task": ModelTask.FILL}),
+        ("FLUX.1 Kontext", "flux-kontext", {"families": ("flux",), "variant": "kontext", "task": ModelTask.EDIT}),
+        ("Stable Diffusion 3 medium", "sd3", {"families": ("sd3",)}),
+        ("FLUX.2 klein 4B", "flux2", {"families": ("flux2",), "variant": "klein"}),
+        ("FLUX.2 klein base 4B", "flux2", {"families": ("flux2",), "variant": "klein-base"}),
+        ("Z-Image-Turbo", "z-image", {"families": ("z-image",), "variant": "turbo"}),
+        ("Z-Image", "z-image", {"families": ("z-image",), "variant": "base"}),
+        ("Qwen-Image (stock)", "qwen-image", {"pipeline_class": "QwenImagePipeline"}),
+        ("Chroma (stock)", "chroma", {"pipeline_class": "ChromaPipeline"}),
+        ("PixArt-Σ (stock)", "pixart-sigma", {"pipeline_class": "PixArtSigmaPipeline"}),
     )
-    if (row := family_row(FileIdentity(Kind.PIPELINE, (family,), variant=variant))) is not None
+    if (row := family_row(FileIdentity(Kind.PIPELINE, **given))) is not None  # type: ignore[arg-type]  # by name
 }
 CARDS = (80, 48, 40, 32, 24, 16, 12, 10, 8)
 # The README's, the H200 first.
@@ -90,10 +101,11 @@ def families() -> str:
     lines = [f"| family | weights | {' | '.join(work)} | {' | '.join(f'{card} GB' for card in cards)} |"]
     lines.append("| --- " * (len(lines[0].split("|")) - 2) + "|")
     for title, spec in FAMILIES.items():
-        model = architecture_of(spec, skeleton(spec.name), torch.bfloat16)
+        model = architecture_of(spec, skeleton(spec.name), dtype_of(spec, _CUDA))
         needs, rows = model.working_bytes, 2 if spec.takes_negative_prompt else 1
-        steps = [needs["transformer"].of(rows * side * side, rows) for side in (1024, 2048)]
-        others = [*(needs["vae"].of(side * side) for side in (1024, 2048)), needs["text_encoder"].of(0)]
+        encoders = [name for name in needs if name.startswith("text_encoder")]
+        steps = [needs[spec.denoiser_part].of(rows * side * side, rows) for side in (1024, 2048)]
+        others = [*(needs["vae"].of(side * side) for side in (1024, 2048)), max(needs[name].of(0) for name in encoders)]
         sizes = [f"{size / _GB:.2f} GB" for size in (*steps, *others)]
         places = [_shown(placed(spec, model, card)) for card in cards]
         lines.append(f"| {title} | {sum(model.bytes.values()) / _GB:.1f} GB | {' | '.join((*sizes, *places))} |")

@@ -176,6 +176,29 @@ def test_new_families_are_counted_at_full_size(title: str, billions: float) -> N
     assert model.working_bytes["transformer"].of(768 * 768) == pytest.approx(counted, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("title", "billions"),
+    [
+        ("SD 1.5", 0.86),
+        ("SDXL", 2.57),
+        ("FLUX.1 dev, Krea", 11.90),
+        ("FLUX.1 Fill", 11.90),
+        ("FLUX.1 Kontext", 11.90),
+        ("Stable Diffusion 3 medium", 2.03),
+        ("Qwen-Image (stock)", 20.43),
+        ("Chroma (stock)", 8.90),
+        ("PixArt-Σ (stock)", 0.61),
+    ],
+)
+def test_other_families_have_their_published_sizes(title: str, billions: float) -> None:
+    """Parameters of the denoiser; its work, the VAE's and that of encoders that can be counted are in the table."""
+    spec = FAMILIES[title]
+    parts = skeleton(spec.name)
+    assert parameters_of(parts[spec.denoiser_part]) / 1e9 == pytest.approx(billions, abs=0.006)
+    model = architecture_of(spec, parts, dtype_of(spec, torch.device("cuda")))
+    assert all(model.key(part) in TABLE.read_text() for part in parts if not model.working_bytes[part].estimated)
+
+
 def test_references_count_in_the_memory_of_a_step() -> None:
     """Four of 1024² take four times the patches of one, whatever the size of the picture."""
     klein, parts = FAMILIES["FLUX.2 klein 4B"], skeleton("flux2")
