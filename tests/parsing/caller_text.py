@@ -413,7 +413,7 @@ PARSERS = [
     Parser(
         "a prompt with weights, shortened",
         limits.TEXT_MAX,
-        lambda text: prompt_fitting.shorten_weighted_text(text, 4, lambda part: len(part) // 4, STOP_WORDS),
+        lambda text: prompt_fitting.shorten_weighted_text(text, 4, lambda part: 20 * len(part), STOP_WORDS),
         shapes=SYNTAX,
         refuses=False,
     ),
