@@ -9,7 +9,7 @@ from typing import Protocol
 
 from stable_diffusion_server.errors import Forbidden, InvalidInput, ModelLoadError
 from stable_diffusion_server.generation.limits import range_sentence
-from stable_diffusion_server.pipelines import TRUE_GUIDANCE, ModelSpec, known_names, spec_of
+from stable_diffusion_server.pipelines import TRUE_GUIDANCE, ModelSpec, check_class_extra, known_names, spec_of
 from stable_diffusion_server.types import Caller, ExtraValue, GenerationRequest, StoredObject, Task
 
 _OWNER = "owner"
@@ -200,12 +200,13 @@ def able(task: Task, models: Mapping[str, ModelSpec]) -> str:
     return f"those that can are {', '.join(names[:_NAMED])}{more}"
 
 
-def check_extra(extra: Iterable[tuple[str, ExtraValue]], spec: ModelSpec) -> None:
+def check_extra(extra: Iterable[tuple[str, ExtraValue]], spec: ModelSpec, task: Task = Task.TEXT_TO_IMAGE) -> None:
     """Raise `InvalidInput` naming each parameter that the model does not have, or whose value is out of its range.
 
-    What only the model's diffusers class knows is checked when the request is prepared.
+    Of a model that its diffusers class draws, they are those of the class that draws the task.
     """
     if spec.any_extra:
+        check_class_extra(extra, spec, task)
         return
     known = {parameter.name: parameter for parameter in spec.extra}
     faults = []

@@ -163,7 +163,7 @@ def resolve_request(
 
 def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) -> ResolvedParameters:
     spec = spec_for(request, options)
-    check_extra(request.extra, spec)
+    check_extra(request.extra, spec, request.task)
     warnings = []
     asked = _or_default(request.negative_prompt, spec.default_negative_prompt)
     negative = _cleaned(asked, "negative_prompt") or None

@@ -64,6 +64,7 @@ from stable_diffusion_server.pipelines.sampling_options import (
     schedule_named,
 )
 from stable_diffusion_server.pipelines.scheduler_rows import SCHEDULERS, SCHEDULES
+from stable_diffusion_server.pipelines.stock_classes import check_class_extra
 
 __all__ = [
     "CHUNK_TOKENS",
@@ -89,6 +90,7 @@ __all__ = [
     "OwnerSpec",
     "WeightDigests",
     "WeightFileError",
+    "check_class_extra",
     "check_pipeline_folder",
     "check_strength",
     "choose_models",

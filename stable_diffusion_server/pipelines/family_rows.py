@@ -16,7 +16,8 @@ from stable_diffusion_server.pipelines.model_spec import (
     ModelSpec,
 )
 from stable_diffusion_server.pipelines.scheduler_rows import FOR_FLOWS
-from stable_diffusion_server.pipelines.stock_rows import stock_row
+from stable_diffusion_server.pipelines.stock_classes import stock_class
+from stable_diffusion_server.pipelines.stock_rows import STOCK_ROWS, stock_row
 from stable_diffusion_server.types import PromptSyntax, Task
 
 # Keys of owners' specs that models with a UNet have a use for.
@@ -196,6 +197,8 @@ _ROWS: Mapping[tuple[str, str, ModelTask], ModelSpec] = {
 }
 
 
+# Channels of a denoiser that takes more than latents, and the task that its own class draws then.
+_BY_CHANNELS = {ModelTask.INPAINT: Task.INPAINT, ModelTask.EDIT: Task.EDIT}
 # Models with the same tensors whose tasks differ: variant → task.
 _SAME_TENSORS = {"dev": ModelTask.NORMAL, "krea": ModelTask.NORMAL, "kontext": ModelTask.EDIT}
 
@@ -214,7 +217,16 @@ def family_row(identity: FileIdentity) -> ModelSpec | None:
     row = _ROWS.get((identity.family, identity.variant, identity.task))
     if row is not None and identity.pipeline_class in ("", row.pipeline_class):
         return row
-    return stock_row(identity.pipeline_class) or row
+    return (stock_row(identity.pipeline_class) if _is_stock(identity) else None) or row
+
+
+def _is_stock(identity: FileIdentity) -> bool:
+    """Whether the class of a folder draws with its denoiser: not the refiner, nor text with one made for inpainting."""
+    known = stock_class(identity.pipeline_class)
+    if known is None or identity.task is ModelTask.REFINER:
+        return identity.pipeline_class in STOCK_ROWS
+    wanted = _BY_CHANNELS.get(identity.task)
+    return wanted is None or known.tasks.get(wanted) == known.name
 
 
 def refined(row: ModelSpec, place: str) -> ModelSpec:

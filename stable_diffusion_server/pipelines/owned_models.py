@@ -13,6 +13,9 @@ from stable_diffusion_server.pipelines.library.file_headers import shown
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.pipelines.owner_values import OwnerValues, Unusable, with_owner_values
 from stable_diffusion_server.pipelines.part_search import PARTS, PartFinder, path_within
+from stable_diffusion_server.pipelines.stock_classes import why_not_drawn
+from stable_diffusion_server.pipelines.stock_rows import STOCK_ROWS
+from stable_diffusion_server.pipelines.stock_sizes import with_folder_size
 
 # Folders of MODELS_DIR that hold no models of the operator's.
 _NOT_OWNED = (*(spec.folder for spec in MODELS.values()), *(spec.control_folder or "" for spec in MODELS.values()))
@@ -76,6 +79,8 @@ class _Builder:
 
     def spec(self, model: LibraryModel) -> OwnerValues:
         identity, finder = model.identity, PartFinder(self.models, self.models_dir)
+        if why := why_not_drawn(identity.pipeline_class):
+            raise Unusable(f"{model.file_name} is a folder of the class {identity.pipeline_class}, which {why}.")
         if model.faults:
             raise Unusable(" ".join(model.faults))
         spec = self._row(model)
@@ -84,6 +89,8 @@ class _Builder:
             raise Unusable(f"{model.name} is a folder outside the first folder of MODELS_DIR, and is not read there.")
         place = folder if identity.kind is Kind.PIPELINE else model.file_name
         spec = replace(spec, name=model.name, folder=place, revision=identity.family)
+        if identity.kind is Kind.PIPELINE and spec.any_extra and spec.pipeline_class not in STOCK_ROWS:
+            spec = with_folder_size(spec, model.path)
         if identity.kind is not Kind.PIPELINE:
             spec = replace(spec, checkpoint=finder.files(model))
         spec = self._with_added(spec, model, finder)

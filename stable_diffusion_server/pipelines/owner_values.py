@@ -62,6 +62,7 @@ def with_owner_values(spec: ModelSpec, model: LibraryModel, find: Callable[[str,
     usable |= frozenset() if model.identity.kind is Kind.PIPELINE else _FOR_FILES
     usable -= frozenset() if spec.takes_guidance else {"guidance"}
     usable -= {"loras", "controlnets"} if spec.any_extra else frozenset()
+    usable -= {"placement"} if spec.offload else frozenset()
     values = {key: value for key, value in model.spec.values.items() if key in usable}
     if model.identity.kind is Kind.PIPELINE:
         spec = _with_folders_scheduler(spec, model)
@@ -83,7 +84,7 @@ def with_owner_values(spec: ModelSpec, model: LibraryModel, find: Callable[[str,
         changes["default_scheduler"] = scheduler
     if "dtype" in values:
         changes |= {"dtype": values["dtype"], "cpu_dtype": values["dtype"], "measured_dtype": False}
-    changes |= {"quantize": values.get("quantization", ""), "offload": values.get("placement", "")}
+    changes |= {"quantize": values.get("quantization", ""), "offload": values.get("placement", spec.offload)}
     changes |= {"preload": values.get("preload", False), "pinned": values.get("pin", False), "file_bytes": model.size}
     changes["builtin_loras"] = tuple((find(name, Kind.LORA), weight) for name, weight in values.get("loras", ()))
     if controls := values.get("controlnets"):

@@ -1,4 +1,7 @@
-"""The rows of diffusers' pipeline classes that no family here draws: each is drawn by its own call."""
+"""The rows of diffusers' pipeline classes that no family here draws: each is drawn by its own call.
+
+Classes without a row of their own have the defaults of their call.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from stable_diffusion_server.pipelines.model_spec import TRUE_GUIDANCE, ModelSpec
+from stable_diffusion_server.pipelines.stock_classes import StockClass, stock_class
 from stable_diffusion_server.types import Task
 
 _TEXT, _IMAGE, _MASK, _EDIT = Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINT, Task.EDIT
 _CLASS = "diffusers' defaults of the class"
 _T5 = ("transformer", "text_encoder")
+# Of classes that say none: CLIP's length, and the guidance of diffusers' guiders.
+_CLIP_TOKENS, _GUIDER, _PLAIN_SIDE, _SOME_REFERENCES = 77, 5.0, 1024, 4
+_STEPS = 50
 
 _BASE = ModelSpec(
     name="",
@@ -115,7 +122,7 @@ _ROWS = (
     _row("OvisImage", 50, 5.0, _CLASS, quantizable_parts=_T5),
     _row(
         "Kandinsky3", 25, 3.0, _CLASS, text_tokens=128, denoiser_part="unet", quantizable_parts=("unet",),
-        rounds_steps_up=False,
+        rounds_steps_up=False, tasks=(_TEXT, _IMAGE),
     ),
     _row("Kandinsky5T2I", 50, 3.5, _CLASS, text_tokens=512),
     _row("PRX", 28, 4.0, _CLASS),
@@ -127,4 +134,33 @@ STOCK_ROWS: Mapping[str, ModelSpec] = {row.pipeline_class: row for row in _ROWS}
 
 def stock_row(pipeline_class: str) -> ModelSpec | None:
     """The row of a pipeline class; `None` for one that is not drawn this way."""
-    return STOCK_ROWS.get(pipeline_class)
+    if pipeline_class in STOCK_ROWS:
+        return STOCK_ROWS[pipeline_class]
+    known = stock_class(pipeline_class)
+    return None if known is None else _row_of_call(known)
+
+
+def _row_of_call(known: StockClass) -> ModelSpec:
+    """The row of a class by the defaults of its call."""
+    parameters, defaults = known.parameters, known.defaults
+    side = int(defaults.get("height", _PLAIN_SIDE))
+    guided = known.guider or bool(parameters.guidance)
+    return replace(
+        _BASE,
+        pipeline_class=known.name,
+        native_pixels=side * side,
+        min_side=min(_BASE.min_side, side // 64 * 64),
+        text_tokens=int(defaults.get("max_sequence_length", _CLIP_TOKENS)),
+        default_steps=int(defaults.get("num_inference_steps", _STEPS)),
+        default_guidance=float(defaults.get(parameters.guidance, _GUIDER)) if guided else 0.0,
+        takes_guidance=guided,
+        guidance_name=parameters.guidance or _BASE.guidance_name,
+        takes_negative_prompt="negative_prompt" in parameters.names,
+        denoiser_part=known.denoiser,
+        quantizable_parts=(known.denoiser,),
+        tasks=tuple(task for task in Task if task in known.tasks),
+        max_references=_SOME_REFERENCES if _EDIT in known.tasks else 0,
+        # The hooks that move weights are those of ordinary pipelines.
+        offload="none" if known.modular else "",
+        source=_CLASS,
+    )

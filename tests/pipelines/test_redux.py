@@ -50,7 +50,7 @@ def redux() -> Any:
         )
         parts = {"image_encoder": vision, "image_embedder": ReduxImageEncoder(redux_dim=32, txt_in_features=32)}
         for part in parts.values():
-            tiny_families._enliven(part.eval().requires_grad_(False))
+            tiny_families.enliven(part.eval().requires_grad_(False))
     processor = transformers.SiglipImageProcessor(size={"height": 112, "width": 112})
     return diffusers.FluxPriorReduxPipeline(**parts, feature_extractor=processor)
 

@@ -22,8 +22,7 @@ from stable_diffusion_server.pipelines.library import FileIdentity, Kind
 from stable_diffusion_server.pipelines.loading.loader import LoadOptions
 from stable_diffusion_server.pipelines.owned_models import find_owned_models
 from stable_diffusion_server.pipelines.registry import load
-from stable_diffusion_server.pipelines.stock.call_arguments import CallParameters
-from stable_diffusion_server.pipelines.stock.task_pipelines import task_class
+from stable_diffusion_server.pipelines.stock_classes import stock_class
 from stable_diffusion_server.pipelines.stock_rows import STOCK_ROWS
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
@@ -150,15 +149,13 @@ def test_a_folder_of_an_odd_class_is_refused_by_a_sentence(class_name: Any, whol
 @pytest.mark.parametrize("row", STOCK_ROWS.values(), ids=lambda row: row.pipeline_class)
 def test_rows_agree_with_the_pinned_diffusers(row: Any) -> None:
     """Each class is there, calls back, and has a class for each task of its row."""
-    kind = getattr(diffusers, row.pipeline_class)
-    if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
-        pytest.skip("diffusers offers this class with further packages only")
-    parameters = CallParameters.of(kind)
-    assert {"callback_on_step_end", "callback"} & parameters.names
-    assert all(task_class(kind, task) is not None for task in row.tasks)
-    assert bool(row.takes_guidance) == bool(parameters.guidance)
-    assert not parameters.guidance or row.guidance_name == parameters.guidance
-    assert not row.takes_negative_prompt or "negative_prompt" in parameters.names
+    known = stock_class(row.pipeline_class)
+    assert known is not None
+    assert {"callback_on_step_end", "callback"} & known.parameters.names
+    assert set(row.tasks) <= known.tasks.keys()
+    assert bool(row.takes_guidance) == bool(known.parameters.guidance)
+    assert not known.parameters.guidance or row.guidance_name == known.parameters.guidance
+    assert not row.takes_negative_prompt or "negative_prompt" in known.parameters.names
     assert row.source
     assert row.any_extra
     assert not row.batches

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_families
+import tiny_stock
 import torch
 from drawing import draw
 from stock_families import picture, request_of, stock_family
@@ -176,14 +177,14 @@ def test_a_picture_that_finds_no_memory_is_decoded_again(monkeypatch: pytest.Mon
 
 def test_a_picture_that_the_class_decodes_is_drawn_anew_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its call has ended with the error, so the engine's second try draws it again: the same picture."""
-    family = stock_family("sd15")
+    family = stock_family("kandinsky3", tiny_stock.build("kandinsky3"))
     request = request_of(family)
     expected = draw(family, request)
     state = family.prepare(request)
     while not state.done:
         family.step([state])
     with monkeypatch.context() as patched:
-        patched.setattr(family.pipeline.vae, "decode", _no_memory)
+        patched.setattr(family.pipeline.movq, "decode", _no_memory)
         with pytest.raises(OutOfMemory):
             family.finish(state)
         with pytest.raises(OutOfMemory):
@@ -191,7 +192,7 @@ def test_a_picture_that_the_class_decodes_is_drawn_anew_after_a_failure(monkeypa
     assert not family.shrink(state)
     assert (family.finish(state).pixels == expected).all()
     assert not calls()
-    family.pipeline.vae.decoder.conv_out.bias[0] = float("nan")
+    family.pipeline.movq.decoder.conv_out.bias[0] = float("nan")
     with pytest.raises(NotFinite):
         draw(family, request)
 

@@ -189,7 +189,7 @@ def z_image_control(refined: str = "") -> Any:
             n_heads=2,
             n_kv_heads=2,
         )
-        _enliven(network)
+        enliven(network)
     return network.eval().requires_grad_(False)
 
 
@@ -474,12 +474,12 @@ def build(name: str, seed: int = 0) -> Any:
         for name, component in pipeline.components.items():
             if isinstance(component, torch.nn.Module):
                 # A VAE's decoder stays as it is: livelier ones clip their pictures to black and white.
-                _enliven(component.encoder if name.startswith("vae") else component)
+                enliven(component.encoder if name.startswith("vae") else component)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _enliven(network: torch.nn.Module) -> None:
+def enliven(network: torch.nn.Module) -> None:
     """Weights of unit gain, and none that are zero.
 
     As constructed, gates and last layers are zero and embeddings faint: then prompts and references hardly show, and a

@@ -30,10 +30,11 @@ from stable_diffusion_server.pipelines.latent_preview import LatentPreviewer
 from stable_diffusion_server.pipelines.loading.loader import LoadOptions
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import token_counter
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
-from stable_diffusion_server.pipelines.stock.call_arguments import CallParameters, call_arguments
+from stable_diffusion_server.pipelines.stock.call_arguments import call_arguments
 from stable_diffusion_server.pipelines.stock.stepwise import StockCall
-from stable_diffusion_server.pipelines.stock.task_pipelines import for_request, over_components, task_class
+from stable_diffusion_server.pipelines.stock.task_pipelines import for_request, over_components
 from stable_diffusion_server.pipelines.stock.vae_latents import PreviewVae, latents_for_vae, layout_of
+from stable_diffusion_server.pipelines.stock_classes import StockClass, stock_class
 from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
 from stable_diffusion_server.types import DiffusionRequest
 
@@ -88,10 +89,11 @@ class Stock(DiffusersFamily):
     ) -> None:
         self.pipeline, self.spec, self.controlnet, self.tiling = pipeline, spec, controlnet, tiling
         self.prompt_cache = PromptCache(0) if prompt_cache is None else prompt_cache
-        classes = {task: task_class(type(pipeline), task) for task in spec.tasks}
-        self._pipelines = {
-            task: (over_components(pipeline, kind), CallParameters.of(kind)) for task, kind in classes.items() if kind
+        known = stock_class(type(pipeline).__name__)
+        classes = {
+            task: stock_class(name) for task, name in (known.tasks if known else {}).items() if task in spec.tasks
         }
+        self._pipelines = {task: (over_components(pipeline, kind.name), kind) for task, kind in classes.items() if kind}
         self._understood = bool(layout_of(type(pipeline).__name__))
         if self._understood:
             self._previewer = LatentPreviewer(PreviewVae(pipeline.vae), self._preview_latents)
@@ -110,9 +112,10 @@ class Stock(DiffusersFamily):
 
         Raises `InvalidInput` for what the class does not take.
         """
-        pipeline, parameters = self._pipeline_for(request)
-        arguments = call_arguments(request, self.spec, parameters, latent=self._understood)
-        own = for_request(pipeline)
+        pipeline, kind = self._pipeline_for(request)
+        arguments = call_arguments(request, self.spec, kind.parameters, latent=self._understood)
+        guidance = request.guidance_scale if kind.guider else None
+        own = for_request(pipeline, guidance, (request.width, request.height))
         call = StockCall(own, arguments, self.device)
         try:
             with translate_torch_errors(), self._tiled(request):
@@ -121,7 +124,7 @@ class Stock(DiffusersFamily):
             if not request.extra:
                 raise
             names = ", ".join(name for name, _ in request.extra)
-            sentence = f"{parameters.class_name} does not take these values of {names} ({type(error).__name__})."
+            sentence = f"{kind.name} does not take these values of {names} ({type(error).__name__})."
             raise InvalidInput(sentence, field="extra") from error
         shape = (*request.shape, request.task, request.num_inference_steps)
         empty = torch.empty(0, device=self.device)
@@ -169,7 +172,7 @@ class Stock(DiffusersFamily):
         counters = self._counters
         return lambda prompt: max((count(prompt) for count in counters), default=0)
 
-    def _pipeline_for(self, request: DiffusionRequest) -> tuple[Any, CallParameters]:
+    def _pipeline_for(self, request: DiffusionRequest) -> tuple[Any, StockClass]:
         if request.task not in self._pipelines:
             raise InvalidInput(f"{self.spec.name} does not draw the task {request.task}.", field="model")
         return self._pipelines[request.task]

@@ -11,8 +11,11 @@ from typing import Any
 from stable_diffusion_server.pipelines.library.file_headers import is_folder, is_there, read_json_object, shown
 from stable_diffusion_server.pipelines.library.identity import FileIdentity, Kind, ModelTask, UnreadableModel
 from stable_diffusion_server.pipelines.library.shards import index_ending, indexes_of_shard, with_shards
+from stable_diffusion_server.pipelines.stock_classes import is_of_diffusers
 
-INDEX, CONFIG = "model_index.json", "config.json"
+INDEX, MODULAR, CONFIG = "model_index.json", "modular_model_index.json", "config.json"
+# What a folder of blocks may bring along: code, which diffusers would run if told to trust it, and files that name it.
+_CODE, _NAMES_CODE, _AUTO_MAP = ".py", (CONFIG, "modular_config.json"), "auto_map"
 _MAX_PARTS, _MAX_LISTED = 64, 2000
 # Z-Image and Z-Image-Turbo have the same networks, and another shift of the schedule: 6 and 3.
 _TURBO_SHIFT = 3.0
@@ -29,8 +32,9 @@ _PIPELINES = (
     ("LTX2", "ltx2"), ("LTX", "ltx-video"), ("Mochi", "mochi"), ("Ideogram4", "ideogram4"), ("GlmImage", "glm-image"),
     ("ErnieImage", "ernie-image"), ("OvisImage", "ovis-image"), ("LongCatImage", "longcat-image"), ("PRX", "prx"),
     ("Kandinsky", "kandinsky"), ("OmniGen", "omnigen"), ("Bria", "bria"), ("CogView", "cogview"),
-    ("LatentConsistencyModel", "sd15"),
+    ("LatentConsistencyModel", "sd15"), ("IF", "deepfloyd-if"), ("Wuerstchen", "wuerstchen"),
 )  # fmt: skip
+_BLOCKS = "ModularPipeline"
 # The pipeline of images as prompts, which draws nothing itself.
 _REDUX = "FluxPriorReduxPipeline"
 # Parts of pipeline classes, and the task they stand for.
@@ -80,7 +84,7 @@ _NETWORKS: dict[str, tuple[Kind, tuple[str, ...], str]] = {
 
 def identify_folder(folder: Path, identify_file: Callable[[Path], FileIdentity]) -> FileIdentity:
     """What a folder is; `identify_file` identifies a weight file in it."""
-    for name, read in ((INDEX, _pipeline), (CONFIG, _network)):
+    for name, read in ((INDEX, _pipeline), (MODULAR, _modular), (CONFIG, _network)):
         file = folder / name
         if is_there(file):
             try:
@@ -94,22 +98,54 @@ def evidence_of(folder: Path) -> tuple[Path, ...]:
     """The files that decide what a folder is; while none changes, neither does its identity."""
     part = next((folder / name for name in ("unet", "transformer") if is_folder(folder / name)), folder)
     weights = _first_weights(part)
-    known = (folder / INDEX, folder / CONFIG, folder / "scheduler" / "scheduler_config.json", part / CONFIG)
+    known: tuple[Path, ...] = (
+        folder / INDEX,
+        folder / CONFIG,
+        folder / "scheduler" / "scheduler_config.json",
+        part / CONFIG,
+    )
+    if is_there(folder / MODULAR):
+        known += (folder / MODULAR, *(folder / name for name in _NAMES_CODE), *_code_in(folder))
     return (*known, *with_shards(weights)) if weights else known
 
 
-def _pipeline(folder: Path, index: dict[str, Any], identify_file: Callable[[Path], FileIdentity]) -> FileIdentity:
+def _modular(folder: Path, index: dict[str, Any], identify_file: Callable[[Path], FileIdentity]) -> FileIdentity:
+    """A pipeline of blocks, whose index says of each part where it was loaded from: here the folder's own are read."""
+    listed = {name: value[:2] for name, value in index.items() if isinstance(value, list) and len(value) == 3}
+    own = {name: value for name, value in listed.items() if is_folder(folder / name)}
+    found = _pipeline(folder, {"_class_name": index.get("_class_name"), **own}, identify_file, MODULAR)
+    named = (name for name in _NAMES_CODE if is_there(folder / name) and _AUTO_MAP in read_json_object(folder / name))
+    code = next(iter((*(shown(file.name, 60) for file in _code_in(folder)), *named)), "")
+    reason = f"brings code of its own ({code}), and code of models is never run here" if code else found.reason
+    return replace(found, reason=reason)
+
+
+def _code_in(folder: Path) -> tuple[Path, ...]:
+    """Files with code, by name."""
+    try:
+        return tuple(sorted(file for file in folder.iterdir() if file.suffix.lower() == _CODE)[:_MAX_PARTS])
+    except OSError:
+        return ()
+
+
+def _pipeline(
+    folder: Path, index: dict[str, Any], identify_file: Callable[[Path], FileIdentity], name: str = INDEX
+) -> FileIdentity:
     class_name = index.get("_class_name")
     if not isinstance(class_name, str):
         raise UnreadableModel("names no class")
+    if class_name.endswith(_BLOCKS) != (name == MODULAR):
+        raise UnreadableModel(f"names the class {shown(class_name)}, which such a file does not list the parts of")
     parts = tuple(
         shown(name, 40)
         for name, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and None not in value
+        if isinstance(value, list) and len(value) == 2 and (None not in value or class_name.endswith(_BLOCKS))
     )[:_MAX_PARTS]
     if class_name == _REDUX:
         return FileIdentity(Kind.IMAGE_PROMPT, ("flux",), "redux", container="folder", layout="diffusers", parts=parts)
     family = next((family for start, family in _PIPELINES if class_name.startswith(start)), None)
+    if family is None and is_of_diffusers(class_name):
+        family = class_name.removesuffix("Pipeline").lower()
     if family is None:
         reason = f"holds a pipeline of the class {shown(class_name)}, which is not known"
         return FileIdentity(Kind.UNKNOWN, container="folder", layout="diffusers", parts=parts, reason=reason)

@@ -18,7 +18,7 @@ from stable_diffusion_server.pipelines.library.identity import FileIdentity, Kin
 _log = structlog.get_logger(__name__)
 
 # Raise it when the rules of identification change: all files are then identified again.
-RULES = 5
+RULES = 6
 _MAX_BYTES, _MAX_KEPT = 64 * 2**20, 20_000
 # A file changed more recently than this may change again without a new timestamp.
 _UNSETTLED_SECONDS = 2.0

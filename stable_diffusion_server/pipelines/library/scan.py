@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from stable_diffusion_server.pipelines.library.file_headers import is_folder
-from stable_diffusion_server.pipelines.library.folder_rules import CONFIG, INDEX
+from stable_diffusion_server.pipelines.library.folder_rules import CONFIG, INDEX, MODULAR
 from stable_diffusion_server.pipelines.library.identification import SUFFIXES
 from stable_diffusion_server.pipelines.library.shards import index_ending, indexes_of_shard
 
@@ -99,7 +99,7 @@ def _visit(
 ) -> list[_Place]:
     """Add what a folder holds to the result; returns the folders in it to visit."""
     names = {entry.name for entry in entries}
-    is_pipeline = INDEX in names
+    is_pipeline = INDEX in names or MODULAR in names
     has_weights = any(name.startswith(_OWN_WEIGHTS) and name.endswith((".safetensors", ".bin")) for name in names)
     is_network = CONFIG in names and has_weights and not is_pipeline
     if place.depth and (is_pipeline or is_network):

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.loading.added_parts import load_added, with_added
+from stable_diffusion_server.pipelines.loading.blocks_pipeline import blocks_pipeline
 from stable_diffusion_server.pipelines.loading.compatibility import check_pipeline
 from stable_diffusion_server.pipelines.loading.complete_networks import class_of, empty_network, load_complete
 from stable_diffusion_server.pipelines.loading.controlnet_file import controlnet_of_file
@@ -40,8 +41,9 @@ from stable_diffusion_server.pipelines.loading.weight_files import (
     unused_parts,
 )
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
+from stable_diffusion_server.pipelines.stock_classes import stock_class
 
-_PROCESSORS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor")
+_PROCESSORS, _COSMOS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"), "CosmosTransformer3DModel"
 
 
 def load_pipeline(
@@ -77,14 +79,7 @@ def load_pipeline(
             parts[part.name] = load_complete(class_of(part), folder / part.name, name, dtype, variant)
             report(number / len(variants))
         parts |= _processors(folder)
-        pipeline = getattr(diffusers, spec.pipeline_class).from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            **parts,
-            **unused_parts(spec.pipeline_class),
-        )
+        pipeline = _assembled(spec, folder, dtype, parts)
         check_pipeline(spec.folder, pipeline)
         vae = getattr(pipeline, "vae", None)
         if vae is not None and vae.config.get("force_upcast") and dtype == torch.float16:
@@ -98,13 +93,36 @@ def load_pipeline(
     return pipeline.to(device) if move else pipeline
 
 
-def _processors(folder: Path) -> dict[str, Any]:
-    """The processors for prompts with pictures, which the library builds with torchvision only."""
-    names = [part.name for part in parts_of(folder) if part.kind in _PROCESSORS]
-    if not names:
-        return {}
-    from stable_diffusion_server.pipelines.loading.vision_processor import PictureProcessor  # imports many modules
+def _assembled(spec: ModelSpec, folder: Path, dtype: torch.dtype, parts: dict[str, Any]) -> Any:
+    """The pipeline of a folder from its networks and, where they are not given, its other parts."""
+    kind = getattr(diffusers, spec.pipeline_class)
+    known = stock_class(spec.pipeline_class)
+    if known is not None and known.modular:
+        return blocks_pipeline(kind, folder, parts)
+    if getattr(kind, "_load_connected_pipes", False):
+        kind._load_connected_pipes = False  # a README of the folder would name further models to load
+    return kind.from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        **parts,
+        **unused_parts(spec.pipeline_class),
+    )
 
+
+def _processors(folder: Path) -> dict[str, Any]:
+    """The processors for prompts with pictures, which the library builds with torchvision only; see the module."""
+    parts = parts_of(folder)
+    names = [part.name for part in parts if part.kind in _PROCESSORS]
+    if not names and all(part.kind != _COSMOS for part in parts):
+        return {}
+    from stable_diffusion_server.pipelines.loading.vision_processor import (  # imports many modules
+        PictureProcessor,
+        give_cosmos_a_resize,
+    )
+
+    give_cosmos_a_resize()
     return {name: PictureProcessor.from_folder(folder / name) for name in names}
 
 
@@ -193,6 +211,8 @@ def quieten_libraries() -> None:
     logging.getLogger("diffusers.loaders").setLevel(logging.ERROR)
     # The first two concern several LoRAs in one model and removing one that does not fit: both intended. The last is
     # diffusers' own use of what it deprecates.
+    logging.getLogger("diffusers.guiders").setLevel(logging.ERROR)  # it calls each guider an experiment
+    logging.getLogger("diffusers.modular_pipelines").setLevel(logging.CRITICAL)  # it logs what it raises
     for message in (
         "Already found a `peft_config` attribute",
         "Adapter .* was active which is now deleted",

@@ -214,7 +214,7 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
     options.report(_COPIED)
     apply_residency(pipeline, controlnet, device, placement.residency)
     commit = hub.commit(spec.repo) if hub and spec.repo else ""
-    graphs = _optimize(pipeline, controlnet, device, placement, options)
+    graphs = _optimize(pipeline, getattr(pipeline, spec.denoiser_part), controlnet, device, placement, options)
     return PlacedModel(known, pipeline, controlnet, adapters, placement, graphs, commit, remarks, measured.tiling)
 
 
@@ -252,11 +252,10 @@ def _control(
 
 
 def _optimize(
-    pipeline: Any, controlnet: Any, device: torch.device, placement: Placement, options: LoadOptions
+    pipeline: Any, denoiser: Any, controlnet: Any, device: torch.device, placement: Placement, options: LoadOptions
 ) -> list[CudaGraphRunner]:
     """Apply the optimizations of the settings; the CUDA graph runners that were created."""
     graphs: list[CudaGraphRunner] = []
-    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
     packed, on_cpu = is_packed(denoiser), device.type == "cpu"
     fast = on_cpu if packed else placement.quantization in COMPUTED_FAST
     if placement.residency == Residency.RESIDENT and fast:

@@ -16,6 +16,7 @@ from stable_diffusion_server.pipelines.loading.weight_files import (
     WeightFileError,
     files_of,
     files_of_part,
+    index_of,
     parts_of,
     read_json,
 )
@@ -51,7 +52,7 @@ def model_folder(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None = N
     if hub and spec.repo and not folder.is_dir():
         folder = hub.pipeline(spec.repo, spec.variant)
         _log.debug("read from the hub's cache", repo=spec.repo)
-    index = folder / INDEX
+    index = index_of(folder)
     if not index.exists():
         raise ModelLoadError(f"The model {spec.name} is missing: no {INDEX} in {spec.folder}.")
     with translate_load_errors(spec.folder, folder):

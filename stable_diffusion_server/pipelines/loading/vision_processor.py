@@ -1,11 +1,17 @@
-"""Qwen2-VL's processor for prompts with pictures, without torchvision, which transformers' needs for videos."""
+"""What the libraries do to pictures with torchvision, without it.
+
+Qwen2-VL's processor for prompts with pictures, which needs it for videos, and the scaling of a mask in Cosmos.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+from diffusers.models.transformers import transformer_cosmos
 from transformers import BatchFeature, Qwen2TokenizerFast, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
 _PICTURE, _PLACE = "<|image_pad|>", "<|one_patch|>"
@@ -43,3 +49,16 @@ class PictureProcessor(Qwen2VLProcessor):  # type: ignore[misc]  # transformers 
                 line = line.replace(_PICTURE, _PLACE * int(next(grids).prod() // merged), 1)
             texts[number] = line.replace(_PLACE, _PICTURE)
         return BatchFeature({**self.tokenizer(texts, padding=padding, return_tensors=return_tensors), **seen})
+
+
+def give_cosmos_a_resize() -> None:
+    """Let Cosmos' transformer, which Anima draws with as well, scale its mask if there is no torchvision."""
+    if not hasattr(transformer_cosmos, "transforms"):
+        resize = SimpleNamespace(resize=_nearest)
+        modes = SimpleNamespace(NEAREST="nearest")
+        transformer_cosmos.transforms = SimpleNamespace(functional=resize, InterpolationMode=modes)
+
+
+def _nearest(mask: torch.Tensor, size: list[int], interpolation: str) -> torch.Tensor:
+    """A mask, … × height × width, in another size."""
+    return torch.nn.functional.interpolate(mask, size, mode=interpolation)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from stable_diffusion_server.pipelines.stock_classes import stock_class
 
 SAFETENSORS = ".safetensors"
 # Weight files that are not read: most are pickles, which execute code.
 OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".gguf", ".onnx", ".onnx_data", ".pb")
 # Configurations and tokenizers; images depend on them.
 TEXTS = (".json", ".txt", ".model", ".jinja")
-INDEX = "model_index.json"
+INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
 # First part of the names of weight files, by the library that writes them.
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 # The variant of weight files in half precision.
@@ -33,6 +36,8 @@ _LEADS = (
 # Last part of the names of tensors with scales of quantized weights.
 _FACTORS = ("scale_weight", "weight_scale", "scaled_fp8", "SCB", "absmax", "quant_map", "qweight", "qzeros")
 _WHOLE = ("I8", "U8")
+# Parts of blocks that are for requests which are not drawn here.
+_UNUSED_BLOCKS = ("controlnet", "control_image_processor", "image_encoder", "feature_extractor")
 
 
 class WeightFileError(Exception):
@@ -49,10 +54,10 @@ class WeightPart:
 
     @property
     def has_weights(self) -> bool:
-        """Whether it has weight files; schedulers, guiders and tokenizers have only text files."""
+        """Whether it has weight files; schedulers, guiders, processors and tokenizers have only text files."""
         if self.library == "diffusers":
-            return self.name not in ("scheduler", "guider", "ocr_guider")
-        return self.name.startswith(("text_encoder", "image_encoder", "safety_checker"))
+            return self.name not in ("guider", "ocr_guider") and not self.kind.endswith(("Scheduler", "Processor"))
+        return not re.search("Tokenizer|Processor|FeatureExtractor", self.kind)
 
     @property
     def stem(self) -> str:
@@ -70,9 +75,12 @@ class WeightFiles:
 
 def parts_of(folder: Path) -> list[WeightPart]:
     """The components listed in the index of a model's folder. Raises `WeightFileError`."""
-    index = read_json(folder / INDEX)
+    file = index_of(folder)
+    index = read_json(file)
     unused = unused_parts(str(index.get("_class_name")))
     listed = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    if file.name == MODULAR_INDEX:
+        listed = _listed_of_blocks(folder, index)
     listed = {name: value for name, value in listed.items() if name not in unused}
     parts = [WeightPart(name, str(value[0]), str(value[1])) for name, value in listed.items() if None not in value]
     if not parts:
@@ -80,12 +88,27 @@ def parts_of(folder: Path) -> list[WeightPart]:
     return parts
 
 
+def index_of(folder: Path) -> Path:
+    """The index of a pipeline's folder; that of a pipeline of blocks where there is no other."""
+    modular = folder / MODULAR_INDEX
+    return modular if modular.is_file() and not (folder / INDEX).is_file() else folder / INDEX
+
+
+def _listed_of_blocks(folder: Path, index: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Library and class of each part that is in the folder, whatever place the index names for it."""
+    listed = {}
+    for name, value in index.items():
+        if isinstance(value, list) and len(value) == 3 and Path(name).name == name and (folder / name).is_dir():
+            hint = value[2].get("type_hint") if isinstance(value[2], dict) else None
+            hinted = hint if isinstance(hint, list) and len(hint) == 2 else [None, None]
+            listed[name] = value[:2] if None not in value[:2] else hinted
+    return {name: value for name, value in listed.items() if name not in _UNUSED_BLOCKS}
+
+
 def unused_parts(pipeline_class: str) -> dict[str, Any]:
-    """Arguments of a pipeline class that leave out what is not used: SD 1's safety checker, which is no part of it."""
-    kind = pipeline_class.partition("Pipeline")[0]
-    if kind not in ("StableDiffusion", "StableDiffusionInpaint"):
-        return {}
-    return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    """Arguments of a pipeline class that leave out what is not used: what judges or marks pictures."""
+    known = stock_class(pipeline_class)
+    return {name: False if name.startswith("requires_") else None for name in (known.unused if known else ())}
 
 
 def check_pipeline_folder(folder: Path, variant: str | None = "fp16") -> None:
@@ -217,7 +240,7 @@ def files_of(folder: Path, parts: list[WeightPart], variant: str | None) -> dict
 
     Other variants, sample images and notes are left out, so adding or removing them changes nothing.
     """
-    files = [folder / INDEX]
+    files = [index_of(folder)]
     for part in parts:
         files += (
             files_of_part(folder / part.name, part.stem, variant) if part.has_weights else texts_in(folder / part.name)

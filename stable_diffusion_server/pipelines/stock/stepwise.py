@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from stable_diffusion_server.pipelines.stock.calls import run_call
+
 # Seconds to wait until the thread of a call that is cancelled has ended; it takes 0.3 ms.
 _PATIENCE = 5.0
 _SHOWN_FRAMES = 12
@@ -168,41 +170,40 @@ def _cancel(shared: _Shared, thread: threading.Thread) -> None:
 
 def _run(shared: _Shared, place: _ComputePlace, pipeline: Any, arguments: dict[str, Any]) -> None:
     """The thread of a call."""
-    opened_bar = pipeline.progress_bar
-
-    def progress_bar(iterable: Any = None, total: int | None = None) -> Any:
-        """Stock calls open their progress bar right before the loop: the seam between preparing and the first step."""
-        if not shared.total:
-            shared.total = getattr(pipeline, "_num_timesteps", None) or total or 0
-            shared.hand_back()
-        return opened_bar(iterable, total)
-
-    def stepped(index: int, given: Mapping[str, Any]) -> dict[str, Any]:
-        shared.index = index + 1
-        shared.previous, shared.latents = shared.latents, given.get("latents")
-        shared.hand_back()
-        return {}
-
-    if arguments.pop("old_callback", False):
-        callback = {"callback": lambda index, _, latents: stepped(index, {"latents": latents}), "callback_steps": 1}
-    else:
-        callback = {
-            "callback_on_step_end": lambda _, index, __, given: stepped(index, given),
-            "callback_on_step_end_tensor_inputs": ["latents"],
-        }
-    pipeline.progress_bar = progress_bar
     try:
         with place.entered():
             shared.share_cores()
-            shared.returned = pipeline(**arguments, **callback)
+            shared.returned = run_call(pipeline, arguments, _Seams(shared))
     except _CallCancelled:
         pass
     except BaseException as error:
         shared.error = _without_frames(error)
         shared.latents = shared.previous = None
     finally:
-        pipeline.__dict__.pop("progress_bar", None)
         shared.end()
+
+
+class _Seams:
+    """What the call's thread does where it hands control back."""
+
+    def __init__(self, shared: _Shared) -> None:
+        self._shared = shared
+        self._before = 0
+
+    def opened(self, steps: int, later: int) -> None:
+        """Before the first step of a loop of so many steps; `later` is what other loops after it will take."""
+        shared = self._shared
+        first, self._before = not shared.total, shared.index
+        shared.total = self._before + steps + later
+        if first:
+            shared.hand_back()
+
+    def stepped(self, index: int, latents: torch.Tensor | None) -> None:
+        """After the step of this index in its loop."""
+        shared = self._shared
+        shared.index = self._before + index + 1
+        shared.previous, shared.latents = shared.latents, latents
+        shared.hand_back()
 
 
 def _without_frames(error: BaseException) -> BaseException:

@@ -7,61 +7,49 @@ import inspect
 from typing import Any
 
 import diffusers
-from diffusers.pipelines import auto_pipeline
 
-from stable_diffusion_server.types import Task
+from stable_diffusion_server.pipelines.stock.calls import STAGES
 
-_TABLES = {
-    Task.IMAGE_TO_IMAGE: auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-    Task.INPAINT: auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING,
-}
-_ENDINGS = {Task.IMAGE_TO_IMAGE: "Img2ImgPipeline", Task.INPAINT: "InpaintPipeline"}
-# What the call of a task must take.
-_NEEDED = {
-    Task.TEXT_TO_IMAGE: {"prompt"},
-    Task.IMAGE_TO_IMAGE: {"prompt", "image", "strength"},
-    Task.INPAINT: {"prompt", "image", "mask_image", "strength"},
-    Task.EDIT: {"prompt", "image"},
-}
-# Broken as shipped in diffusers 0.42: it reads `guidance_embeds`, which Chroma's configuration lacks.
-_BROKEN = frozenset({"ChromaInpaintPipeline"})
+# HiDream draws every picture at an area of its own, the square of this attribute in latents.
+_OWN_AREA, _WITHIN_FLOOR = "HiDreamImagePipeline", 1 + 1e-9
 
 
-def task_class(pipeline_class: type, task: Task) -> type | None:
-    """The class that draws a task with the components of `pipeline_class`; `None` if there is none."""
-    if task in (Task.TEXT_TO_IMAGE, Task.EDIT):
-        found: Any = pipeline_class
-    else:
-        keys = [
-            key for key, known in auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if known is pipeline_class
-        ]
-        keys += [key for key, known in _TABLES[Task.IMAGE_TO_IMAGE].items() if known is pipeline_class]
-        listed = (_TABLES[task].get(key) for key in keys)
-        beside = getattr(diffusers, pipeline_class.__name__.removesuffix("Pipeline") + _ENDINGS[task], None)
-        found = next((one for one in (*listed, beside) if one is not None and _takes(one, task)), None)
-    return found if found is not None and _takes(found, task) and found.__name__ not in _BROKEN else None
-
-
-def _takes(pipeline_class: type, task: Task) -> bool:
-    return inspect.signature(pipeline_class.__call__).parameters.keys() >= _NEEDED[task]
-
-
-def over_components(pipeline: Any, pipeline_class: type) -> Any:
+def over_components(pipeline: Any, class_name: str) -> Any:
     """A pipeline of another class over the same components and configuration; not `from_pipe`, which casts weights."""
-    if type(pipeline) is pipeline_class:
+    if type(pipeline).__name__ == class_name:
         return pipeline
+    kind = getattr(diffusers, class_name)
     known = {**pipeline.config, **pipeline.components}
-    wanted = inspect.signature(pipeline_class).parameters
-    made: Any = pipeline_class(**{name: known[name] for name in wanted if name in known})
+    wanted = inspect.signature(kind).parameters
+    made: Any = kind(**{name: known[name] for name in wanted if name in known})
     made.set_progress_bar_config(disable=True)
     return made
 
 
-def for_request(pipeline: Any) -> Any:
-    """A shallow copy with its own scheduler, since a call keeps its state in the object and in the scheduler."""
+def for_request(pipeline: Any, guidance: float | None = None, size: tuple[int, int] | None = None) -> Any:
+    """A shallow copy with its own scheduler, since a call keeps its state in the object and in the scheduler.
+
+    The copy of a modular pipeline has its own guider, by the scale `guidance` unless that is `None`. It draws `size`,
+    width and height, also where the class would choose another one.
+    """
     own = copy.copy(pipeline)
     own.__dict__.pop("_num_timesteps", None)  # of an earlier call
-    own.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    own.scheduler = _new_scheduler(pipeline.scheduler)
+    for name in STAGES:
+        if hasattr(own, name):
+            setattr(own, name, for_request(getattr(own, name)))
+    if getattr(own, "guider", None) is not None and guidance is not None:
+        own.guider = own.guider.new(guidance_scale=guidance)
+    if size is not None and type(own).__name__ == _OWN_AREA:
+        own.default_sample_size = (size[0] * size[1]) ** 0.5 / own.vae_scale_factor * _WITHIN_FLOOR
+    if size is not None and hasattr(own, "resolutions"):  # those of Kandinsky 5
+        own.resolutions = [size]
     # It would add offload hooks to all components after each call; the registry moves the weights.
     own.maybe_free_model_hooks = lambda: None
     return own
+
+
+def _new_scheduler(like: Any) -> Any:
+    """A scheduler of the same configuration; values that another class had by default are kept."""
+    config = {name: value for name, value in like.config.items() if name != "_use_default_values"}
+    return type(like).from_config(config)

@@ -7,24 +7,14 @@ from typing import Any
 
 import torch
 
-# Beginnings of pipeline classes whose latents are understood; the longer ones first. `scaled`: factor and shift of the
-# VAE's configuration; `statistics`: mean and deviation by channel, of a VAE for videos; `normed`: FLUX.2's batch norm.
+from stable_diffusion_server.pipelines.stock_classes import stock_class
+
+# Beginnings of pipeline classes whose latents are understood besides those that their source scales by factor and shift
+# of the VAE's configuration (`scaled`); the longer ones first. `statistics`: mean and deviation by channel, of a VAE
+# for videos; `normed`: FLUX.2's batch norm; empty: the class decodes.
 _LAYOUTS = (
     ("Flux2", "normed"),
-    ("Flux", "scaled"),
-    ("StableDiffusion3", "scaled"),
-    ("Chroma", "scaled"),
-    ("Lumina", "scaled"),
-    ("AuraFlow", "scaled"),
-    ("SanaVideo", ""),
-    ("Sana", "scaled"),
-    ("PixArt", "scaled"),
-    ("CogView", "scaled"),
-    ("HiDreamImage", "scaled"),
-    ("HunyuanImage", "scaled"),
-    ("OvisImage", "scaled"),
     ("ZImageOmni", ""),
-    ("ZImage", "scaled"),
     ("QwenImageLayered", ""),
     ("QwenImage21", ""),
     ("QwenImage", "statistics"),
@@ -34,7 +24,11 @@ _LAYOUTS = (
 
 def layout_of(class_name: str) -> str:
     """How a pipeline class scales its latents; empty where its own decoding is used."""
-    return next((layout for start, layout in _LAYOUTS if class_name.startswith(start)), "")
+    known = stock_class(class_name)
+    if known is None or known.modular:
+        return ""
+    named = (layout for start, layout in _LAYOUTS if class_name.startswith(start))
+    return next(named, "scaled" if known.scaled else "")
 
 
 def latents_for_vae(pipeline: Any, latents: torch.Tensor, height: int, width: int, *, returned: bool) -> torch.Tensor:
@@ -56,6 +50,12 @@ def latents_for_vae(pipeline: Any, latents: torch.Tensor, height: int, width: in
             for numbers in (vae.config.latents_mean, vae.config.latents_std)
         )
         return latents * deviation.to(latents) + mean.to(latents)
+    if vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None:
+        mean, deviation = (
+            torch.tensor(numbers, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+            for numbers in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return latents * deviation / vae.config.scaling_factor + mean
     return latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
 
 
