@@ -1,4 +1,4 @@
-"""Images as base64 text: decode uploads and data URLs, encode files and previews."""
+"""Images as base64 text and in parameters: decode uploads and data URLs, encode files and previews."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.imaging import Pixels, encode_image
-from stable_diffusion_server.types import Format
+from stable_diffusion_server.types import Format, ImageInput
 
 # Maximum characters before the comma of a data URL; every media type is shorter.
 _LONGEST_HEAD = 300
@@ -82,3 +82,26 @@ class EncodedPreviews:
 
 def _encode_preview(pixels: Pixels, file_format: Format) -> str:
     return text_of(encode_image(pixels, file_format, _PREVIEW_QUALITY[file_format], None))
+
+
+def input_images(parameters: object, *names: str) -> list[ImageInput]:
+    """Return the images of those parameters, by URL or as files. Raises `InvalidInput` for both, or for neither."""
+    images, faults = [], []
+    for name in names:
+        by_url, by_file = f"{name}_url", f"{name}_file"
+        url, file = getattr(parameters, by_url), getattr(parameters, by_file)
+        if (url is None) == (file is None):
+            sentence = f"Give {by_url} or {by_file}, and not both."
+            faults += [(by_url, sentence), (by_file, sentence)]
+        elif file is not None:
+            images.append(ImageInput(by_file, data=file.data))
+        else:
+            images.append(image_at(url, by_url))
+    if faults:
+        raise InvalidInput.from_faults(faults)
+    return images
+
+
+def image_at(url: str, parameter: str) -> ImageInput:
+    """Return the image of a URL, or in a data URL. Raises `InvalidInput` for base64 that is none."""
+    return ImageInput(parameter, data=bytes_of(url, parameter)) if is_data_url(url) else ImageInput(parameter, url=url)

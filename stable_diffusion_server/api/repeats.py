@@ -14,7 +14,7 @@ from stable_diffusion_server.api.dependencies import caller_of
 from stable_diffusion_server.api.dispatch import RequestDispatcher, preferences_of
 from stable_diffusion_server.generation import parse_int
 from stable_diffusion_server.jobs import IdempotencyClaim, fingerprint
-from stable_diffusion_server.types import SEED_MAX, GenerationRequest
+from stable_diffusion_server.types import NOISE_SEEDS, GenerationRequest
 
 
 class InFlightSeeds:
@@ -42,7 +42,7 @@ class InFlightSeeds:
         name = await run_in_threadpool(fingerprint, route, generations[0])
         running = self._running.setdefault(name, [])
         is_retry = bool(parse_int(request.headers.get("x-stainless-retry-count", "")))
-        seed = running[0] if is_retry and running else randbelow(SEED_MAX + 1)
+        seed = running[0] if is_retry and running else randbelow(NOISE_SEEDS)
         running.append(seed)
         try:
             yield [replace(one, seed=seed) for one in generations]
@@ -56,7 +56,7 @@ def with_seed(generations: Sequence[GenerationRequest]) -> list[GenerationReques
     """Return the generations of one batch with the same random seed if they have none; image i adds i to it."""
     if generations[0].seed != "random":
         return list(generations)
-    seed = randbelow(SEED_MAX + 1)
+    seed = randbelow(NOISE_SEEDS)
     return [replace(one, seed=seed) for one in generations]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from secrets import randbelow
 from typing import Any
 from uuid import NAMESPACE_OID, uuid5
 
 from stable_diffusion_server.errors import InvalidInput, number_text
 from stable_diffusion_server.pipelines import SAMPLING_NUMBERS
-from stable_diffusion_server.types import LORA_WEIGHT_MAX, SEED_MAX, Format, GenerationRequest
+from stable_diffusion_server.types import LORA_WEIGHT_MAX, NOISE_SEEDS, SEED_MAX, Format, GenerationRequest
 
 # Maximum characters of a text and of a name, checked before any parsing; the settings allow no longer prompts.
 TEXT_MAX, NAME_MAX = 32_000, 200
@@ -18,11 +19,11 @@ _EXTENSIONS = {"webp": Format.WEBP, "png": Format.PNG, "jpg": Format.JPEG, "jpeg
 # Extensions of image files that this server does not produce.
 _OTHER_IMAGE_EXTENSIONS = frozenset("gif svg bmp tif tiff avif heic heif jxl ico pdf psd jp2 ppm tga".split())
 # Maximum digits of an integer in a text: Python's `int` refuses thousands, and is slow for hundreds.
-_MOST_DIGITS = 18
+_MOST_DIGITS = 20
 
 
 def parse_int(text: str) -> int | None:
-    """Parse a text of ASCII digits; `None` for any other text, and for more than 18 digits."""
+    """Parse a text of ASCII digits; `None` for any other text, and for more than 20 digits."""
     return int(text) if len(text) <= _MOST_DIGITS and text.isascii() and text.isdigit() else None
 
 
@@ -120,3 +121,10 @@ def file_format_of(request: GenerationRequest) -> Format:
     if request.format and promised and request.format is not promised:
         raise InvalidInput(f"format is {request.format}, and save_path ends in .{ending}.", field="format")
     return request.format or promised or Format.WEBP
+
+
+def seed_of(request: GenerationRequest, request_digest: str) -> int:
+    """Return the requested seed, a random one, or one derived from the digest (equal requests, equal images)."""
+    if request.seed == "random":
+        return randbelow(NOISE_SEEDS)  # exact in every JSON reader
+    return int(request_digest[:8], 16) if request.seed is None else (request.seed + request.variation) % (SEED_MAX + 1)

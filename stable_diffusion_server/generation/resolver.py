@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from secrets import randbelow
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.limits import RequestLimits, file_format_of, name_of
+from stable_diffusion_server.generation.limits import RequestLimits, file_format_of, name_of, seed_of
 from stable_diffusion_server.generation.permissions import Ownership, check_extra, negative_prompt_scale, spec_for
 from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt, read_prompts
+from stable_diffusion_server.generation.seeds import with_subseed
 from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength, resolve_sampling, scheduler_of
 from stable_diffusion_server.storage import object_key
 from stable_diffusion_server.types import (
-    SEED_MAX,
     ExtraValue,
     Fill,
     Fit,
@@ -136,7 +135,11 @@ def resolve_request(
     spec = _identity_fields(request, parameters, adapters, options.stop_words)
     seed_asked = {"seed": request.seed, **({"variation": request.variation} if request.variation else {})}
     request_digest = digest({**spec, **pictures, **seed_asked})
-    seed = _seed(request, request_digest)
+    if parameters.sampling:
+        request, sampling = with_subseed(request, parameters.sampling, request_digest)
+        parameters = replace(parameters, sampling=sampling)
+        spec["sampling"] = sampling
+    seed = seed_of(request, request_digest)
     content = digest({**spec, **pictures, "seed": seed})
     file_format = file_format_of(request)
     # PNG is lossless, so its quality must not make two files differ.
@@ -194,6 +197,7 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         )
     steps = _or_default(request.num_inference_steps, spec.default_steps)
     scheduler = _or_default(request.scheduler, spec.default_scheduler)
+    hires_steps = request.hires_steps or steps
     parameters = ResolvedParameters(
         spec=spec,
         prompt=read.prompt,
@@ -208,9 +212,10 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         is_marked=read.is_marked,
         clip_skip=None if request.clip_skip == spec.clip_skip else request.clip_skip,
         warnings=(*warnings, *read.warnings),
-        sampling=resolve_sampling(spec, scheduler, max(steps, request.hires_steps or 0), request.sampling),
+        sampling=request.sampling and resolve_sampling(spec, scheduler, max(steps, hires_steps), request.sampling),
     )
     scheduler_of(spec, scheduler, steps)
+    scheduler_of(spec, scheduler, hires_steps)
     if not request.at_least_one_step:
         check_strength(spec, steps, parameters.strength)
     if request.canny_low > request.canny_high:
@@ -311,10 +316,3 @@ def _cleaned(text: str, field: str) -> str:
         return clean_prompt(text)
     except ValueError as error:
         raise InvalidInput(f"{field} {error}.", field=field) from error
-
-
-def _seed(request: GenerationRequest, request_digest: str) -> int:
-    """Return the requested seed, a random one, or one derived from the digest (equal requests, equal images)."""
-    if request.seed == "random":
-        return randbelow(SEED_MAX + 1)
-    return int(request_digest[:8], 16) if request.seed is None else (request.seed + request.variation) % (SEED_MAX + 1)

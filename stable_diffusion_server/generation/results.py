@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 from cachetools import LRUCache
 
 from stable_diffusion_server.generation.layout import ImageLayout, resampling_warnings
+from stable_diffusion_server.generation.limits import parse_int
 from stable_diffusion_server.generation.provenance import RECORDED_WARNINGS
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
 from stable_diffusion_server.pipelines import CHUNK_TOKENS, MOST_CHUNKS
 from stable_diffusion_server.types import (
+    SEED_MAX,
     DiffusionRequest,
     GenerationRequest,
     GenerationResult,
@@ -88,6 +90,7 @@ def result_of_generated(
         task=request.task,
         model=request.model,
         seed=request.seed,
+        seed_text=seed_text(request.seed),
         width=layout.width,
         height=layout.height,
         num_inference_steps=request.num_inference_steps,
@@ -123,6 +126,8 @@ def result_of_stored(resolved: ResolvedRequest, stored: StoredObject) -> Generat
     """Return the result for a cache hit, from the object's record. Warns if another request made the object."""
     record = stored.record
     width, height = _int(record, "width"), _int(record, "height")
+    seed = parse_int(record.get("seed", ""))
+    seed = seed if seed is None or seed <= SEED_MAX else None
     if resolved.matches(record):
         resampled = resampling_warnings(resolved.parameters.spec, width, height) if width and height else ()
         codes = record.get("warned", "").split(",")
@@ -138,7 +143,8 @@ def result_of_stored(resolved: ResolvedRequest, stored: StoredObject) -> Generat
         coalesced=False,
         task=record.get("task", resolved.request.task),
         model=record.get("model"),
-        seed=_int(record, "seed"),
+        seed=seed,
+        seed_text=seed_text(seed),
         width=width,
         height=height,
         num_inference_steps=_int(record, "steps"),
@@ -199,3 +205,8 @@ def _delay_warnings(stored: StoredObject) -> tuple[RequestWarning, ...]:
 def rounded(timings: Mapping[str, float]) -> dict[str, float]:
     """Return the seconds rounded to 0.1 ms."""
     return {stage: round(seconds, 4) for stage, seconds in timings.items()}
+
+
+def seed_text(seed: int | None) -> str | None:
+    """Return a seed as text if not every JSON reader represents it exactly as a number."""
+    return str(seed) if seed is not None and seed > _MAX_EXACT_INTEGER else None

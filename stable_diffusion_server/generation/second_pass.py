@@ -12,9 +12,10 @@ from stable_diffusion_server.generation.executor import GenerationExecutor, Subm
 from stable_diffusion_server.generation.layout import ImageLayout, lay_out_images
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
+from stable_diffusion_server.generation.seeds import one_later, wrapped
 from stable_diffusion_server.generation.single_flight import ProgressListener
 from stable_diffusion_server.imaging import Pixels
-from stable_diffusion_server.types import SEED_MAX, DiffusionRequest, Fit, GenerationProgress, GenerationRequest, Task
+from stable_diffusion_server.types import DiffusionRequest, Fit, GenerationProgress, GenerationRequest, Task
 
 _DEFAULT_STRENGTH = 0.75
 # The first pass has composed the image, so the second may draw it on more than the model's native pixels.
@@ -128,9 +129,10 @@ def _lay_out_second_pass(
             num_inference_steps=steps,
             strength=strength,
             canny=False,
+            sampling=one_later(resolved.parameters.sampling),
         ),
         # A seed of its own: adding the first pass's noise a second time is visible.
-        seed=(image.request.seed + 1) % (SEED_MAX + 1),
+        seed=wrapped(image.request.seed + 1),
     )
     layout = lay_out_images(again, first.compose_output(image.product.pixels))
     drawn = image.request

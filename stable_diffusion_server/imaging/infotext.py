@@ -48,6 +48,8 @@ _OPTION_NAMES: Mapping[str, str] = {
     "s_tmin": "Sigma tmin",
     "s_tmax": "Sigma tmax",
     "s_noise": "Sigma noise",
+    "subseed": "Variation seed",
+    "subseed_strength": "Variation seed strength",
 }
 _NEGATIVE = "Negative prompt:"
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})", re.ASCII)
@@ -57,6 +59,7 @@ _LEAST_PAIRS = 3
 _LONGEST_NAME = 100
 # Larger numbers in a record were not written by this server.
 _LARGEST = 100_000
+_SEEDS = 2**64
 
 
 def parameters_text(record: Mapping[str, object]) -> str:
@@ -135,7 +138,11 @@ def _sampling_of(pairs: object) -> Mapping[str, object]:
     """Return the options of the sampler in a record by name."""
     listed = pairs if isinstance(pairs, list | tuple) else ()
     found = {str(pair[0]): pair[1] for pair in listed if isinstance(pair, list | tuple) and len(pair) == 2}
-    return {name: value for name, value in found.items() if isinstance(value, str) or _is_small(value)}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, str) or _is_small(value) or (type(value) is int and 0 <= value < _SEEDS)
+    }
 
 
 def _lora_tags(loras: object) -> list[str]:

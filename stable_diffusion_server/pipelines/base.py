@@ -15,7 +15,7 @@ from stable_diffusion_server.errors import DeviceLost, NotFinite, OutOfMemory
 from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras
 from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
-from stable_diffusion_server.types import DiffusionRequest, ImageArray
+from stable_diffusion_server.types import NOISE_SEEDS, DiffusionRequest, ImageArray
 
 C = TypeVar("C")
 
@@ -200,7 +200,7 @@ def await_device(device: torch.device) -> None:
 
 def seeded(seed: int) -> torch.Generator:
     """A CPU generator on every device, so that a seed gives the same image everywhere."""
-    return torch.Generator("cpu").manual_seed(seed)
+    return torch.Generator("cpu").manual_seed(seed % NOISE_SEEDS)
 
 
 def classifier_free(prediction: torch.Tensor, scale: float) -> torch.Tensor:

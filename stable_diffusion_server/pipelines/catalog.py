@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -251,7 +252,9 @@ def steps_skipped(model: ModelSpec, steps: int, strength: float) -> int:
 def check_strength(model: ModelSpec, steps: int, strength: float) -> None:
     """Raise `InvalidInput` naming both parameters if diffusers would draw no step: an image-to-image without effect."""
     if _skipped(model, steps, strength) >= steps:
-        sentence = f"strength {number_text(strength)} of {steps} steps leaves none to draw; raise one of the two."
+        # Rounded up, since a share of a step is none; where steps are rounded up, anything above 0 is one.
+        least = "any above 0" if model.rounds_steps_up else f"{math.ceil(10_000 / steps) / 10_000:g} or more"
+        sentence = f"strength {number_text(strength)} of {steps} steps leaves none to draw; {least} draws one."
         raise InvalidInput.from_faults([("strength", sentence), ("num_inference_steps", sentence)])
 
 

@@ -11,7 +11,7 @@ from stable_diffusion_server.errors import InvalidInput, number_text
 from stable_diffusion_server.pipelines.catalog import scheduler_of
 from stable_diffusion_server.pipelines.model_spec import ModelSpec, SchedulerSpec
 from stable_diffusion_server.pipelines.scheduler_rows import AYS, SCHEDULE_ALIASES, SCHEDULES
-from stable_diffusion_server.types import ExtraValue
+from stable_diffusion_server.types import SEED_MAX, ExtraValue
 
 Sampling = Sequence[tuple[str, ExtraValue]]
 
@@ -37,6 +37,8 @@ SAMPLING_NUMBERS: Mapping[str, SamplingOption] = MappingProxyType(
         "s_tmax": SamplingOption(0, 10_000),
         "s_noise": SamplingOption(0, 2),
         "guidance_rescale": SamplingOption(0, 1),
+        "subseed": SamplingOption(0, SEED_MAX),
+        "subseed_strength": SamplingOption(0, 1),
     }
 )
 SAMPLING_OPTIONS = ("schedule", "zero_snr", *SAMPLING_NUMBERS)
@@ -61,6 +63,8 @@ def resolve_sampling(
     if isinstance(values.get("schedule"), str):
         values["schedule"] = schedule_named(str(values["schedule"]))
     values = {name: value for name, value in values.items() if name != "schedule" or value != ""}
+    if not values.get("subseed_strength"):  # without it the subseed is of no use
+        values = {name: value for name, value in values.items() if not name.startswith("subseed")}
     faults = [
         (name, sentence)
         for name, value in values.items()
@@ -86,6 +90,9 @@ def _fault(name: str, value: ExtraValue, spec: ModelSpec, scheduler: str, row: S
     if name in ("zero_snr", "guidance_rescale"):
         if spec.denoiser_part != "unet" or spec.any_extra:
             return f"{spec.name} has no use for {name}."
+    elif name.startswith("subseed"):
+        if spec.any_extra:
+            return f"{spec.name} draws its noise itself and takes no {name}."
     elif name not in row.takes:
         others = ", ".join(row.takes)
         return f"The scheduler {scheduler} takes no {name}" + (f"; it takes {others}." if others else ".")
@@ -94,6 +101,8 @@ def _fault(name: str, value: ExtraValue, spec: ModelSpec, scheduler: str, row: S
             return f"The scheduler {scheduler} cannot start in pure noise."
         return "" if isinstance(value, bool) else "zero_snr must be true or false."
     option = SAMPLING_NUMBERS[name]
+    if name == "subseed" and not isinstance(value, int):
+        return "subseed must be a whole number."
     if isinstance(value, bool | str) or not math.isfinite(value) or not option.low <= value <= option.high:
         return f"{name} must be between {number_text(option.low)} and {number_text(option.high)}."
     return ""

@@ -29,6 +29,7 @@ from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import 
 )
 from stable_diffusion_server.pipelines.loading.schedules import aligned_timesteps, has_table, use_own_noise
 from stable_diffusion_server.pipelines.native_family import NativeFamily
+from stable_diffusion_server.pipelines.starting_noise import starting_noise
 from stable_diffusion_server.pipelines.unet_inputs import (
     UnetConditioning,
     guided_prediction,
@@ -135,7 +136,7 @@ class UnetFamily(NativeFamily[UnetConditioning]):
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
         size = (request.height // pipe.vae_scale_factor, request.width // pipe.vae_scale_factor)
-        noise = torch.randn((1, pipe.unet.config.out_channels, *size), generator=generator, dtype=dtype)
+        noise = starting_noise(request, (1, pipe.unet.config.out_channels, *size), generator, dtype)
         noise = noise.to(self.device)
         use_own_noise(scheduler, noise, generator.initial_seed())
         steps = request.num_inference_steps - skipped

@@ -6,6 +6,7 @@ from stable_diffusion_server.types.choices import Fill, Fit, PromptSyntax, Task
 from stable_diffusion_server.types.requests import (
     LORA_NAME_PATTERN,
     LORA_WEIGHT_MAX,
+    NOISE_SEEDS,
     SEED_MAX,
     Caller,
     DiffusionRequest,
@@ -31,6 +32,7 @@ from stable_diffusion_server.types.results import (
 __all__ = [
     "LORA_NAME_PATTERN",
     "LORA_WEIGHT_MAX",
+    "NOISE_SEEDS",
     "SEED_MAX",
     "Caller",
     "DiffusionRequest",

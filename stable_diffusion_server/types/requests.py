@@ -16,7 +16,9 @@ from stable_diffusion_server.types.choices import Fill, Fit, PromptSyntax, Task
 
 # Ends with a space, which no key name contains.
 _ANONYMOUS = "anonymous "
-SEED_MAX = 2**32 - 1
+SEED_MAX = 2**64 - 1
+# The noise depends on the lower 32 bits of a seed, as that of torch's CPU generator does.
+NOISE_SEEDS = 2**32
 LORA_WEIGHT_MAX = 8.0
 # A LoRA name: the stem of its file, without folders, at most 100 characters.
 LORA_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"

@@ -54,6 +54,7 @@ class GenerationResult:
         cached: Whether the image existed before the request.
         coalesced: Whether an identical concurrent request generated the image.
         batched: Whether the request shared forward passes; `None` if unknown.
+        seed_text: The seed as text if it is above 2^53, which not every JSON reader represents exactly.
         prompt_used: The prompt after truncation, if it was truncated.
         timings: Seconds per stage.
     """
@@ -72,6 +73,7 @@ class GenerationResult:
     scheduler: str | None
     batched: bool | None = None
     prompt_used: str | None = None
+    seed_text: str | None = None
     warnings: tuple[RequestWarning, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
 

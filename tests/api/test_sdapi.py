@@ -100,7 +100,7 @@ def test_what_is_known_and_not_honoured_is_reported(client: webuiapi.WebUIApi) -
     plain = client.txt2img(prompt="a red square", **SIZE)
     assert plain.info["not_honoured"] == []
     result = client.txt2img(
-        prompt="a (red:1.3) square", restore_faces=True, tiling=True, styles=["anime"], subseed_strength=0.5,
+        prompt="a (red:1.3) square", restore_faces=True, tiling=True, styles=["anime"], subseed_strength=7,
         scheduler="KL Optimal", override_settings={"CLIP_stop_at_last_layers": 2}, **SIZE,
     )  # fmt: skip
     said = " ".join(result.info["not_honoured"])

@@ -90,15 +90,15 @@ def test_a_negative_seed_is_random(running: RunningApp, seed: object) -> None:
 
 
 @pytest.mark.parametrize("seed", [6302954713490123530, "6302954713490123530", 2**64 - 1, 2**32])
-def test_a_seed_of_64_bits_is_drawn_by_its_lower_half(running: RunningApp, seed: object) -> None:
-    """Torch's CPU generator takes these bits only; `info` has the seed that draws the same image again."""
+def test_a_seed_of_64_bits_is_kept(running: RunningApp, seed: object) -> None:
+    """Image i has the seed after it; the last one is followed by 0. `info` has seeds that draw the same again."""
     body, info = asked(running, seed=seed, batch_size=2)
-    lower = int(seed) % 2**32  # type: ignore[call-overload]  # a number or its text
-    assert info["all_seeds"] == [lower, (lower + 1) % 2**32]
-    assert "lower 32 bits" in said(info)
+    first = int(seed)  # type: ignore[call-overload]  # a number or its text
+    assert info["all_seeds"] == [first, (first + 1) % 2**64]
+    assert info["not_honoured"] == []
     again, repeated = asked(running, seed=info["seed"], batch_size=2)
     assert again["images"] == body["images"]
-    assert repeated["not_honoured"] == []
+    assert repeated["keys"] == info["keys"]
 
 
 def test_info_has_all_members_of_processed(running: RunningApp) -> None:

@@ -14,6 +14,7 @@ from drawing import Pixels, disc_mask, draw, draw_together, job_for, largest_dif
 from sampler_cases import ALIGNED, CASES, FLAGS, OWN, SAMPLERS, SCHEDULES, TWO_PASSES
 
 from stable_diffusion_server.pipelines.scheduler_rows import FOR_NOISE, SCHEDULERS
+from stable_diffusion_server.pipelines.starting_noise import starting_noise
 from stable_diffusion_server.types import DiffusionRequest
 
 pytestmark = [
@@ -154,3 +155,31 @@ def test_samplers_of_our_own_give_the_right_distribution(sampler: str, sdxl: Any
         sample, _ = scheduler.step(noise, timestep, sample, generator=generator)
     assert len(scheduler.timesteps) == (2 * steps - 1 if OWN[sampler] == 2 else steps)
     assert abs(float(sample.std()) / deviation - 1) < 0.03
+
+
+def test_a_subseed_turns_the_noise_towards_its_own(sdxl: Any) -> None:
+    """Strength 1 is the picture of the subseed, less is between; the upper half of a seed does not matter."""
+    options = {"subseed": 8, "subseed_strength": 1.0}
+    seven, eight = job_with("euler"), job_with("euler", seed=8)
+    whole = job_with("euler", sampling=tuple(options.items()))
+    half = job_with("euler", sampling=(("subseed", 8 + 2**40), ("subseed_strength", 0.5)))
+    large = job_with("euler", seed=7 + 2**33)
+    pictures = draw_together(sdxl, [seven, eight, whole, half, large])
+    assert psnr(pictures[1], pictures[2]) >= 45
+    assert psnr(pictures[0], pictures[4]) >= 45
+    assert max(psnr(pictures[3], pictures[0]), psnr(pictures[3], pictures[1])) < 45
+    assert psnr(draw(sdxl, half), pictures[3]) >= 45
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_noise_between_two_seeds_is_that_of_automatic1111(share: float) -> None:
+    """Its formula, written out for one column; the deviation stays 1."""
+    job = job_with("euler", sampling=(("subseed", 8), ("subseed_strength", share)))
+    found = starting_noise(job, (1, 4, 64, 48), torch.Generator().manual_seed(7), torch.float32)
+    one, other = (
+        torch.randn(1, 4, 64, 48, generator=torch.Generator().manual_seed(seed))[0, 2, :, 5] for seed in (7, 8)
+    )
+    angle = torch.acos((one / one.norm()) @ (other / other.norm()))
+    expected = (torch.sin((1 - share) * angle) * one + torch.sin(share * angle) * other) / torch.sin(angle)
+    assert torch.allclose(found[0, 2, :, 5], expected, atol=1e-5)
+    assert abs(float(found.std()) - 1) < 0.02

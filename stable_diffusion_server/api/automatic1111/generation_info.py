@@ -58,7 +58,7 @@ def generation_info(
     infotext = parse_parameters(texts[0]) if texts else {}
     seeds = [image.seed for image in images]
     seed = seeds[0] if seeds else TaskImage(generation, None, "", b"").seed
-    subseed = params.subseed if params.subseed is not None and params.subseed >= 0 else seed
+    subseed = _subseed(parsed, seed)
     negative = params.negative_prompt or ""
     hires = facts.get("hires")
     width, height = hires["from"] if hires else (facts["width"], facts["height"])
@@ -102,6 +102,12 @@ def generation_info(
         "not_honoured": parsed.ignored,
         "warnings": _warnings(images) if first else [],
     }
+
+
+def _subseed(parsed: ParsedTask, seed: int) -> int:
+    """Return the subseed of the first image that is drawn, or else the one that was sent."""
+    sent = parsed.params.subseed
+    return int(dict(parsed.generations[0].sampling).get("subseed", seed if sent is None or sent < 0 else sent))
 
 
 def _warnings(images: Sequence[TaskImage]) -> list[str]:

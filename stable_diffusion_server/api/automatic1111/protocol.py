@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from secrets import randbelow
 from typing import Any, Literal
 
 from stable_diffusion_server.api.automatic1111.checkpoint_names import model_named
@@ -11,7 +12,7 @@ from stable_diffusion_server.api.automatic1111.controlnet_units import CannyUnit
 from stable_diffusion_server.api.automatic1111.options import FORMATS, Option
 from stable_diffusion_server.api.automatic1111.prompt_syntax import read_prompt, resolve_loras
 from stable_diffusion_server.api.automatic1111.sampler_names import sampler_for
-from stable_diffusion_server.api.automatic1111.sampling_params import SAMPLING_PARAMETERS, read_sampling
+from stable_diffusion_server.api.automatic1111.sampling_params import SAMPLING_PARAMETERS, Sampling, read_sampling
 from stable_diffusion_server.api.automatic1111.second_pass_params import SecondPass, parse_second_pass
 from stable_diffusion_server.api.automatic1111.task_params import Img2Img, Txt2Img, with_infotext
 from stable_diffusion_server.api.base64_images import bytes_of
@@ -19,7 +20,16 @@ from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.errors import Forbidden, InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, range_sentence
 from stable_diffusion_server.pipelines import ModelSpec
-from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, GenerationRequest, ImageInput, PromptSyntax, Task
+from stable_diffusion_server.types import (
+    NOISE_SEEDS,
+    Fill,
+    Fit,
+    Format,
+    GenerationRequest,
+    ImageInput,
+    PromptSyntax,
+    Task,
+)
 
 _FITS = (Fit.STRETCH, Fit.CROP, Fit.PAD, Fit.STRETCH)
 _FILLS = (Fill.SURROUNDINGS, Fill.ORIGINAL, Fill.NOISE, Fill.GREY)
@@ -136,16 +146,15 @@ def _words_and_numbers(
     sampling, about_sampling = read_sampling(
         {name: getattr(params, name, None) for name in SAMPLING_PARAMETERS}, chosen, spec
     )
-    seed, about_seed = _seed(params.seed)
     generation = GenerationRequest(
         task=Task.TEXT_TO_IMAGE,
         prompt=positive.words,
         negative_prompt=negative.words or None,
-        seed=seed,
+        seed=_seed(params.seed),
         num_inference_steps=params.steps,
         guidance_scale=params.cfg_scale,
         scheduler=chosen.scheduler,
-        sampling=sampling,
+        sampling=_with_subseed(sampling, params.subseed),
         loras=loras,
         prompt_syntax=PromptSyntax.A1111 if spec.weighs_prompts else PromptSyntax.PLAIN,
         allow_empty_prompt=True,
@@ -153,7 +162,6 @@ def _words_and_numbers(
     )
     ignored = [
         *chosen.ignored,
-        *filter(None, (about_seed,)),
         *about_sampling,
         *positive.ignored,
         *about_loras,
@@ -164,15 +172,15 @@ def _words_and_numbers(
     return generation, ignored
 
 
-def _seed(wanted: int | None) -> tuple[int | Literal["random"], str | None]:
-    """Return the seed to use, and a sentence if it is not the one that was asked for.
+def _seed(wanted: int | None) -> int | Literal["random"]:
+    return "random" if wanted is None or wanted < 0 else wanted
 
-    The noise is made by torch's CPU generator, which takes the lower 32 bits of a seed.
-    """
-    if wanted is None or wanted < 0:
-        return "random", None
-    seed = wanted % (SEED_MAX + 1)
-    return seed, None if seed == wanted else f"seed: {wanted} is {seed}; the lower 32 bits of a seed count."
+
+def _with_subseed(sampling: Sampling, wanted: int | None) -> Sampling:
+    """Return the options with the subseed, a random one unless it is sent."""
+    if "subseed_strength" not in dict(sampling):
+        return sampling
+    return (*sampling, ("subseed", randbelow(NOISE_SEEDS) if wanted is None or wanted < 0 else wanted))
 
 
 def _clip_skip(settings: dict[str, object], spec: ModelSpec) -> tuple[int | None, dict[str, object]]:
@@ -292,8 +300,6 @@ def _format(settings: Mapping[str, object]) -> Format:
 def _ignored_parameters(params: Txt2Img, settings: Mapping[str, object]) -> list[str]:
     """Return sentences about parameters that this server ignores."""
     extra: dict[str, Any] = params.model_extra
-    if params.subseed_strength:
-        extra = {**extra, "subseed_strength": params.subseed_strength}
     ignored = [
         f"{name[:50]} is not honoured."
         for name, value in extra.items()

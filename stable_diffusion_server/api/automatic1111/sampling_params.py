@@ -10,6 +10,8 @@ from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.pipelines import ModelSpec, resolve_sampling
 from stable_diffusion_server.types import ExtraValue
 
+Sampling = tuple[tuple[str, ExtraValue], ...]
+
 # AUTOMATIC1111's and SD.Next's names → ours, and the values that clients send to any sampler by default.
 SAMPLING_PARAMETERS: Mapping[str, tuple[str, tuple[object, ...]]] = {
     "eta": ("eta", (0, 1)),
@@ -20,13 +22,12 @@ SAMPLING_PARAMETERS: Mapping[str, tuple[str, tuple[object, ...]]] = {
     "guidance_rescale": ("guidance_rescale", (0,)),
     "diffusers_guidance_rescale": ("guidance_rescale", (0,)),
     "zero_snr": ("zero_snr", (False,)),
+    "subseed_strength": ("subseed_strength", (0,)),
 }
 _LONGEST = 50
 
 
-def read_sampling(
-    extra: Mapping[str, Any], chosen: ChosenSampler, spec: ModelSpec
-) -> tuple[tuple[tuple[str, ExtraValue], ...], list[str]]:
+def read_sampling(extra: Mapping[str, Any], chosen: ChosenSampler, spec: ModelSpec) -> tuple[Sampling, list[str]]:
     """Return the options for the chosen sampler, and a sentence about each value that it does not take.
 
     A number may be a text, as elsewhere in this dialect.

@@ -67,12 +67,18 @@ class Txt2Img(BaseModel):
         None,
         ge=SEED_BOUNDS[0],
         le=SEED_BOUNDS[1],
-        description="Negative or omitted: random. Image i of a batch uses `seed + i`; the lower 32 bits count.",
+        description="Negative or omitted: random. Image i of a batch uses `seed + i`. Its lower 32 bits count.",
     )
     subseed: int | None = Field(
-        None, ge=SEED_BOUNDS[0], le=SEED_BOUNDS[1], description="Answered in `info`, without effect."
+        None,
+        ge=SEED_BOUNDS[0],
+        le=SEED_BOUNDS[1],
+        description="Seed of another noise, for `subseed_strength`; negative or omitted: random.",
     )
-    subseed_strength: float | None = Field(None, description="Answered in `info`, without effect.")
+    subseed_strength: float | None = Field(
+        None,
+        description="How far the noise is turned to that of `subseed`, 0 to 1; then image i uses `subseed + i`.",
+    )
     steps: int | None = Field(None, description="Denoising steps.")
     cfg_scale: float | None = Field(None, description="How strongly to follow the prompt.")
     width: int | None = Field(None, description="Width in pixels, by default 512.")

@@ -137,6 +137,7 @@ class ImagesParams(GenerationParams):
         base = replace(
             with_true_guidance(self.base(context), self.true_cfg_scale, spec),
             model=spec.name if self.model else None,
+            at_least_one_step=True,
             seed="random" if self.seed in (None, -1) else self.seed,
             num_inference_steps=self._steps(spec, context),
             format=self.output_format or (Format.PNG if self.save_path is None else None),

@@ -12,11 +12,11 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from fastapi import Request
 from pydantic import Field, WithJsonSchema, field_validator
 
+from stable_diffusion_server.api.base64_images import image_at, input_images
 from stable_diffusion_server.api.concurrency import run_if_large
 from stable_diffusion_server.api.dependencies import caller_of, scope_to_caller
 from stable_diffusion_server.api.request_parsing import RawJson, UploadedFile, read_parameters, read_query
 from stable_diffusion_server.api.schemas.extra_parameters import read_extra
-from stable_diffusion_server.api.schemas.input_images import image_at, input_images, pictures_size
 from stable_diffusion_server.api.schemas.validation import FaultsOf, RequestParams, validated
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, TEXT_MAX, RequestLimits
@@ -27,7 +27,7 @@ _BINARY = {"type": "string", "format": "binary"}
 _NUMBERS = frozenset(
     "seed num_inference_steps guidance_scale quality timeout width height strength feather canny_low canny_high "
     "control_scale n output_compression partial_images clip_skip eta s_churn s_tmin s_tmax s_noise "
-    "guidance_rescale".split()
+    "guidance_rescale subseed subseed_strength".split()
 )
 _BOOLEANS = frozenset("overwrite refine canny stream zero_snr".split())
 # Maximum characters of `lora`: far more than MAX_LORAS entries need, and short enough to split before counting.
@@ -63,6 +63,13 @@ class GenerationParams(RequestParams):
     num_inference_steps: int | None = Field(None, description="Denoising steps.")
     guidance_scale: float | None = Field(None, description="How strongly to follow the prompt.")
     scheduler: str | None = Field(None, max_length=NAME_MAX, description="Scheduler by its name.")
+    subseed: int | None = Field(
+        None, description="Seed of another noise. If omitted with `subseed_strength`, derived from the request."
+    )
+    subseed_strength: float | None = Field(
+        None,
+        description="How far the noise is turned to that of `subseed`; image i of a batch uses `subseed + i`.",
+    )
     schedule: str | None = Field(
         None,
         max_length=NAME_MAX,
@@ -292,7 +299,11 @@ def generation_from_request(
         if request.method == "GET" and len(query) <= _CACHED_QUERY_MAX:
             return scope_to_caller(caller_of(request), parse_query(query))
         params = await read_params(request)
-        size = pictures_size(params)
+        size = sum(_characters(getattr(params, name)) for name in schema.pictures)
         return scope_to_caller(caller_of(request), await run_if_large(size, params.to_request))
 
     return read
+
+
+def _characters(value: str | Sequence[str] | None) -> int:
+    return len(value) if isinstance(value, str) else sum(map(len, value or ()))

@@ -125,6 +125,7 @@ class GenerationResultBody(GenerationResult):
 
     path: Uri
     prompt_used: Annotated[str | None, Field(exclude_if=_is_none)] = None
+    seed_text: Annotated[str | None, Field(exclude_if=_is_none)] = None
 
 
 class ReplayComparisonBody(TypedDict):

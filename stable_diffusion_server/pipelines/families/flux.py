@@ -34,6 +34,7 @@ from stable_diffusion_server.pipelines.flux_inputs import (
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import token_counter
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.pipelines.native_family import NativeFamily
+from stable_diffusion_server.pipelines.starting_noise import starting_noise
 from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
 
@@ -236,7 +237,7 @@ class Flux(NativeFamily[Conditioning]):
         """The schedule depends on the number of patches."""
         steps = request.num_inference_steps
         shape = (1, self.pipeline.vae.config.latent_channels, *self._size(request))
-        noise = self._packed(torch.randn(shape, generator=generator, dtype=dtype).to(self.device))
+        noise = self._packed(starting_noise(request, shape, generator, dtype).to(self.device))
         config = self.pipeline.scheduler.config
         shift = calculate_shift(
             noise.shape[1], config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift

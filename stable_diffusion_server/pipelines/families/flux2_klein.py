@@ -25,6 +25,7 @@ from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, dig
 from stable_diffusion_server.pipelines.loading.counted_work import REFERENCE_PIXELS
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import chat_counter
 from stable_diffusion_server.pipelines.native_family import NativeFamily
+from stable_diffusion_server.pipelines.starting_noise import starting_noise
 from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
 
@@ -190,7 +191,7 @@ class Flux2Klein(NativeFamily[Conditioning]):
     ) -> DenoisingSegment:
         pipe, steps = self.pipeline, request.num_inference_steps
         shape = (1, pipe.transformer.config.in_channels, *self._size(request.height, request.width))
-        noise = _packed(torch.randn(shape, generator=generator, dtype=dtype).to(self.device))
+        noise = _packed(starting_noise(request, shape, generator, dtype).to(self.device))
         shift = compute_empirical_mu(image_seq_len=noise.shape[1], num_steps=steps)
         sigmas = np.linspace(1.0, 1 / steps, steps).tolist()
         return self._flow_segment(request, skipped, noise, generator, sigmas, shift)

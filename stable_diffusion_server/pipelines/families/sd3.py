@@ -22,6 +22,7 @@ from stable_diffusion_server.pipelines.base import (
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import token_counter
 from stable_diffusion_server.pipelines.native_family import NativeFamily
+from stable_diffusion_server.pipelines.starting_noise import starting_noise
 from stable_diffusion_server.types import DiffusionRequest
 
 
@@ -107,7 +108,7 @@ class StableDiffusion3(NativeFamily[Conditioning]):
     ) -> DenoisingSegment:
         pipe = self.pipeline
         height, width = request.height // pipe.vae_scale_factor, request.width // pipe.vae_scale_factor
-        noise = torch.randn((1, pipe.transformer.config.in_channels, height, width), generator=generator, dtype=dtype)
+        noise = starting_noise(request, (1, pipe.transformer.config.in_channels, height, width), generator, dtype)
         patch, config = pipe.transformer.config.patch_size, pipe.scheduler.config
         shift = calculate_shift(
             (height // patch) * (width // patch),

@@ -21,6 +21,7 @@ from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNet
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import chat_counter
 from stable_diffusion_server.pipelines.native_family import NativeFamily
+from stable_diffusion_server.pipelines.starting_noise import starting_noise
 from stable_diffusion_server.types import DiffusionRequest
 
 
@@ -152,7 +153,7 @@ class ZImage(NativeFamily[Conditioning]):
         patch = pipe.vae_scale_factor * 2
         height, width = request.height // patch, request.width // patch
         shape = (1, pipe.transformer.in_channels, 2 * height, 2 * width)
-        noise = torch.randn(shape, generator=generator, dtype=dtype).to(self.device)
+        noise = starting_noise(request, shape, generator, dtype).to(self.device)
         config = pipe.scheduler.config
         shift = calculate_shift(
             height * width,

@@ -51,6 +51,8 @@ _DELETE_OLDEST = "DELETE FROM drawn WHERE number IN (SELECT number FROM drawn OR
 _DELETED_AT_ONCE = 32
 _SIZE_FACTS = ("page_count", "freelist_count", "page_size")
 _MAX_BYTES = 4 * 2**30
+# SQLite's integers have 64 bits with a sign.
+_SIGNED = 2**63
 _BUSY_SECONDS = 5.0
 _FEW = 1000
 _WITHIN = "key >= ? AND key < ?"
@@ -179,6 +181,9 @@ def _trigrams(words: str) -> str:
 def _to_row(entry: HistoryEntry) -> tuple[object, ...]:
     values = {name: getattr(entry, name) for name in _COLUMNS}
     values["record"] = json.dumps(entry.record, ensure_ascii=False)
+    values["seed"] = (entry.seed + _SIGNED) % (
+        2 * _SIGNED
+    ) - _SIGNED  # the larger half of the seeds as negative numbers
     return (entry.prompt.casefold(), *values.values())
 
 
@@ -195,7 +200,7 @@ def _parse_entry(row: Sequence[object]) -> HistoryEntry | None:
         _log.error("an entry of the history is damaged and left out", number=number, columns=damaged or "record")
         return None
     entry = HistoryEntry(**columns, number=int(str(number)))  # type: ignore[arg-type]  # types checked above
-    return replace(entry, record=record)
+    return replace(entry, record=record, seed=entry.seed % (2 * _SIGNED))
 
 
 def _unavailable(error: Exception) -> StorageUnavailable:
