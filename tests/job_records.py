@@ -64,6 +64,7 @@ WHOLE = GenerationRequest(
     extra=(("true_cfg_scale", 2.5), ("fast", True), ("name", "x"), ("count", 3)),
     prompt_syntax=PromptSyntax.COMPEL,
     clip_skip=2,
+    prompt_2="a plain wall",
 )
 WORK = JobPayload(WHOLE, {"image_url": b"image", "image[1]": b"other"})
 RECEIPT = GenerationResult(

@@ -56,13 +56,14 @@ class GenerationExecutor:
 
         In AUTOMATIC1111's syntax, prompts of more than one chunk of tokens are read in chunks.
         """
-        negative = request.negative_prompt
+        negative, second = request.negative_prompt, request.prompt_2
         if resolved.parameters.prompt_syntax is PromptSyntax.A1111 and not request.weighted:
             limit, count = self._limit(request), partial(self._count_tokens, request.model)
-            long = any(not fits_in(text, limit, count) for text in (request.prompt, negative or ""))
+            long = any(not fits_in(text, limit, count) for text in (request.prompt, negative or "", second or ""))
             request = replace(request, weighted=long)
         prompt = self._fit(request, request.prompt)
-        return replace(request, prompt=prompt, negative_prompt=self._fit(request, negative) if negative else negative)
+        negative, second = (text and self._fit(request, text) for text in (negative, second))
+        return replace(request, prompt=prompt, negative_prompt=negative, prompt_2=second)
 
     async def load_unread(
         self,

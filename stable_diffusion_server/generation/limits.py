@@ -87,7 +87,7 @@ class RequestLimits:
         longest = self.max_prompt_characters
         faults += [
             (name, f"{name} must not be longer than {longest} characters.")
-            for name in ("prompt", "negative_prompt")
+            for name in ("prompt", "negative_prompt", "prompt_2")
             if len(value_of(name) or "") > longest
         ]
         references = value_of("references") or ()

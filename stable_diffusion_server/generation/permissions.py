@@ -237,3 +237,32 @@ def negative_prompt_scale(
 
 def _listed(names: Sequence[str]) -> str:
     return f"it has {', '.join(names)}" if names else "it has none of its own"
+
+
+def adapters_for(request: GenerationRequest, loras: Callable[[], Mapping[str, str]]) -> list[tuple[str, float, str]]:
+    """Return name, weight and content digest of each LoRA. Raises `InvalidInput` for an unknown LoRA."""
+    if not request.loras:
+        return []
+    there = loras()
+    digests = {}
+    for name, _ in request.loras:
+        try:
+            digests[name] = there[name]
+        except KeyError as error:
+            names = ", ".join(sorted(there))
+            said = f"{name!r} is not an adapter here; there are {names}." if names else "No adapters are offered here."
+            raise InvalidInput(said, field="lora") from error
+    return [(name, weight, digests[name]) for name, weight in request.loras]
+
+
+def check_abilities(request: GenerationRequest, spec: ModelSpec) -> None:
+    """Raise `InvalidInput` if the request has what only other models can do, or edges between wrong thresholds."""
+    if request.canny and spec.control_folder is None:
+        raise InvalidInput(f"{spec.name} has no ControlNet to follow edges with.", field="canny")
+    if request.canny_low > request.canny_high:
+        sentence = "canny_low must not be above canny_high."
+        raise InvalidInput.from_faults([("canny_low", sentence), ("canny_high", sentence)])
+    if request.clip_skip is not None and not spec.usual_clip_skip:
+        raise InvalidInput(f"{spec.name} has no CLIP whose layers can be left out.", field="clip_skip")
+    if request.prompt_2 is not None and not spec.takes_prompt_2:
+        raise InvalidInput(f"{spec.name} has no second text encoder that reads a prompt of its own.", field="prompt_2")

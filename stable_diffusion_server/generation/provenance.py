@@ -109,11 +109,12 @@ def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
         "prompt_syntax": parameters.prompt_syntax,
         "clip_skip": parameters.clip_skip,
         "sampling": parameters.sampling,
+        "prompt_2": parameters.prompt_2,
     }
     requested = {part.name: getattr(request, part.name) for part in fields(request) if part.name not in NOT_RECORDED}
     values = {name: resolved_fields.get(name, value) for name, value in requested.items()}
     # As files of older versions are read.
-    usual = {"extra": (), "sampling": (), "clip_skip": None, "prompt_syntax": PromptSyntax.PLAIN}
+    usual = {"extra": (), "sampling": (), "clip_skip": None, "prompt_2": None, "prompt_syntax": PromptSyntax.PLAIN}
     return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 
 

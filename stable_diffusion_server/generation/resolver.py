@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.limits import RequestLimits, file_format_of, name_of, seed_of
-from stable_diffusion_server.generation.permissions import Ownership, check_extra, negative_prompt_scale, spec_for
+from stable_diffusion_server.generation.permissions import (
+    Ownership,
+    adapters_for,
+    check_abilities,
+    check_extra,
+    negative_prompt_scale,
+    spec_for,
+)
 from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt, read_prompts
 from stable_diffusion_server.generation.seeds import with_subseed
 from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength, resolve_sampling, scheduler_of
@@ -63,6 +70,7 @@ class ResolvedParameters:
     spec: ModelSpec
     prompt: str
     negative_prompt: str | None
+    prompt_2: str | None
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
@@ -131,7 +139,7 @@ def resolve_request(
     addresses = {source.parameter: source.url for source in request.sources if source.url is not None}
     sent_pictures = _identities(request, addresses)
     pictures = _identities(request, fetched) if fetched else sent_pictures
-    adapters = _adapters(request, options)
+    adapters = adapters_for(request, options.loras)
     spec = _identity_fields(request, parameters, adapters, options.stop_words)
     seed_asked = {"seed": request.seed, **({"variation": request.variation} if request.variation else {})}
     request_digest = digest({**spec, **pictures, **seed_asked})
@@ -166,6 +174,8 @@ def resolve_request(
 
 def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) -> ResolvedParameters:
     spec = spec_for(request, options)
+    check_abilities(request, spec)
+    check_abilities(request, spec)
     check_extra(request.extra, spec, request.task)
     warnings = []
     asked = _or_default(request.negative_prompt, spec.default_negative_prompt)
@@ -184,24 +194,22 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
     prompt = _cleaned(request.prompt, "prompt")
     if not prompt and not request.allow_empty_prompt:
         raise InvalidInput("prompt is empty.", field="prompt")
-    if request.canny and spec.control_folder is None:
-        raise InvalidInput(f"{spec.name} has no ControlNet to follow edges with.", field="canny")
     steps = _or_default(request.num_inference_steps, spec.default_steps)
     read = read_prompts(prompt, negative, request.prompt_syntax, spec, steps)
-    if request.clip_skip is not None and not spec.usual_clip_skip:
-        raise InvalidInput(f"{spec.name} has no CLIP whose layers can be left out.", field="clip_skip")
+    second = _second_prompt(request, prompt, spec)
+    read_second = None if second is None else read_prompts(second, None, request.prompt_syntax, spec, steps)
     follows = spec.control_folder is not None if request.canny is None else request.canny
     if request.canny is None and not follows:
         warnings.append(
             RequestWarning("canny-unavailable", f"{spec.name} has no ControlNet; the edges are not followed.")
         )
-    steps = _or_default(request.num_inference_steps, spec.default_steps)
     scheduler = _or_default(request.scheduler, spec.default_scheduler)
     hires_steps = request.hires_steps or steps
     parameters = ResolvedParameters(
         spec=spec,
         prompt=read.prompt,
         negative_prompt=read.negative_prompt,
+        prompt_2=None if read_second is None else read_second.prompt,
         num_inference_steps=steps,
         guidance_scale=guidance,
         scheduler=scheduler,
@@ -209,19 +217,24 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         canny=follows,
         control_scale=_or_default(request.control_scale, spec.control_scale),
         prompt_syntax=read.syntax,
-        is_marked=read.is_marked,
+        is_marked=read.is_marked or (read_second is not None and read_second.is_marked),
         clip_skip=None if request.clip_skip == spec.clip_skip else request.clip_skip,
-        warnings=(*warnings, *read.warnings),
+        warnings=(*warnings, *read.warnings, *(read_second.warnings if read_second else ())),
         sampling=request.sampling and resolve_sampling(spec, scheduler, max(steps, hires_steps), request.sampling),
     )
     scheduler_of(spec, scheduler, steps)
     scheduler_of(spec, scheduler, hires_steps)
     if not request.at_least_one_step:
         check_strength(spec, steps, parameters.strength)
-    if request.canny_low > request.canny_high:
-        sentence = "canny_low must not be above canny_high."
-        raise InvalidInput.from_faults([("canny_low", sentence), ("canny_high", sentence)])
     return parameters
+
+
+def _second_prompt(request: GenerationRequest, prompt: str, spec: ModelSpec) -> str | None:
+    """Return the cleaned prompt of the second text encoder, `None` if it reads the first one."""
+    if request.prompt_2 is None:
+        return None
+    second = _cleaned(request.prompt_2, "prompt_2")
+    return None if second == prompt else second
 
 
 def prompts_for_model(parameters: ResolvedParameters) -> dict[str, Any]:
@@ -229,25 +242,10 @@ def prompts_for_model(parameters: ResolvedParameters) -> dict[str, Any]:
     return {
         "prompt": parameters.prompt,
         "negative_prompt": parameters.negative_prompt,
+        "prompt_2": parameters.prompt_2,
         "weighted": parameters.is_marked,
         "clip_skip": parameters.clip_skip,
     }
-
-
-def _adapters(request: GenerationRequest, options: GenerationOptions) -> list[tuple[str, float, str]]:
-    """Return name, weight and content digest of each LoRA. Raises `InvalidInput` for an unknown LoRA."""
-    if not request.loras:
-        return []
-    there = options.loras()
-    digests = {}
-    for name, _ in request.loras:
-        try:
-            digests[name] = there[name]
-        except KeyError as error:
-            names = ", ".join(sorted(there))
-            said = f"{name!r} is not an adapter here; there are {names}." if names else "No adapters are offered here."
-            raise InvalidInput(said, field="lora") from error
-    return [(name, weight, digests[name]) for name, weight in request.loras]
 
 
 def _identity_fields(
@@ -284,6 +282,7 @@ def _identity_fields(
         **({"mask_inverted": True} if request.mask is not None and request.mask.inverted else {}),
         **({"extra": sorted(request.extra)} if request.extra else {}),
         **({"prompt_syntax": parameters.prompt_syntax} if parameters.is_marked else {}),
+        **({"prompt_2": parameters.prompt_2} if parameters.prompt_2 is not None else {}),
         **({"clip_skip": parameters.clip_skip} if parameters.clip_skip is not None else {}),
         **({"sampling": parameters.sampling} if parameters.sampling else {}),
     }

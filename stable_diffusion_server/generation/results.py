@@ -67,7 +67,7 @@ class ResultCache:
 
 def is_long(request: GenerationRequest) -> bool:
     """Return whether the prompts of a request are too long to be read on the event loop, and to be cached."""
-    return len(request.prompt) + len(request.negative_prompt or "") > _LONG
+    return sum(len(text or "") for text in (request.prompt, request.negative_prompt, request.prompt_2)) > _LONG
 
 
 def result_of_generated(
@@ -113,6 +113,9 @@ def generation_warnings(
         warnings.append(RequestWarning("prompt-shortened", f"{request.model} reads {limit} tokens; see prompt_used."))
     if request.negative_prompt != layout.request.negative_prompt:
         sentence = f"The negative prompt was shortened: {request.model} reads {limit} tokens."
+        warnings.append(RequestWarning("prompt-shortened", sentence))
+    if request.prompt_2 != layout.request.prompt_2:
+        sentence = f"prompt_2 was shortened: {request.model} reads {limit} tokens."
         warnings.append(RequestWarning("prompt-shortened", sentence))
     if image.product.redecoded:
         warnings.append(RequestWarning("redecoded", "The decoder overflowed and ran again in full precision."))

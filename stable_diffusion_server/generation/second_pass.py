@@ -136,7 +136,13 @@ def _lay_out_second_pass(
     )
     layout = lay_out_images(again, first.compose_output(image.product.pixels))
     drawn = image.request
-    words = replace(layout.request, prompt=drawn.prompt, negative_prompt=drawn.negative_prompt, weighted=drawn.weighted)
+    words = replace(
+        layout.request,
+        prompt=drawn.prompt,
+        negative_prompt=drawn.negative_prompt,
+        prompt_2=drawn.prompt_2,
+        weighted=drawn.weighted,
+    )
     return replace(layout, request=words)
 
 

@@ -41,6 +41,7 @@ _EMBEDDED_SDXL = ModelSpec(
     control_folder="embedded-controlnet-canny-sdxl",
     control_scale=1.0,
     prompt_syntax=PromptSyntax.A1111,
+    takes_prompt_2=True,
     weighs_prompts=True,
     usual_clip_skip=2,
 )
@@ -71,6 +72,7 @@ _EMBEDDED_FLUX = ModelSpec(
     denoiser_part="transformer",
     quantizable_parts=("transformer", "text_encoder_2", "control"),
     prompt_syntax=PromptSyntax.A1111,
+    takes_prompt_2=True,
 )
 _SDXL_BASE = ModelSpec(
     name="sdxl",
@@ -95,6 +97,7 @@ _SDXL_BASE = ModelSpec(
     measured_dtype=True,
     variant="fp16",
     prompt_syntax=PromptSyntax.A1111,
+    takes_prompt_2=True,
     weighs_prompts=True,
     usual_clip_skip=2,
 )
@@ -125,6 +128,7 @@ _FLUX_SCHNELL = ModelSpec(
     denoiser_part="transformer",
     quantizable_parts=("transformer", "text_encoder_2", "control"),
     prompt_syntax=PromptSyntax.A1111,
+    takes_prompt_2=True,
     dtype="bfloat16",
     cpu_dtype="bfloat16",  # 24 GB; fp32 would be 48
     measured_dtype=True,

@@ -89,6 +89,7 @@ _SD15 = replace(
     schedulers=("own", *_SDXL.schedulers),
     control_folder=None,
     usual_clip_skip=1,
+    takes_prompt_2=False,
     owner_keys=_FOR_UNETS,
     source="model card of stable-diffusion-v1-5: 50 PLMS steps, guidance 7.5, 512 × 512",
 )
@@ -169,6 +170,7 @@ _SD3 = replace(
     tasks=USUAL_TASKS,
     max_references=0,
     prompt_syntax=PromptSyntax.A1111,
+    takes_prompt_2=True,
     owner_keys=("negative_prompt", "clip_skip"),
     source="model card of stabilityai/stable-diffusion-3.5-large: 28 steps, guidance 3.5, 256 tokens",
 )

@@ -103,7 +103,8 @@ class ModelSpec:
     it beside those that all models share.
 
     `prompt_syntax` is how its prompts are written unless a request says otherwise. A model that `weighs_prompts` reads
-    weights and up to `MOST_CHUNKS` chunks of 75 tokens; another reads the words of such a prompt.
+    weights and up to `MOST_CHUNKS` chunks of 75 tokens; another reads the words of such a prompt. One that
+    `takes_prompt_2` has a second text encoder, which may read another prompt.
 
     An `unread` model is loaded on demand and was not loaded yet: its revision is not final, or it is `remembered` from
     the last load of the same files. `preload` loads it at the start, and a `pinned` one is not unloaded for others.
@@ -133,6 +134,7 @@ class ModelSpec:
     schedulers: tuple[str, ...]
     takes_negative_prompt: bool
     takes_guidance: bool = True
+    takes_prompt_2: bool = False
     takes_controlnet_lora: bool = False
     takes_dfloat11: bool = False
     bumpy_redraws: int = 0

@@ -48,12 +48,14 @@ def ancestral_step(start: torch.Tensor, end: torch.Tensor, eta: float) -> tuple[
 class EulerAncestralScheduler(SigmaScheduler):
     """diffusers' ancestral Euler with every spacing of its plain Euler, and with `eta`, the share of new noise."""
 
+    # No argument of `step`: stock pipelines give one that takes it DDIM's default, 0.
+    eta = 1.0
+
     def step(
         self,
         model_output: torch.Tensor,
         timestep: torch.Tensor,
         sample: torch.Tensor,
-        eta: float = 1.0,
         s_noise: float = 1.0,
         generator: torch.Generator | None = None,
         return_dict: bool = False,
@@ -63,7 +65,7 @@ class EulerAncestralScheduler(SigmaScheduler):
         sigma, end = self.sigmas[index], self.sigmas[index + 1]
         sample = sample.to(torch.float32)
         denoised = self._denoised(model_output, sample, sigma)
-        down, up = ancestral_step(sigma, end, eta)
+        down, up = ancestral_step(sigma, end, self.eta)
         derivative = (sample - denoised) / sigma
         following = sample + derivative * (down - sigma) + self._noise(model_output, generator) * (up * s_noise)
         self._step_index += 1

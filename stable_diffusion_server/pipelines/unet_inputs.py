@@ -74,11 +74,6 @@ def guided_prediction(prediction: torch.Tensor, state: PipelineState[UnetConditi
     if not rescale or not state.conditioning.guided:
         return guided
     return rescale_noise_cfg(guided, prediction[1:], guidance_rescale=rescale)
-    if not state.conditioning.guided:
-        return prediction
-    negative, positive = prediction.chunk(2)
-    guided = negative + state.request.guidance_scale * (positive - negative)
-    return rescale_noise_cfg(guided, positive, guidance_rescale=rescale) if rescale else guided
 
 
 def by_step(prompts: Sequence[StepPrompts], conditioned: Callable[[StepPrompts], UnetConditioning]) -> UnetConditioning:

@@ -15,7 +15,10 @@ class Task(StrEnum):
 
 
 class PromptSyntax(StrEnum):
-    """How a prompt is written: with AUTOMATIC1111's or compel's weights, or as plain text."""
+    """How a prompt is written: with AUTOMATIC1111's or compel's weights, or as plain text.
+
+    `(red:1.3)` weighs a word in AUTOMATIC1111's, `(red)1.3` in compel's.
+    """
 
     A1111 = "a1111"
     COMPEL = "compel"

@@ -25,7 +25,7 @@ LORA_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 Seed = int | Literal["random"] | None
 ExtraValue = bool | int | float | str
 # Fields that few requests have.
-_RARE = ("references", "extra", "weighted", "clip_skip", "sampling")
+_RARE = ("references", "extra", "weighted", "clip_skip", "sampling", "prompt_2")
 # Schedulers of second order: two forward passes a step.
 _TWO_PASSES = frozenset({"heun", "kdpm2", "kdpm2_a", "dpm_sde", "dpm_2s_a", "flow_heun"})
 
@@ -119,6 +119,7 @@ class DiffusionRequest:
         extra: Parameters that only some models have, by name.
         weighted: Whether the prompts have AUTOMATIC1111's syntax, and up to `MOST_CHUNKS` chunks of 75 tokens.
         clip_skip: Last layers of CLIP that are left out, more than usual; `None` for the model's own.
+        prompt_2: What the second text encoder reads in place of `prompt`.
         strength: Share of the denoising steps applied to the input image, 0..1.
         loras: Name and weight of each LoRA.
         alone: Whether the request must not share forward passes, so that it can be reproduced bit for bit.
@@ -151,6 +152,7 @@ class DiffusionRequest:
     weighted: bool = False
     clip_skip: int | None = None
     sampling: tuple[tuple[str, ExtraValue], ...] = ()
+    prompt_2: str | None = None
 
     @property
     def passes_per_step(self) -> int:
@@ -252,6 +254,7 @@ class GenerationRequest:
         prompt_syntax: How the prompts are written; by default as the model's users write them.
         clip_skip: Last layers of CLIP that are left out, more than usual; `None` for the model's own.
         sampling: Options of the sampler by name: its `schedule`, `eta` and so on.
+        prompt_2: What the second text encoder reads in place of `prompt`.
     """
 
     task: Task
@@ -299,6 +302,7 @@ class GenerationRequest:
     prompt_syntax: PromptSyntax | None = None
     clip_skip: int | None = None
     sampling: tuple[tuple[str, ExtraValue], ...] = ()
+    prompt_2: str | None = None
 
     @property
     def sources(self) -> tuple[ImageInput, ...]:

@@ -16,7 +16,14 @@ from stable_diffusion_server.generation.provenance import requested_fields
 from stable_diffusion_server.generation.replay import _request_of
 from stable_diffusion_server.generation.resolver import ResolvedRequest, resolve_request
 from stable_diffusion_server.parsing import parse_weights
-from stable_diffusion_server.types import DiffusionRequest, PromptSyntax, Task, diffusion_request_fields
+from stable_diffusion_server.pipelines import MODELS
+from stable_diffusion_server.types import (
+    DiffusionRequest,
+    GenerationRequest,
+    PromptSyntax,
+    Task,
+    diffusion_request_fields,
+)
 
 PLAIN, A1111, COMPEL = PromptSyntax.PLAIN, PromptSyntax.A1111, PromptSyntax.COMPEL
 
@@ -113,6 +120,24 @@ def test_clip_skip_is_refused_where_there_is_no_layer_to_leave_out() -> None:
         resolved("a", model="flux", clip_skip=1)
     with pytest.raises(InvalidInput, match="clip_skip must be between 0 and 11"):
         resolved("a", clip_skip=12)
+
+
+def test_a_second_prompt_is_for_models_with_a_second_encoder() -> None:
+    """It is bounded, cleaned and part of the key; equal to the first prompt it is as if it were not there."""
+    plain = resolved("a red square", model="sdxl")
+    assert resolved("a red square", model="sdxl", prompt_2=" a red  square ").key == plain.key
+    second = resolved("a red square", model="sdxl", prompt_2="a\u202e star")
+    assert second.parameters.prompt_2 == "a star"
+    assert second.key != plain.key
+    assert not second.parameters.is_marked
+    assert resolved("a red square", model="sdxl", prompt_2="(star:1.2)").parameters.is_marked
+    assert resolved("a", model="flux", prompt_2="(star:1.2)").parameters.prompt_2 == "star"
+    options = replace(OPTIONS, models={"sdxl": replace(MODELS["sdxl"], takes_prompt_2=False)})
+    with pytest.raises(InvalidInput, match="no second text encoder") as caught:
+        resolve_request(GenerationRequest(Task.TEXT_TO_IMAGE, "a", model="sdxl", prompt_2="b"), options)
+    assert caught.value.field == "prompt_2"
+    with pytest.raises(InvalidInput, match="prompt_2 must not be longer"):
+        resolved("a", model="sdxl", prompt_2="x" * 100_000)
 
 
 def test_a_replay_reads_a_prompt_as_it_was_read() -> None:

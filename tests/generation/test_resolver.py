@@ -61,6 +61,7 @@ CHANGED: dict[str, Any] = {
     "extra": (("true_cfg_scale", 2.0),),
     "clip_skip": 1,
     "sampling": (("schedule", "karras"),),
+    "prompt_2": "a blue wall",
 }
 WITH_CANNY: dict[str, Any] = {"canny_low": 90, "canny_high": 210, "control_scale": 0.9}
 WITH_SIZE: dict[str, Any] = {"fit": Fit.STRETCH}

@@ -41,6 +41,7 @@ CASES = [
     Case("text", "sdxl", "StableDiffusionXLPipeline"),
     Case("text, no guidance", "sdxl", "StableDiffusionXLPipeline", {"guidance_scale": 1.0}),
     Case("text, negative prompt", "sdxl", "StableDiffusionXLPipeline", {"negative_prompt": "green"}),
+    Case("text, second prompt", "sdxl", "StableDiffusionXLPipeline", {"prompt_2": "a green star"}),
     Case("text, ancestral", "sdxl", "StableDiffusionXLPipeline", {"scheduler": "euler_a"}),
     Case("text, ddim", "sdxl", "StableDiffusionXLPipeline", {"scheduler": "ddim"}),
     Case("text, unipc", "sdxl", "StableDiffusionXLPipeline", {"scheduler": "unipc"}),
@@ -154,7 +155,7 @@ def stock_arguments(family: Any, job: DiffusionRequest) -> dict[str, Any]:
     }
     if family.spec.name == "flux":
         return {**arguments, "max_sequence_length": family.spec.text_tokens}
-    return {**arguments, "negative_prompt": job.negative_prompt}
+    return {**arguments, "negative_prompt": job.negative_prompt, "prompt_2": job.prompt_2}
 
 
 def pictures_for(name: str, job: DiffusionRequest, image: Any) -> dict[str, Any]:

@@ -147,6 +147,26 @@ def test_plain_prompts_equal_the_stock_encoder(sdxl: Any, small: Any) -> None:
                 assert all(torch.equal(stock.added[name], ours.added[name]) for name in stock.added)
 
 
+def test_the_second_encoder_reads_prompt_2(sdxl: Any) -> None:
+    """With its weights and its changes by step; the first encoder and the negative row do not see it."""
+
+    def encoded(**changes: Any) -> Any:
+        return sdxl._encode(job_for("sdxl", weighted=True, negative_prompt="a blue star", **changes))
+
+    width = sdxl.pipeline.text_encoder.config.hidden_size
+    with torch.inference_mode():
+        one, other = (encoded(prompt=text) for text in ("a (red:1.3) circle", "a [green:blue:2] (star:0.7)"))
+        both = encoded(prompt="a (red:1.3) circle", prompt_2="a [green:blue:2] (star:0.7)")
+    assert torch.equal(both.embeds[1, :, :width], one.embeds[1, :, :width])
+    assert torch.equal(both.embeds[1, :, width:], other.embeds[1, :, width:])
+    assert torch.equal(both.embeds[0], one.embeds[0])
+    assert torch.equal(both.added["text_embeds"][1], other.added["text_embeds"][1])
+    ((start, later),) = both.later
+    assert start == other.later[0][0]
+    assert torch.equal(later.embeds[1, :, :width], one.embeds[1, :, :width])
+    assert torch.equal(later.embeds[1, :, width:], other.later[0][1].embeds[1, :, width:])
+
+
 def test_the_shorter_prompt_is_padded_with_empty_chunks(sdxl: Any) -> None:
     """Both rows have as many chunks; the weights of the shorter one do not change with its padding."""
     with torch.inference_mode():

@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "text": {},
     "text, no guidance": {"guidance_scale": 1.0},
     "text, negative prompt": {"negative_prompt": "sea"},
+    "text, second prompt": {"prompt_2": "sea"},
     "text, not square": {"width": 96},
     "image": IMAGE,
     "inpaint": {**IMAGE, "mask": MASK, "strength": 0.8},
@@ -54,6 +55,7 @@ def by_stock(family: Any, request: DiffusionRequest) -> Any:
     """What the stock pipeline of the request's task draws over the same components."""
     parts, given = family.pipeline.components, {"guidance_scale": request.guidance_scale}
     given |= {"negative_prompt": request.negative_prompt, "max_sequence_length": family.spec.text_tokens}
+    given |= {"prompt_2": request.prompt_2}
     if request.image is None:
         return stock_call(family.pipeline, request, **given)
     given |= {"image": Image.fromarray(request.image.pixels), "strength": request.strength}

@@ -189,7 +189,7 @@ def bounded_properties(model: type[BaseModel], limits: RequestLimits) -> Schema:
     for name, (low, high) in limits.bounds().items():
         if name in properties:
             set_bounds(properties[name], low, high)
-    for name in ("prompt", "negative_prompt"):
+    for name in ("prompt", "negative_prompt", "prompt_2"):
         for part in _variants(properties.get(name, {}), "string"):
             part["maxLength"] = limits.max_prompt_characters
             if name == "prompt" and model.model_fields[name].is_required():

@@ -107,6 +107,10 @@ class GenerationParams(RequestParams):
             "If omitted a1111 for SD 1.5, SDXL, SD3 and FLUX.1, else plain."
         ),
     )
+    prompt_2: str | None = Field(
+        None,
+        description="What the second text encoder reads in place of `prompt`. For SDXL, SD3 and FLUX.1 (there T5).",
+    )
     clip_skip: int | None = Field(
         None, description="Last layers of CLIP to leave out, more than usual. For SD 1.5 and SDXL."
     )

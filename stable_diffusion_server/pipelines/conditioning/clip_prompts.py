@@ -35,13 +35,17 @@ class ClipText:
     is_cut: bool = False
 
 
-def encode_text(prompt: str, encoders: Sequence[ClipEncoder], clip_skip: int, device: torch.device) -> ClipText:
-    """Encode a prompt. Several encoders see chunks of equal number, and their channels are joined.
+def encode_text(
+    texts: Sequence[str], encoders: Sequence[ClipEncoder], clip_skip: int, device: torch.device
+) -> ClipText:
+    """Encode a prompt, one text for each encoder. They see chunks of equal number, and their channels are joined.
 
     Raises `InvalidInput` for a `clip_skip` that leaves no layer.
     """
-    parts = parse_weights(prompt)
-    divided = [chunks_of(parts, _tokens_of(encoder), _comma(encoder.tokenizer)) for encoder in encoders]
+    divided = [
+        chunks_of(parse_weights(text), _tokens_of(encoder), _comma(encoder.tokenizer))
+        for text, encoder in zip(texts, encoders, strict=True)
+    ]
     most = max(len(chunks) for chunks, _ in divided)
     encoded = []
     for encoder, (chunks, _) in zip(encoders, divided, strict=True):

@@ -134,7 +134,9 @@ class Flux(NativeFamily[Conditioning]):
             return self._prompted_by_images(request, loras)
         scale = true_guidance(request)
         prompts = [request.prompt] if scale is None else [request.negative_prompt or "", request.prompt]
-        found = [self._embeds(prompt, loras) for prompt in prompts]
+        # The negative prompt has no second one.
+        found = [self._embeds(prompt, None, loras) for prompt in prompts[:-1]]
+        found.append(self._embeds(request.prompt, request.prompt_2, loras))
         embeds, pooled = (torch.cat([one[part] for one in found]) for part in (0, 1))
         height, width = self._size(request)
         image_ids = self._positions(height, width, embeds.dtype)
@@ -153,7 +155,7 @@ class Flux(NativeFamily[Conditioning]):
         """The conditioning of images as prompts (Redux): their embeddings, summed, after those of the text."""
         if true_guidance(request) is not None:
             raise InvalidInput("Images as prompts take no negative prompt.", field="negative_prompt")
-        embeds, pooled, _ = self._embeds(request.prompt, loras)
+        embeds, pooled, _ = self._embeds(request.prompt, request.prompt_2, loras)
         images = [Image.fromarray(image.pixels) for image in request.references]
         seen = self.pipeline.image_encoder(images).to(embeds.dtype)
         # The text is summed over the images too, as the stock pipeline does.
@@ -165,13 +167,15 @@ class Flux(NativeFamily[Conditioning]):
             embeds, len(images) * pooled, guidance, positions, self._positions(height, width, embeds.dtype)
         )
 
-    def _embeds(self, prompt: str, loras: ActiveLoras) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """T5's and CLIP's embeddings of a prompt, and the positions of its tokens."""
-        text = _text(self.spec, prompt)
+    def _embeds(
+        self, prompt: str, prompt_2: str | None, loras: ActiveLoras
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """T5's embeddings of `prompt_2`, by default of the prompt, CLIP's of the prompt, and T5's tokens' positions."""
+        text, second = (None if one is None else _text(self.spec, one) for one in (prompt, prompt_2))
         embeds: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self.prompt_cache.get_or_create(
-            (text, digests_and_weights(loras)),
+            (text, second, digests_and_weights(loras)),
             lambda: self.pipeline.encode_prompt(
-                prompt=text, prompt_2=None, device=self.device, max_sequence_length=self.spec.text_tokens
+                prompt=text, prompt_2=second, device=self.device, max_sequence_length=self.spec.text_tokens
             ),
         )
         return embeds

@@ -87,10 +87,10 @@ class StableDiffusion3(NativeFamily[Conditioning]):
     def _encode(self, request: DiffusionRequest, loras: ActiveLoras) -> Conditioning:
         guided = request.guidance_scale > 1
         positive, negative, pooled, negative_pooled = self.prompt_cache.get_or_create(
-            (request.prompt, request.negative_prompt, guided, digests_and_weights(loras)),
+            (request.prompt, request.prompt_2, request.negative_prompt, guided, digests_and_weights(loras)),
             lambda: self.pipeline.encode_prompt(
                 prompt=request.prompt,
-                prompt_2=None,
+                prompt_2=request.prompt_2,
                 prompt_3=None,
                 negative_prompt=request.negative_prompt,
                 device=self.device,

@@ -68,6 +68,7 @@ class Sdxl(UnetFamily):
         if request.weighted or request.clip_skip is not None:
             (last,) = read_prompts(request, self.spec, self._encoders()[1:], self.prompt_cache, loras, self.device)[-1:]
             return self._conditioning_of_refiner(size, last.rows)
+        prompt = request.prompt if request.prompt_2 is None else request.prompt_2
         texts = StableDiffusionXLImg2ImgPipeline(
             vae=pipe.vae,
             text_encoder=None,
@@ -81,9 +82,9 @@ class Sdxl(UnetFamily):
             add_watermarker=False,
         )
         positive, negative, pooled, negative_pooled = self.prompt_cache.get_or_create(
-            (REFINER, request.prompt, request.negative_prompt, guided, digests_and_weights(loras)),
+            (REFINER, prompt, request.negative_prompt, guided, digests_and_weights(loras)),
             lambda: texts.encode_prompt(
-                prompt=request.prompt,
+                prompt=prompt,
                 negative_prompt=request.negative_prompt,
                 device=self.device,
                 num_images_per_prompt=1,
@@ -104,9 +105,10 @@ class Sdxl(UnetFamily):
         if request.weighted or request.clip_skip is not None:
             return self._read(request, loras)
         positive, negative, pooled, negative_pooled = self.prompt_cache.get_or_create(
-            (request.prompt, request.negative_prompt, guided, digests_and_weights(loras)),
+            (request.prompt, request.prompt_2, request.negative_prompt, guided, digests_and_weights(loras)),
             lambda: self.pipeline.encode_prompt(
                 prompt=request.prompt,
+                prompt_2=request.prompt_2,
                 negative_prompt=request.negative_prompt,
                 device=self.device,
                 num_images_per_prompt=1,

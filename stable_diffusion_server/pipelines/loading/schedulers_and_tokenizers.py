@@ -31,11 +31,10 @@ def make_scheduler(spec: SchedulerSpec, like: Any, sampling: Sequence[tuple[str,
     scheduler = scheduler_class.from_config(like.config, **options)
     parameters = inspect.signature(scheduler.step).parameters
     scheduler.draws_noise = "generator" in parameters
-    own = isinstance(scheduler, own_schedulers.SigmaScheduler)
     # The stock pipelines pass it too; TCD's own default is 0.3.
-    scheduler.step_options = {"eta": 0.0} if "eta" in parameters and not own else {}
+    scheduler.step_options = {"eta": 0.0} if "eta" in parameters else {}
     scheduler.step_options |= {name: chosen[name] for name in spec.takes if name in chosen and name in parameters}
-    if isinstance(scheduler, own_schedulers.DPM2SAncestralScheduler):
+    if isinstance(scheduler, own_schedulers.EulerAncestralScheduler | own_schedulers.DPM2SAncestralScheduler):
         scheduler.eta = float(chosen.get("eta", scheduler.eta))
     return scheduler
 
