@@ -161,3 +161,13 @@ def test_a_wrong_value_is_said_and_left_out(running: RunningApp, option: str, va
 def test_a_long_name_takes_linear_time(name: str) -> None:
     """Any text is a name; it falls back to the default."""
     assert sampler_for(name, name, SDXL).schedule == ""
+
+
+def test_a_receipt_has_a_large_seed_as_text(running: RunningApp) -> None:
+    """Above 2⁵³ only, for readers that hold numbers as floats; also when the image is found stored."""
+    sent = {"prompt": "a red square", "width": 64, "height": 64, "seed": 2**63 + 1}
+    for cached in (False, True):
+        receipt = running.client.get("/create_and_upload_image", params={**sent, "save_path": "large.webp"}).json()
+        assert (receipt["cached"], receipt["seed"], receipt["seed_text"]) == (cached, 2**63 + 1, str(2**63 + 1))
+    small = running.client.get("/create_and_upload_image", params={**sent, "seed": 7, "save_path": "small.webp"}).json()
+    assert "seed_text" not in small

@@ -253,13 +253,14 @@ class ReadinessBody(TypedDict):
 
 
 def result_body(result: GenerationResult, url: str) -> dict[str, object]:
-    """Return a result as JSON, with the URL of the image as `path`; `prompt_used` only if it is set."""
+    """Return a result as JSON, with the URL of the image as `path`; `prompt_used` and `seed_text` only if set."""
     # No `asdict`: its deep copy would be most of the cost of a cached response.
     body: dict[str, object] = {"path": url, **{name: getattr(result, name) for name in _RESULT_FIELDS}}
     body["warnings"] = [WarningBody(code=warning.code, message=warning.message) for warning in result.warnings]
     body["timings"] = dict(result.timings)
-    if result.prompt_used is None:
-        del body["prompt_used"]
+    for name in ("prompt_used", "seed_text"):
+        if body[name] is None:
+            del body[name]
     return body
 
 
