@@ -130,8 +130,8 @@ async def test_an_adapter_with_other_content_is_another_picture_at_once(app: Res
 
 
 @pytest.mark.fault(162)
-def test_jobs_with_other_adapter_contents_share_neither_generation_nor_forward_pass() -> None:
-    """Equal names, unequal contents: different images and different shapes."""
+def test_jobs_with_other_adapter_contents_share_a_forward_pass_and_no_generation() -> None:
+    """Equal names, unequal contents: different images, whose rows of one pass have LoRAs of their own."""
     jobs = [
         DiffusionRequest(
             Task.TEXT_TO_IMAGE,
@@ -151,7 +151,7 @@ def test_jobs_with_other_adapter_contents_share_neither_generation_nor_forward_p
         for d in (("1a",), ("2b",), ())
     ]
     assert len({image_digest(job) for job in jobs}) == 3
-    assert len({job.shape for job in jobs}) == 3
+    assert len({job.shape for job in jobs}) == 1
 
 
 @pytest.mark.fault(162)

@@ -58,11 +58,13 @@ CHANGED: dict[str, Any] = {
     "hires_steps": 3,
     "hires_strength": 0.4,
     "references": (ImageInput("image_file[0]", data=b"reference"),),
-    "extra": (("true_cfg_scale", 2.0),),
+    "extra": (("cfg_truncation", 0.5),),
     "clip_skip": 1,
     "sampling": (("schedule", "karras"),),
     "prompt_2": "a blue wall",
 }
+# A model that takes the parameters of its diffusers class.
+WITH_OWN = replace(MODELS["sdxl"], any_extra=True, pipeline_class="ZImagePipeline")
 WITH_CANNY: dict[str, Any] = {"canny_low": 90, "canny_high": 210, "control_scale": 0.9}
 WITH_SIZE: dict[str, Any] = {"fit": Fit.STRETCH}
 WITH_WEIGHTS: dict[str, Any] = {"prompt_syntax": PromptSyntax.PLAIN}
@@ -126,7 +128,7 @@ def test_what_changes_the_picture_changes_its_identity(name: str) -> None:
     words = {"prompt": "a (red:1.2) disc"} if name in WITH_WEIGHTS else {}
     base = replace(UPLOADED, canny=name in WITH_CANNY, **sized, **words)
     change = {name: {**CHANGED, **WITH_CANNY, **WITH_SIZE, **WITH_WEIGHTS}[name]}
-    options = replace(OPTIONS, models={**MODELS, "sdxl": replace(MODELS["sdxl"], any_extra=True)})
+    options = replace(OPTIONS, models={**MODELS, "sdxl": WITH_OWN})
     plans = [resolve_request(order, options) for order in (base, replace(base, **change))]
     for part in ("key", "seed", "content_digest", "request_digest", "sent_digest"):
         assert len({getattr(plan, part) for plan in plans}) == 2, part
@@ -283,8 +285,8 @@ def test_other_stop_words_are_another_image() -> None:
 
 def test_parameters_of_a_models_own_are_recorded_for_a_replay() -> None:
     """As JSON and back, with their types; a request without any records none."""
-    options = replace(OPTIONS, models={**MODELS, "sdxl": replace(MODELS["sdxl"], any_extra=True)})
-    asked = replace(UPLOADED, extra=(("true_cfg_scale", 2.0), ("fast", True), ("steps_kept", 3)))
+    options = replace(OPTIONS, models={**MODELS, "sdxl": WITH_OWN})
+    asked = replace(UPLOADED, extra=(("cfg_truncation", 0.5), ("cfg_normalization", True), ("max_sequence_length", 3)))
     recorded = json.loads(json.dumps(requested_fields(resolve_request(asked, options))))
     read = TypeAdapter(GenerationRequest).validate_python(recorded)
     assert read.extra == asked.extra

@@ -21,8 +21,9 @@ from stable_diffusion_server.generation.limits import RequestLimits
 from stable_diffusion_server.generation.provenance import RECORDED_WARNINGS
 from stable_diffusion_server.generation.resolver import resolve_request
 from stable_diffusion_server.imaging import read_record
+from stable_diffusion_server.pipelines import SAMPLING_NUMBERS
 from stable_diffusion_server.storage.local import LocalBucket
-from stable_diffusion_server.types import EngineEventKind, Format, GenerationProgress, PromptSyntax
+from stable_diffusion_server.types import EngineEventKind, Format, GenerationProgress, GenerationRequest, PromptSyntax
 
 HarnessOf = Callable[..., ServiceHarness]
 
@@ -414,11 +415,15 @@ def test_every_bound_holds_on_both_sides_of_its_edge(name: str, low: float, high
     """At each bound a value is accepted, one step beyond it is refused and named; so are NaN and infinity."""
     step = 1 if isinstance(low, int) and isinstance(high, int) else 0.0005
     limits = RequestLimits()
+
+    def asked(value: float) -> GenerationRequest:
+        return order(sampling=((name, value),)) if name in SAMPLING_NUMBERS else order(**{name: value})
+
     for inside in (low, high):
-        limits.check(order(**{name: inside}))
+        limits.check(asked(inside))
     for outside in (low - step, high + step, float("nan"), float("inf")):
         with pytest.raises(InvalidInput) as refused:
-            limits.check(order(**{name: outside}))
+            limits.check(asked(outside))
         assert refused.value.field == name
 
 
