@@ -235,6 +235,11 @@ def negative_prompt_scale(
     return float(dict(extra).get(own.name, own.default)), f"extra.{own.name}"
 
 
+def reads_empty_negative(spec: ModelSpec) -> bool:
+    """Return whether the model draws otherwise with an empty negative prompt than with none."""
+    return spec.takes_negative_prompt and spec.reads_empty_negative
+
+
 def _listed(names: Sequence[str]) -> str:
     return f"it has {', '.join(names)}" if names else "it has none of its own"
 

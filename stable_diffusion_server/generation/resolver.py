@@ -15,6 +15,7 @@ from stable_diffusion_server.generation.permissions import (
     check_abilities,
     check_extra,
     negative_prompt_scale,
+    reads_empty_negative,
     spec_for,
 )
 from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt, read_prompts
@@ -175,17 +176,18 @@ def resolve_request(
 def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) -> ResolvedParameters:
     spec = spec_for(request, options)
     check_abilities(request, spec)
-    check_abilities(request, spec)
     check_extra(request.extra, spec, request.task)
     warnings = []
     asked = _or_default(request.negative_prompt, spec.default_negative_prompt)
-    negative = _cleaned(asked, "negative_prompt") or None
+    negative: str | None = _cleaned(asked, "negative_prompt")
+    if not negative and (request.negative_prompt is None or not reads_empty_negative(spec)):
+        negative = None
     if negative and not spec.takes_negative_prompt:
         negative = None
         warnings.append(RequestWarning("negative-prompt-ignored", f"{spec.name} has no use for a negative prompt."))
     guidance = _or_default(request.guidance_scale, spec.default_guidance) + 0.0  # -0.0 is 0.0
     scale, scaled_by = negative_prompt_scale(spec, guidance, request.extra)
-    if negative and scale <= 1:
+    if negative is not None and scale <= 1:
         negative, sentence = None, f"A negative prompt has a use only with {scaled_by} above 1."
         warnings += [RequestWarning("negative-prompt-ignored", sentence)] if request.negative_prompt else []
     if guidance != spec.default_guidance and not spec.takes_guidance:

@@ -43,6 +43,7 @@ _EMBEDDED_SDXL = ModelSpec(
     prompt_syntax=PromptSyntax.A1111,
     takes_prompt_2=True,
     weighs_prompts=True,
+    reads_empty_negative=True,
     usual_clip_skip=2,
 )
 _EMBEDDED_FLUX = ModelSpec(
@@ -99,6 +100,7 @@ _SDXL_BASE = ModelSpec(
     prompt_syntax=PromptSyntax.A1111,
     takes_prompt_2=True,
     weighs_prompts=True,
+    reads_empty_negative=True,
     usual_clip_skip=2,
 )
 _PROTEUS = replace(_SDXL_BASE, folder="ProteusV0.2", repo="dataautogpt3/ProteusV0.2", revision="proteus-0.2")

@@ -43,6 +43,7 @@ _DEV = replace(
     text_tokens=512,
     takes_guidance=True,
     takes_negative_prompt=True,
+    reads_empty_negative=True,
     extra=(_TRUE_GUIDANCE,),
     source="model card of FLUX.1-dev: guidance 3.5, 512 tokens; 28 steps as diffusers' call has them",
 )
@@ -89,6 +90,7 @@ _SD15 = replace(
     schedulers=("own", *_SDXL.schedulers),
     control_folder=None,
     usual_clip_skip=1,
+    reads_empty_negative=False,
     takes_prompt_2=False,
     owner_keys=_FOR_UNETS,
     source="model card of stable-diffusion-v1-5: 50 PLMS steps, guidance 7.5, 512 × 512",

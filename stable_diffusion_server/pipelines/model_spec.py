@@ -104,7 +104,8 @@ class ModelSpec:
 
     `prompt_syntax` is how its prompts are written unless a request says otherwise. A model that `weighs_prompts` reads
     weights and up to `MOST_CHUNKS` chunks of 75 tokens; another reads the words of such a prompt. One that
-    `takes_prompt_2` has a second text encoder, which may read another prompt.
+    `takes_prompt_2` has a second text encoder, which may read another prompt; one that `reads_empty_negative` draws
+    otherwise with an empty negative prompt than with none.
 
     An `unread` model is loaded on demand and was not loaded yet: its revision is not final, or it is `remembered` from
     the last load of the same files. `preload` loads it at the start, and a `pinned` one is not unloaded for others.
@@ -135,6 +136,7 @@ class ModelSpec:
     takes_negative_prompt: bool
     takes_guidance: bool = True
     takes_prompt_2: bool = False
+    reads_empty_negative: bool = False
     takes_controlnet_lora: bool = False
     takes_dfloat11: bool = False
     bumpy_redraws: int = 0

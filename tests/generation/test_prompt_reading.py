@@ -140,6 +140,23 @@ def test_a_second_prompt_is_for_models_with_a_second_encoder() -> None:
         resolved("a", model="sdxl", prompt_2="x" * 100_000)
 
 
+def test_an_empty_negative_prompt_can_be_asked_for() -> None:
+    """SDXL draws otherwise with one than with none, also where its owner has another one; other models do not."""
+    none, empty = resolved("a", model="sdxl"), resolved("a", model="sdxl", negative_prompt=" ")
+    assert (none.parameters.negative_prompt, empty.parameters.negative_prompt) == (None, "")
+    assert none.key != empty.key
+    assert resolved("a", model="sdxl", negative_prompt="", guidance_scale=1.0).parameters.negative_prompt is None
+    assert resolved("a", model="flux", negative_prompt="").parameters.negative_prompt is None
+    owned = replace(OPTIONS, models={"sdxl": replace(MODELS["sdxl"], default_negative_prompt="blur")})
+    asked = GenerationRequest(Task.TEXT_TO_IMAGE, "a", model="sdxl")
+    assert resolve_request(asked, owned).parameters.negative_prompt == "blur"
+    assert resolve_request(replace(asked, negative_prompt=""), owned).parameters.negative_prompt == ""
+    plain = replace(OPTIONS, models={"sdxl": replace(MODELS["sdxl"], reads_empty_negative=False)})
+    assert resolve_request(replace(asked, negative_prompt=""), plain).key == resolve_request(asked, plain).key
+    again = _request_of(requested_fields(empty))
+    assert again.negative_prompt == ""
+
+
 def test_a_replay_reads_a_prompt_as_it_was_read() -> None:
     """Metadata without the field are those of plain text, also by earlier versions; others say how they were read."""
     for syntax in (None, PLAIN, COMPEL):

@@ -41,6 +41,7 @@ CASES = [
     Case("text", "sdxl", "StableDiffusionXLPipeline"),
     Case("text, no guidance", "sdxl", "StableDiffusionXLPipeline", {"guidance_scale": 1.0}),
     Case("text, negative prompt", "sdxl", "StableDiffusionXLPipeline", {"negative_prompt": "green"}),
+    Case("text, empty negative prompt", "sdxl", "StableDiffusionXLPipeline", {"negative_prompt": ""}),
     Case("text, second prompt", "sdxl", "StableDiffusionXLPipeline", {"prompt_2": "a green star"}),
     Case("text, ancestral", "sdxl", "StableDiffusionXLPipeline", {"scheduler": "euler_a"}),
     Case("text, ddim", "sdxl", "StableDiffusionXLPipeline", {"scheduler": "ddim"}),
