@@ -134,7 +134,10 @@ def test_an_adapter_is_known_by_the_name_of_its_file(run_app: Making, tmp_path: 
     (job,) = running_app.squares.prepared
     assert job.loras == (("pastel", 0.8),)
     assert len(job.lora_digests) == 1
-    for name in ("other", "../loras/pastel", "pastel.safetensors"):
+    # The same under another form of its name.
+    for form in ("PASTEL", "pastel.safetensors", "Pastel.Safetensors:0.8"):
+        assert running_app.draw(prompt="a red disc", lora=form).status_code == 200
+    for name in ("other", "../loras/pastel", "loras/pastel", "pastel.gguf", "..", "/etc/pastel"):
         refused: Any = running_app.draw(prompt="a red disc", lora=name)
         assert (refused.status_code, refused.json()["field"]) == (422, "lora")
 

@@ -20,8 +20,10 @@ SEED_MAX = 2**64 - 1
 # The noise depends on the lower 32 bits of a seed, as that of torch's CPU generator does.
 NOISE_SEEDS = 2**32
 LORA_WEIGHT_MAX = 8.0
-# A LoRA name: the stem of its file, without folders, at most 100 characters.
-LORA_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+# A LoRA name: the stem of its file, also with folders before it, at most 100 characters. Texts name several with commas
+# and weights with colons.
+_IN_NAME = r'[^,:<>"\\\x00-\x1f\x7f'
+LORA_NAME_PATTERN = rf"(?![./])(?!.*/[./]){_IN_NAME}\s](?:{_IN_NAME}]{{0,98}}{_IN_NAME}\s])?"
 Seed = int | Literal["random"] | None
 ExtraValue = bool | int | float | str
 # Fields that few requests have.

@@ -225,7 +225,7 @@ def test_other_servers_names_are_taken(running_app: RunningApp, names: dict[str,
         ({"a": 1, "b": 2, "c": 3, "n": 99, "size": "1x1", "model": "nope"}, ["a", "b", "c", "n", "size", "model"]),
         ({"n": "3", "seed": True, "refine": 1, "quality": "x"}, ["n", "seed", "refine", "quality"]),
         ({"prompt": None, "n": 99}, ["prompt", "n"]),
-        ({"prompt": ["a"], "seed": 2**32, "scheduler": "warp"}, ["prompt", "seed", "scheduler"]),
+        ({"prompt": ["a"], "seed": 2**64, "scheduler": "warp"}, ["prompt", "seed", "scheduler"]),
     ],
 )
 def test_one_message_names_everything_that_is_wrong(

@@ -41,8 +41,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], int]] = {
     "guidance 31": ({"guidance": 31}, 422),
     "guidance nan": ({"guidance": "nan"}, 422),
     "guidance inf": ({"guidance": "inf"}, 422),
-    "seed 2^32": ({"seed": 2**32}, 422),
-    "seed 2^63": ({"seed": 2**63}, 422),
+    "seed 2^64": ({"seed": 2**64}, 422),
+    "seed 2^70": ({"seed": 2**70}, 422),
     "seed abc": ({"seed": "abc"}, 422),
     "seed -2": ({"seed": -2}, 422),
     "strength 1.1": ({"strength": 1.1}, 422),
@@ -66,7 +66,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int]] = {
 # AUTOMATIC1111 takes these, and so does its dialect; `info` says what was done instead.
 NO_MISTAKES_OF_WEBUIS = {
     *("no prompt", "an empty prompt", "a blank prompt", "an unknown scheduler", "an adapter that is not there"),
-    *("an adapter by a path", "seed 2^32", "seed 2^63", "seed -2", "a strength that leaves no step"),
+    *("an adapter by a path", "seed 2^64", "seed 2^70", "seed -2", "a strength that leaves no step"),
 }
 
 
@@ -166,6 +166,8 @@ def test_the_same_mistake_is_answered_alike_at_every_endpoint(run_app: Callable[
             continue
         if translate is webuis and mistake in NO_MISTAKES_OF_WEBUIS:
             continue
+        if translate is openais and mistake == "a strength that leaves no step":
+            continue  # there it draws one
         asked = translate({**GOOD, **change}, picture=picture)
         if asked is None:
             continue

@@ -94,7 +94,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("negative guidance", {"guidance_scale": -0.1}, "guidance_scale"),
     ("guidance over the limit", {"guidance_scale": 30.1}, "guidance_scale"),
     ("seed -1", {"seed": -1}, "seed"),
-    ("seed 2^32", {"seed": 2**32}, "seed"),
+    ("seed 2^64", {"seed": 2**64}, "seed"),
     ("seed 2^63", {"seed": 2**63}, "seed"),
     ("seed as words", {"seed": "abc"}, "seed"),
     ("quality 0", {"quality": 0}, "quality"),

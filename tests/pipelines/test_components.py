@@ -23,6 +23,7 @@ from stable_diffusion_server.pipelines.loading.components import load_controlnet
 from stable_diffusion_server.pipelines.loading.footprint import choose_device, dtype_of
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler, set_timesteps
+from stable_diffusion_server.pipelines.scheduler_rows import SCHEDULERS
 
 pytestmark = pytest.mark.slow
 
@@ -227,9 +228,16 @@ def test_what_is_not_in_the_catalogue_is_refused_by_name() -> None:
 def test_a_schedule_has_as_many_steps_as_were_asked_for(registry: Any, scheduler: str, steps: int) -> None:
     """61 steps are 61, none of them before the first timestep; the result and the progress report that number."""
     pipeline = registry.residents["sdxl"].family.pipeline
+    row = SCHEDULERS[scheduler]
+    if steps > row.max_steps:
+        with pytest.raises(InvalidInput, match="takes from 1 to"):
+            scheduler_of(MODELS["sdxl"], scheduler, steps)
+        return
     made = make_scheduler(scheduler_of(MODELS["sdxl"], scheduler, steps), like=pipeline.scheduler)
     set_timesteps(made, steps, CPU)
-    assert len(made.timesteps) == steps
+    per_step = job_for("sdxl", scheduler=scheduler).passes_per_step
+    # The last step of second order takes one pass, and PNDM takes one more in all.
+    assert len(made.timesteps) == (2 * steps - 1 if per_step == 2 else steps + (scheduler == "pndm" and steps > 1))
     assert made.timesteps[-1] >= 0
     sample = torch.ones(1, 4, 2, 2)
     for timestep in made.timesteps:

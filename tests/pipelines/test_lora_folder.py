@@ -180,10 +180,10 @@ def test_what_cannot_be_used_is_reported_in_the_log_once(tmp_path: Path, monkeyp
     logged: list[str] = []
     monkeypatch.setattr(lora_folder._log, "warning", lambda event, **more: logged.append(more["name"]), raising=False)
     _dangling(tmp_path / "bad.safetensors")
-    lora_file(tmp_path / "my style (v2).safetensors")
+    lora_file(tmp_path / "my, style.safetensors")
     lora_file(tmp_path / os.fsdecode(b"no text \xff.safetensors"))
     folder = LoraFolder(tmp_path)
-    names = ["'my style (v2).safetensors'", "'no text \\udcff.safetensors'", "bad"]
+    names = ["'my, style.safetensors'", "'no text \\udcff.safetensors'", "bad"]
     for _ in range(3):
         assert sorted(folder.faults()) == names
         assert all(sentence.encode() for sentence in folder.faults().values())
@@ -304,3 +304,37 @@ def test_the_largest_files_that_may_fit_a_denoiser_are_added_up(tmp_path: Path) 
     assert folder.largest_bytes("unet", 8) == sum(sizes)
     assert folder.largest_bytes("another", 8) == 0
     assert LoraFolder(None).largest_bytes("unet", 8) == 0
+
+
+def test_a_name_has_many_forms(tmp_path: Path) -> None:
+    """Any case, the file's ending, sub-folders, blanks and brackets; of equal names the far one has its path."""
+    files = {"Ink Wash [v2] (final)": "", "a/ink": "a", "a/b/ink": "a/b", "Ｗash": "", "z/one": "z"}
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        lora_file(tmp_path / f"{name}.safetensors")
+    folder = LoraFolder(tmp_path)
+    assert set(folder.names()) == {"Ink Wash [v2] (final)", "ink", "a/b/ink", "Ｗash", "one"}
+    near, far = tmp_path / "a" / "ink.safetensors", tmp_path / "a" / "b" / "ink.safetensors"
+    for asked, found in (
+        ("ink wash [v2] (FINAL).safetensors", tmp_path / "Ink Wash [v2] (final).safetensors"),
+        *((form, near) for form in ("ink", "INK", "ink.safetensors", "a/ink", "A/Ink.SAFETENSORS")),
+        *((form, far) for form in ("a/b/ink", "A/B/INK", "a/b/ink.safetensors")),
+        ("Z/One", tmp_path / "z" / "one.safetensors"),
+    ):
+        assert folder.file(asked) == found, asked
+        assert asked in folder
+    for asked in ("", ".", "..", "b/ink", "../a/ink", "a/../a/ink", "/a/ink", "ink.safetensors.safetensors", "a", "*"):
+        assert asked not in folder, asked
+        with pytest.raises(InvalidInput, match="is not an adapter here"):
+            folder.file(asked)
+
+
+@pytest.mark.parametrize("name", ["a,b", "a:1", "a<b", "x" * 101, "a\u202eb", "a\tb", "a\\b"])
+def test_a_file_that_no_request_can_name_is_reported(name: str, tmp_path: Path) -> None:
+    """With its name in ASCII; it is offered under no name."""
+    lora_file(tmp_path / f"{name}.safetensors")
+    folder = LoraFolder(tmp_path)
+    assert folder.names() == ()
+    ((reported, why),) = folder.faults().items()
+    assert reported.isascii()
+    assert "cannot be asked for" in why

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -41,8 +42,9 @@ _log = structlog.get_logger(__name__)
 class LoraFolder:
     """A folder of LoRAs. Thread-safe; its methods read files.
 
-    Subfolders are searched and links followed, also out of the folder; of two files of one name the one nearer to the
-    top counts. Results are cached by a file's device, inode, size and times.
+    Subfolders are searched and links followed, also out of the folder. Of two files of one name the one nearer to the
+    top has it, and the other its path in the folder. A name may be asked for in any case, with the file's ending, and
+    with the subfolders before it. Results are cached by a file's device, inode, size and times.
     """
 
     def __init__(self, folder: Path | None, largest: int = LARGEST_BYTES) -> None:
@@ -72,9 +74,11 @@ class LoraFolder:
         """The LoRAs that cannot be used: name → reason, a sentence. Each is logged once."""
         faults = {name: why for name, (why, _) in self._checked_files().items() if why}
         for file in _walk(self.folder) if self.folder is not None else ():
-            if not _NAME.fullmatch(file.stem):
+            if not _is_name(file.stem):
                 name = ascii(file.name)  # it may not be valid text
-                faults[name] = f"{name} cannot be asked for: names have letters, digits, '.', '_' and '-' alone."
+                faults[name] = (
+                    f'{name} cannot be asked for: names have up to 100 printable characters, without , : < > " and \\.'
+                )
         for name, why in faults.items():
             if (name, why) not in self._logged:
                 self._logged.add((name, why))
@@ -83,7 +87,7 @@ class LoraFolder:
 
     def __contains__(self, name: object) -> bool:
         """Whether a file of that name exists; its content is not checked."""
-        return name in self._files()
+        return isinstance(name, str) and self._find(name) is not None
 
     def file(self, name: str) -> Path:
         """The path of a LoRA by name. Raises `InvalidInput` if the folder holds no such file.
@@ -92,7 +96,7 @@ class LoraFolder:
         """
         if self.folder is None or not self.folder.is_dir():
             raise InvalidInput("No adapters are offered here.", field="lora")
-        file = self._files().get(name)
+        file = self._find(name)
         if file is None:
             raise InvalidInput(f"{name[:100]!r} is not an adapter here.", field="lora")
         return file
@@ -144,9 +148,23 @@ class LoraFolder:
         """Path of every LoRA file by name."""
         files: dict[str, Path] = {}
         for file in _walk(self.folder) if self.folder is not None else ():
-            if _NAME.fullmatch(file.stem):
-                files.setdefault(file.stem, file)
+            name = file.stem if file.stem not in files else self._place(file)
+            if _is_name(name):
+                files.setdefault(name, file)
         return files
+
+    def _place(self, file: Path) -> str:
+        """The path of a file in the folder, without its ending."""
+        return file.with_suffix("").relative_to(self.folder or file).as_posix()
+
+    def _find(self, asked: str) -> Path | None:
+        """The path of the LoRA that is asked for, by its name or by another form of it."""
+        files = self._files()
+        if asked in files:
+            return files[asked]
+        wanted = _caseless(asked).removesuffix(SUFFIX)
+        named = (file for name, file in files.items() if wanted in (_caseless(name), _caseless(self._place(file))))
+        return next(named, None)
 
     def _checked_files(self) -> dict[str, tuple[str, Collection[str]]]:
         """Name → (what is wrong with the file, as a sentence, or empty; the denoisers it may fit)."""
@@ -176,6 +194,15 @@ class LoraFolder:
             known = {denoiser: self._refused.get((identity, denoiser), "") for denoiser in fits}
         left = [denoiser for denoiser, why in known.items() if not why]
         return ("" if left else next(iter(known.values()))), left
+
+
+def _caseless(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _is_name(name: str) -> bool:
+    """Whether requests can name a file so."""
+    return name.isprintable() and _NAME.fullmatch(name) is not None
 
 
 def _is_settled(facts: os.stat_result) -> bool:

@@ -209,13 +209,14 @@ def quieten_libraries() -> None:
     transformers_logging.set_verbosity_error()
     # diffusers warns for each text encoder that a LoRA does not cover, which is the common case.
     logging.getLogger("diffusers.loaders").setLevel(logging.ERROR)
-    # The first two concern several LoRAs in one model and removing one that does not fit: both intended. The last is
-    # diffusers' own use of what it deprecates.
+    # The first two concern several LoRAs in one model and removing one that does not fit: both intended. The third is
+    # diffusers' own use of what it deprecates, the last the rounding of torchsde's times.
     logging.getLogger("diffusers.guiders").setLevel(logging.ERROR)  # it calls each guider an experiment
     logging.getLogger("diffusers.modular_pipelines").setLevel(logging.CRITICAL)  # it logs what it raises
     for message in (
         "Already found a `peft_config` attribute",
         "Adapter .* was active which is now deleted",
         "`FluxPosEmbed` is deprecated",
+        "Should have t[ab]",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -40,19 +40,22 @@ def make_scheduler(spec: SchedulerSpec, like: Any, sampling: Sequence[tuple[str,
 
 
 def set_timesteps(scheduler: Any, steps: int, device: torch.device, timesteps: Sequence[int] = ()) -> None:
-    """Give a scheduler exactly `steps` timesteps, or those that a table has.
+    """Give a scheduler the timesteps of exactly `steps` steps, or those that a table has.
 
-    diffusers' trailing spacing subtracts fractions from 1000; for some counts (61, for example) rounding adds a
-    timestep of −1 at the end. It is removed with its sigma.
+    diffusers' trailing spacing subtracts fractions from 1000; for some counts (61, for example) rounding adds a step
+    with a timestep of −1 at the end. It is removed with its sigmas.
     """
     if timesteps:
         scheduler.set_timesteps(timesteps=[*timesteps], device=device)
         return
     scheduler.set_timesteps(steps, device=device)
-    if len(scheduler.timesteps) == steps + 1 and scheduler.timesteps[-1] < 0:
-        scheduler.timesteps = scheduler.timesteps[:-1]
+    # The last step of second order has one pass; PNDM takes its second timestep twice.
+    passes = 2 * steps - 1 if scheduler.order == 2 else steps + isinstance(scheduler, diffusers.PNDMScheduler)
+    surplus = len(scheduler.timesteps) - passes
+    if surplus > 0 and scheduler.timesteps[-1] < 0:
+        scheduler.timesteps = scheduler.timesteps[:-surplus]
         if hasattr(scheduler, "sigmas"):
-            scheduler.sigmas = torch.cat([scheduler.sigmas[:-2], scheduler.sigmas[-1:]])
+            scheduler.sigmas = torch.cat([scheduler.sigmas[: -surplus - 1], scheduler.sigmas[-1:]])
 
 
 def token_counter(tokenizer: Any) -> Callable[[str], int]:

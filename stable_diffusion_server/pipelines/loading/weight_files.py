@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +56,7 @@ class WeightPart:
         """Whether it has weight files; schedulers, guiders, processors and tokenizers have only text files."""
         if self.library == "diffusers":
             return self.name not in ("guider", "ocr_guider") and not self.kind.endswith(("Scheduler", "Processor"))
-        return not re.search("Tokenizer|Processor|FeatureExtractor", self.kind)
+        return not any(word in self.kind for word in ("Tokenizer", "Processor", "FeatureExtractor"))
 
     @property
     def stem(self) -> str:
