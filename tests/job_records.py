@@ -65,6 +65,7 @@ WHOLE = GenerationRequest(
     prompt_syntax=PromptSyntax.COMPEL,
     clip_skip=2,
     prompt_2="a plain wall",
+    sampling=(("eta", 0.5), ("schedule", "karras")),
 )
 WORK = JobPayload(WHOLE, {"image_url": b"image", "image[1]": b"other"})
 RECEIPT = GenerationResult(

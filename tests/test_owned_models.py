@@ -100,7 +100,7 @@ def test_parts_that_a_spec_names_must_be_there(five_models: Path, tmp_path: Path
         ('vae = "sharp"', "names the vae 'sharp', which is not in MODELS_DIR"),
         ('text_encoders = ["long"]', "names the text-encoder 'long'"),
         ('loras = ["detail:0.5"]', "names the lora 'detail'"),
-        ('schedule = "beta"', "The schedule 'beta' is not there; there are automatic, normal, karras"),
+        ('schedule = "warp"', "schedule must be one of automatic, normal, karras"),
         ('scheduler = "warp"', "names the scheduler 'warp'; there are euler"),
     ):
         (folder / "a.toml").write_text(line)

@@ -246,7 +246,7 @@ def test_numbers_in_messages_are_written_out(running_app: RunningApp, path: str)
     assert answer.status_code in (400, 422)
     assert "e+" not in answer.text
     if path != "/sdapi/v1/txt2img":
-        assert "seed must be between 0 and 4294967295." in answer.text
+        assert "seed must be between 0 and 18446744073709551615." in answer.text
 
 
 def test_our_own_endpoints_name_every_fault_in_plain_words(running_app: RunningApp) -> None:

@@ -155,12 +155,12 @@ def test_a_large_reference_is_shrunk_as_the_stock_pipeline_shrinks_it(families: 
 def test_a_reference_that_is_too_small_or_too_narrow_is_refused(
     size: tuple[int, int], families: dict[str, Any]
 ) -> None:
-    """The sentence names the field `image` and the size."""
+    """The error names the reference and its size."""
     family = families["klein"]
     request = order(family, references=(REFERENCES[0], ImageArray(np.zeros((*size, 3), np.uint8))))
     with pytest.raises(InvalidInput) as refused:
         family.prepare(request)
-    assert (refused.value.field, f"{size[1]} × {size[0]}" in refused.value.detail) == ("image", True)
+    assert (refused.value.field, f"{size[1]} × {size[0]}" in refused.value.detail) == ("references[1]", True)
 
 
 @pytest.mark.parametrize("name", ["klein", "klein base", "z-image turbo", "z-image"])

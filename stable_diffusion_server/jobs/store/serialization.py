@@ -33,7 +33,7 @@ VERSION = 1
 DECODE_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 _PICTURES, _REFERENCES = ("image", "mask"), "references"
 # Fields of pairs, which JSON has as lists.
-_PAIRS = ("loras", "extra")
+_PAIRS = ("loras", "extra", "sampling")
 _CHOICES: dict[str, type[StrEnum]] = {
     **{"task": Task, "format": Format, "fit": Fit, "fill": Fill},
     "prompt_syntax": PromptSyntax,
