@@ -109,7 +109,7 @@ class ZImage(NativeFamily[Conditioning]):
         return ControlNetInput(hint, request.control_scale)
 
     def _shows_mask(self, request: DiffusionRequest) -> bool:
-        """Whether the ControlNet itself is told what is repainted and what is kept, as those from 2.0 on are.
+        """Whether what is repainted and what is kept is an input of the ControlNet, as it is from version 2.0 on.
 
         As in the stock pipeline nothing else keeps it while steps are taken.
         """

@@ -14,7 +14,7 @@ from stable_diffusion_server.pipelines.library.shards import index_ending, index
 from stable_diffusion_server.pipelines.stock_classes import is_of_diffusers
 
 INDEX, MODULAR, CONFIG = "model_index.json", "modular_model_index.json", "config.json"
-# What a folder of blocks may bring along: code, which diffusers would run if told to trust it, and files that name it.
+# What a folder of blocks may have: code, which diffusers would run with trust_remote_code, and files that name it.
 _CODE, _NAMES_CODE, _AUTO_MAP = ".py", (CONFIG, "modular_config.json"), "auto_map"
 _MAX_PARTS, _MAX_LISTED = 64, 2000
 # Z-Image and Z-Image-Turbo have the same networks, and another shift of the schedule: 6 and 3.
