@@ -134,7 +134,7 @@ def test_a_batch_may_share_an_adapter(painter: Sdxl) -> None:
 @pytest.mark.fault(17)
 @pytest.mark.parametrize(
     "name",
-    ["../secret", "..", "/etc/passwd", "green.safetensors", "nothing", "", "sub/green", "gr\x00een", "link", ".x"],
+    ["../secret", "..", "/etc/passwd", "green.ckpt", "nothing", "", "sub/green", "gr\x00een", "link", ".x"],
 )
 def test_only_the_folders_own_adapters_have_names(name: str, loras: Path, tmp_path: Path) -> None:
     """Paths, links to outside and unknown names are refused as invalid parameters."""
