@@ -36,6 +36,7 @@ SHORTER_MODULES: dict[str, str] = {
     "bucket_api.py": _PATH,
     "image_processing.py": _PATH,
     "files/damaged_files.py": _LEAF,
+    "files/folder_walk.py": _LEAF,
     "imaging/edges.py": _LEAF,
     "jobs/ids.py": _LEAF,
     "jobs/store/claims.py": _PART,

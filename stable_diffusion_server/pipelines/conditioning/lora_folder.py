@@ -7,7 +7,6 @@ import os
 import re
 import time
 import unicodedata
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ import structlog
 from cachetools import LRUCache
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
+from stable_diffusion_server.files import walk_files
 from stable_diffusion_server.pipelines.conditioning.lora_files import (
     DENOISERS,
     LARGEST_BYTES,
@@ -32,7 +32,7 @@ from stable_diffusion_server.types import LORA_NAME_PATTERN
 
 SUFFIX = ".safetensors"
 _NAME = re.compile(LORA_NAME_PATTERN)
-_MAX_DEPTH, _MAX_ENTRIES, _CACHE_SIZE = 6, 50_000, 4096
+_CACHE_SIZE = 4096
 # A file changed more recently than this may change again without a new timestamp.
 _UNSETTLED_SECONDS = 2.0
 
@@ -73,7 +73,7 @@ class LoraFolder:
     def faults(self) -> dict[str, str]:
         """The LoRAs that cannot be used: name → reason, a sentence. Each is logged once."""
         faults = {name: why for name, (why, _) in self._checked_files().items() if why}
-        for file in _walk(self.folder) if self.folder is not None else ():
+        for file in walk_files(self.folder, SUFFIX) if self.folder is not None else ():
             if not _is_name(file.stem):
                 name = ascii(file.name)  # it may not be valid text
                 faults[name] = (
@@ -147,7 +147,7 @@ class LoraFolder:
     def _files(self) -> dict[str, Path]:
         """Path of every LoRA file by name."""
         files: dict[str, Path] = {}
-        for file in _walk(self.folder) if self.folder is not None else ():
+        for file in walk_files(self.folder, SUFFIX) if self.folder is not None else ():
             name = file.stem if file.stem not in files else self._place(file)
             if _is_name(name):
                 files.setdefault(name, file)
@@ -227,32 +227,6 @@ class _AvailableLoras(Mapping[str, str]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the files with a LoRA's suffix in a folder and its subfolders, breadth first.
-
-    Follows links and visits each folder once, so circular links are safe. Skips folders that cannot be listed.
-    """
-    entered: set[tuple[int, int]] = set()
-    left, most = deque([(folder, 0)]), _MAX_ENTRIES
-    while left and most > 0:
-        place, depth = left.popleft()
-        try:
-            facts = place.stat()
-            known = (facts.st_dev, facts.st_ino) in entered
-            entered.add((facts.st_dev, facts.st_ino))
-            entries = [] if known else sorted(place / entry for entry in os.listdir(place))
-        except OSError:
-            continue
-        most -= len(entries)
-        for entry in entries:
-            if entry.name.startswith("."):  # among them files that are still being fetched
-                continue
-            if entry.suffix == SUFFIX:
-                yield entry
-            elif depth < _MAX_DEPTH and entry.is_dir():
-                left.append((entry, depth + 1))
 
 
 @contextmanager
