@@ -19,6 +19,7 @@ Sampling = Sequence[tuple[str, ExtraValue]]
 _MOST_OF_TABLE = 100
 # Noise that only churning adds.
 _OF_CHURN = ("s_noise", "s_tmax", "s_tmin")
+_WHOLE = ("subseed", "solver_order")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ SAMPLING_NUMBERS: Mapping[str, SamplingOption] = MappingProxyType(
         "s_tmax": SamplingOption(0, 10_000),
         "s_noise": SamplingOption(0, 2),
         "guidance_rescale": SamplingOption(0, 1),
+        "solver_order": SamplingOption(1, 3),
+        "shift": SamplingOption(0.1, 100),
         "subseed": SamplingOption(0, SEED_MAX),
         "subseed_strength": SamplingOption(0, 1),
     }
@@ -101,8 +104,8 @@ def _fault(name: str, value: ExtraValue, spec: ModelSpec, scheduler: str, row: S
             return f"The scheduler {scheduler} cannot start in pure noise."
         return "" if isinstance(value, bool) else "zero_snr must be true or false."
     option = SAMPLING_NUMBERS[name]
-    if name == "subseed" and not isinstance(value, int):
-        return "subseed must be a whole number."
+    if name in _WHOLE and not isinstance(value, int):
+        return f"{name} must be a whole number."
     if isinstance(value, bool | str) or not math.isfinite(value) or not option.low <= value <= option.high:
         return f"{name} must be between {number_text(option.low)} and {number_text(option.high)}."
     return ""

@@ -38,6 +38,10 @@ _CHURN = MappingProxyType({"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s
 _ANCESTRAL = MappingProxyType({"eta": 1.0, "s_noise": 1.0})
 _NOISE = MappingProxyType({"s_noise": 1.0})
 _ETA = MappingProxyType({"eta": 0.0})
+_SECOND_ORDER = MappingProxyType({"solver_order": 2})
+_THIRD_ORDER = MappingProxyType({"solver_order": 3})
+# The default of a shift is the model's own, and equals no number.
+_SHIFT = MappingProxyType({"shift": math.nan})
 # clip_sample is meant for pixels; on latents it makes images grey.
 _LATENTS = MappingProxyType({"clip_sample": False})
 # What the ancestral scheduler of diffusers does not read.
@@ -61,24 +65,29 @@ SCHEDULERS: Mapping[str, SchedulerSpec] = MappingProxyType(
             "DPMSolverMultistepScheduler",
             options=_dpm(algorithm_type="sde-dpmsolver++", timestep_spacing="trailing"),
             schedules=_EVERY,
+            takes=_SECOND_ORDER,
         ),
-        "unipc": SchedulerSpec("UniPCMultistepScheduler", schedules=_WITHOUT_TABLE),
-        "flow_euler": SchedulerSpec("FlowMatchEulerDiscreteScheduler", schedules=_FLOW),
+        "unipc": SchedulerSpec("UniPCMultistepScheduler", schedules=_WITHOUT_TABLE, takes=_SECOND_ORDER),
+        "flow_euler": SchedulerSpec("FlowMatchEulerDiscreteScheduler", schedules=_FLOW, takes=_SHIFT),
         # The one of the model's folder, of any class.
         "own": SchedulerSpec(""),
         "heun": SchedulerSpec("HeunDiscreteScheduler", schedules=_EVERY, start_pure=False),
-        "dpm_2m": SchedulerSpec("DPMSolverMultistepScheduler", options=_dpm(), schedules=_EVERY),
+        "dpm_2m": SchedulerSpec("DPMSolverMultistepScheduler", options=_dpm(), schedules=_EVERY, takes=_SECOND_ORDER),
         "dpm_3m_sde": SchedulerSpec(
             "DPMSolverMultistepScheduler",
             options=_dpm(algorithm_type="sde-dpmsolver++", solver_order=3),
             schedules=_EVERY,
+            takes=_THIRD_ORDER,
         ),
         "dpm_sde": SchedulerSpec("DPMSolverSDEScheduler", schedules=_WITHOUT_TABLE, takes=_NOISE),
         "dpm_2s": SchedulerSpec(
-            "DPMSolverSinglestepScheduler", options=_dpm(), schedules=("normal", "karras", "exponential", "beta", AYS)
+            "DPMSolverSinglestepScheduler",
+            options=_dpm(),
+            schedules=("normal", "karras", "exponential", "beta", AYS),
+            takes=_SECOND_ORDER,
         ),
         "dpm_2s_a": SchedulerSpec("DPM2SAncestralScheduler", schedules=_EVERY, takes=_ANCESTRAL),
-        "deis": SchedulerSpec("DEISMultistepScheduler", schedules=_WITHOUT_TABLE),
+        "deis": SchedulerSpec("DEISMultistepScheduler", schedules=_WITHOUT_TABLE, takes=_SECOND_ORDER),
         "lms": SchedulerSpec("LMSDiscreteScheduler", schedules=_WITHOUT_TABLE),
         "kdpm2": SchedulerSpec("KDPM2DiscreteScheduler", schedules=_WITHOUT_TABLE, start_pure=False),
         "kdpm2_a": SchedulerSpec("KDPM2AncestralDiscreteScheduler", schedules=_WITHOUT_TABLE, start_pure=False),
@@ -88,7 +97,9 @@ SCHEDULERS: Mapping[str, SchedulerSpec] = MappingProxyType(
             "PNDMScheduler", options=MappingProxyType({"skip_prk_steps": True}), schedules=_BY_TIMESTEP
         ),
         "er_sde": SchedulerSpec("ErSdeScheduler", schedules=_EVERY, takes=_NOISE),
-        "flow_heun": SchedulerSpec("FlowMatchHeunDiscreteScheduler", schedules=_FLOW, takes=_CHURN),
+        "flow_heun": SchedulerSpec(
+            "FlowMatchHeunDiscreteScheduler", schedules=_FLOW, takes=MappingProxyType({**_CHURN, **_SHIFT})
+        ),
     }
 )
 

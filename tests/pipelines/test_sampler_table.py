@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -44,12 +45,12 @@ def zero_snr_betas(config: Any) -> list[float]:
     return rescaled
 
 
-def by_stock(family: Any, sampler: str, schedule: str, job: DiffusionRequest) -> Pixels:
-    """What the stock pipeline draws with a scheduler that is made here by hand."""
+def by_stock(family: Any, sampler: str, schedule: str, job: DiffusionRequest, **further: Any) -> Pixels:
+    """What the stock pipeline draws with a scheduler that is made here by hand, `further` configured."""
     case, like = SAMPLERS[sampler], family.pipeline.scheduler
     kind = getattr(diffusers, case.stock)
     known = inspect.signature(kind.__init__).parameters
-    options = {**(FLAGS if schedule else {}), **case.options, **SCHEDULES[schedule]}
+    options = {**(FLAGS if schedule else {}), **case.options, **SCHEDULES[schedule], **further}
     if "rescale_betas_zero_snr" not in known and sampler not in ("heun", "kdpm2", "kdpm2_a"):
         options["trained_betas"] = zero_snr_betas(like.config)
     scheduler = kind.from_config(like.config, **{name: value for name, value in options.items() if name in known})
@@ -83,6 +84,18 @@ def test_a_sampler_draws_as_diffusers_does_and_counts_its_steps(sampler: str, sc
     ours = sdxl.finish(state).pixels
     assert ours.std() > 5, "a flat picture would prove nothing"
     assert largest_difference(ours, by_stock(sdxl, sampler, schedule, job)) <= 2
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order"),
+    [("dpm_2m", 1), ("dpm_2m", 3), ("dpm", 1), ("dpm_3m_sde", 2), ("dpm_2s", 3), ("unipc", 3), ("deis", 1)],
+)
+def test_the_order_of_a_solver_is_that_of_diffusers(sampler: str, order: int, sdxl: Any) -> None:
+    """To within 2 of 255; another order is another picture."""
+    job = job_with(sampler, sampling=(("solver_order", order),), num_inference_steps=6)
+    ours = draw(sdxl, job)
+    assert largest_difference(ours, by_stock(sdxl, sampler, "", job, solver_order=order)) <= 2
+    assert largest_difference(ours, draw(sdxl, replace(job, sampling=()))) > 2
 
 
 def test_every_sampler_is_in_the_table() -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from secrets import randbelow
 from typing import Any, Literal
 
 from stable_diffusion_server.api.automatic1111.checkpoint_names import model_named
 from stable_diffusion_server.api.automatic1111.controlnet_units import CannyUnit, parse_units
 from stable_diffusion_server.api.automatic1111.options import FORMATS, Option
 from stable_diffusion_server.api.automatic1111.prompt_syntax import read_prompt, resolve_loras
-from stable_diffusion_server.api.automatic1111.sampler_names import sampler_for
-from stable_diffusion_server.api.automatic1111.sampling_params import SAMPLING_PARAMETERS, Sampling, read_sampling
+from stable_diffusion_server.api.automatic1111.sampler_params import read_sampler
+from stable_diffusion_server.api.automatic1111.sampling_params import SAMPLING_PARAMETERS
+from stable_diffusion_server.api.automatic1111.sdnext_params import FALLBACK, is_scheduler_parameter
 from stable_diffusion_server.api.automatic1111.second_pass_params import SecondPass, parse_second_pass
 from stable_diffusion_server.api.automatic1111.task_params import Img2Img, Txt2Img, with_infotext
 from stable_diffusion_server.api.base64_images import bytes_of
@@ -21,7 +21,6 @@ from stable_diffusion_server.errors import Forbidden, InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, range_sentence
 from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import (
-    NOISE_SEEDS,
     Fill,
     Fit,
     Format,
@@ -52,7 +51,7 @@ _SILENT = (
     "comments",
 )
 _CLIP_SKIP, _LAYERS = "CLIP_stop_at_last_layers", 12
-_KNOWN_SETTINGS = {"sd_model_checkpoint", "samples_format"}
+_KNOWN_SETTINGS = {"sd_model_checkpoint", "samples_format", FALLBACK}
 # Maximum characters of tags in a prompt, in addition to MAX_PROMPT_CHARACTERS of text.
 _TAGS_MAX = 1000
 # Maximum number of sentences about ignored parameters.
@@ -87,7 +86,7 @@ def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Opt
     spec = context.model(own)
     width, height = _pixels(params, context)
     second = None if isinstance(params, Img2Img) else parse_second_pass(params, width, height, context.limits)
-    generation, ignored = _words_and_numbers(params, spec, context)
+    generation, ignored = _words_and_numbers(params, spec, context, settings)
     clip_skip, settings = _clip_skip(settings, spec)
     generation = replace(
         generation,
@@ -135,17 +134,14 @@ def _model(
 
 
 def _words_and_numbers(
-    params: Txt2Img, spec: ModelSpec, context: DialectContext
+    params: Txt2Img, spec: ModelSpec, context: DialectContext, settings: Mapping[str, object]
 ) -> tuple[GenerationRequest, list[str]]:
     """Return the request for text to image, without its size, and sentences about ignored parts."""
     steps = spec.default_steps if params.steps is None else params.steps
     positive = read_prompt(params.prompt, "prompt", steps, weighted=spec.weighs_prompts)
     negative = read_prompt(params.negative_prompt or "", "negative_prompt", steps, weighted=spec.weighs_prompts)
     loras, about_loras = resolve_loras(positive.loras, lambda: list(context.loras()))
-    chosen = sampler_for(params.sampler_name or params.sampler_index or "", params.scheduler or "", spec)
-    sampling, about_sampling = read_sampling(
-        {name: getattr(params, name, None) for name in SAMPLING_PARAMETERS}, chosen, spec
-    )
+    sampler = read_sampler(params, settings, spec)
     generation = GenerationRequest(
         task=Task.TEXT_TO_IMAGE,
         prompt=positive.words,
@@ -153,16 +149,15 @@ def _words_and_numbers(
         seed=_seed(params.seed),
         num_inference_steps=params.steps,
         guidance_scale=params.cfg_scale,
-        scheduler=chosen.scheduler,
-        sampling=_with_subseed(sampling, params.subseed),
+        scheduler=sampler.scheduler,
+        sampling=sampler.sampling,
         loras=loras,
         prompt_syntax=PromptSyntax.A1111 if spec.weighs_prompts else PromptSyntax.PLAIN,
         allow_empty_prompt=True,
         at_least_one_step=True,
     )
     ignored = [
-        *chosen.ignored,
-        *about_sampling,
+        *sampler.ignored,
         *positive.ignored,
         *about_loras,
         *negative.ignored,
@@ -174,13 +169,6 @@ def _words_and_numbers(
 
 def _seed(wanted: int | None) -> int | Literal["random"]:
     return "random" if wanted is None or wanted < 0 else wanted
-
-
-def _with_subseed(sampling: Sampling, wanted: int | None) -> Sampling:
-    """Return the options with the subseed, a random one unless it is sent."""
-    if "subseed_strength" not in dict(sampling):
-        return sampling
-    return (*sampling, ("subseed", randbelow(NOISE_SEEDS) if wanted is None or wanted < 0 else wanted))
 
 
 def _clip_skip(settings: dict[str, object], spec: ModelSpec) -> tuple[int | None, dict[str, object]]:
@@ -307,6 +295,7 @@ def _ignored_parameters(params: Txt2Img, settings: Mapping[str, object]) -> list
         and value not in _NEUTRAL.get(name, ())
         and not name.startswith(_SILENT)
         and name not in SAMPLING_PARAMETERS
+        and not is_scheduler_parameter(name)
     ]
     return [
         *ignored,

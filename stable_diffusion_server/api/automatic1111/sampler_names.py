@@ -68,6 +68,7 @@ _NEAREST: Mapping[str, str] = {
 _SAME = frozenset({"ddim"})
 # What leaves the schedule to the sampler; a flow has no other spacing than its usual one by these names.
 _AUTOMATIC_NAMES = frozenset({"", "none", "default", "use_same_scheduler"})
+_DEFAULT_SAMPLER = frozenset({"", "default", "automatic", "use same sampler"})
 _USUAL_OF_FLOWS = frozenset({"normal", "trailing"})
 _ENDINGS = (
     *("polyexponential", "exponential", "karras", "sgm uniform", "ddim uniform", "uniform", "automatic", "simple"),
@@ -158,6 +159,16 @@ def _sampler_named(name: str) -> tuple[str, str, bool]:
     listed = _BY_LOWER.get(before) or _BY_LOWER.get(text) or _BY_WORDS.get(text)
     close = (sampler for word, sampler in _CLOSEST if f" {word}" in f" {text} ")
     return listed or next(close, ""), ending, listed is not None
+
+
+def is_known(sampler: str, spec: ModelSpec) -> bool:
+    """Whether a name, or a word in it, is that of a sampler."""
+    return sampler.strip() in spec.schedulers or means_default(sampler) or bool(_sampler_named(sampler.strip())[0])
+
+
+def means_default(sampler: str) -> bool:
+    """Whether a name leaves the sampler to the model."""
+    return sampler.strip().lower() in _DEFAULT_SAMPLER
 
 
 def samplers_of(models: Mapping[str, ModelSpec]) -> list[str]:

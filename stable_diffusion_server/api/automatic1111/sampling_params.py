@@ -34,24 +34,39 @@ def read_sampling(extra: Mapping[str, Any], chosen: ChosenSampler, spec: ModelSp
     """
     taken: dict[str, ExtraValue] = {"schedule": chosen.schedule} if chosen.schedule else {}
     ignored = []
-    scheduler = chosen.scheduler or spec.default_scheduler
     for theirs, (ours, usual) in SAMPLING_PARAMETERS.items():
-        value = _number(extra.get(theirs))
+        value = number_of(extra.get(theirs))
         if value is None or (ours == "s_tmax" and value in usual):  # 0 is no bound there
             continue
-        try:
-            # Churn's options are checked together.
-            resolve_sampling(spec, scheduler, spec.default_steps, [*taken.items(), (ours, value)])
-        except InvalidInput as error:
-            ignored += [] if value in usual else [f"{theirs}: {error.faults[0][1]}"]
+        why = option_fault(ours, value, chosen, spec, taken)
+        if why:
+            ignored += [] if value in usual else [f"{theirs}: {why}"]
         else:
             taken[ours] = value
     return tuple(taken.items()), ignored
 
 
-def _number(value: object) -> ExtraValue | None:
+def option_fault(
+    name: str, value: ExtraValue, chosen: ChosenSampler, spec: ModelSpec, taken: Mapping[str, ExtraValue]
+) -> str:
+    """Why the chosen sampler does not take an option beside those it has `taken`; empty if it does."""
+    scheduler = chosen.scheduler or spec.default_scheduler
+    try:
+        # Churn's options are checked together.
+        resolve_sampling(spec, scheduler, spec.default_steps, [*taken.items(), (name, value)])
+    except InvalidInput as error:
+        return error.faults[0][1]
+    return ""
+
+
+def is_sent(value: object) -> bool:
+    """Whether a value says anything."""
+    return isinstance(value, bool | int | float) or value not in (None, "", [], {})
+
+
+def number_of(value: object) -> ExtraValue | None:
     """Return a number or a boolean; what is neither as a text, which is refused by name; `None` if nothing is sent."""
-    if isinstance(value, bool | int | float) or value in (None, "", [], {}):
+    if isinstance(value, bool | int | float) or not is_sent(value):
         return value if isinstance(value, bool | int | float) else None
     text = str(value)[:_LONGEST] if isinstance(value, str) else "not a number"
     try:

@@ -27,7 +27,7 @@ _BINARY = {"type": "string", "format": "binary"}
 _NUMBERS = frozenset(
     "seed num_inference_steps guidance_scale quality timeout width height strength feather canny_low canny_high "
     "control_scale n output_compression partial_images clip_skip eta s_churn s_tmin s_tmax s_noise "
-    "guidance_rescale subseed subseed_strength".split()
+    "guidance_rescale subseed subseed_strength solver_order shift".split()
 )
 _BOOLEANS = frozenset("overwrite refine canny stream zero_snr".split())
 # Maximum characters of `lora`: far more than MAX_LORAS entries need, and short enough to split before counting.
@@ -86,6 +86,11 @@ class GenerationParams(RequestParams):
     )
     guidance_rescale: float | None = Field(
         None, description="How far guidance keeps the spread of the prediction, for models with a UNet: less exposure."
+    )
+    solver_order: int | None = Field(None, description="Order of the solver, for multistep samplers.")
+    shift: float | None = Field(
+        None,
+        description="How far the noise levels are shifted up, for flows. If omitted, the model's, often by the size.",
     )
     overwrite: bool = Field(False, description="Generate and store even if the key exists.")
     timeout: float | None = Field(None, description="Maximum seconds to wait for the image.")

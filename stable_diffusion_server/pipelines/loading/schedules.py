@@ -32,6 +32,10 @@ def configuration(
     if zero_snr:
         options["timestep_spacing"] = "trailing"
     options |= SCHEDULES.get(str(chosen.get("schedule", "")), {})
+    if "solver_order" in chosen:
+        options["solver_order"] = chosen["solver_order"]
+    if "shift" in chosen:
+        options |= {"shift": chosen["shift"], "use_dynamic_shifting": False}
     if zero_snr is not None:
         options[_ZERO_SNR] = zero_snr
     elif like.config.get(_ZERO_SNR) and not isinstance(like, scheduler_class):
