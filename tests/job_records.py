@@ -5,6 +5,7 @@ from __future__ import annotations
 from stable_diffusion_server.jobs.store.records import IdempotencyClaim, JobPayload, JobRecord
 from stable_diffusion_server.types import (
     Caller,
+    Extension,
     Fill,
     Fit,
     Format,
@@ -55,6 +56,7 @@ WHOLE = GenerationRequest(
     fit=Fit.PAD,
     fill=Fill.NOISE,
     only_masked=8,
+    extend=Extension(8, 0, 16, 0, 4),
     alone=True,
     webhook_url="https://hook.example/",
     references=(

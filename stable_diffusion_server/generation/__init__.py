@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stable_diffusion_server.generation.executor import SubmissionContext
+from stable_diffusion_server.generation.image_options import extension_fields, extension_of
 from stable_diffusion_server.generation.interfaces import DecodeImage
 from stable_diffusion_server.generation.library import ImageLibrary
 from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX, RequestLimits, parse_int, range_sentence
@@ -29,6 +30,8 @@ __all__ = [
     "RequestLimits",
     "SubmissionContext",
     "able",
+    "extension_fields",
+    "extension_of",
     "load_stop_words",
     "not_permitted",
     "parse_int",

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
+
 from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.generation.image_options import check_extended_size
 from stable_diffusion_server.generation.interfaces import DecodeImage, FetchImage
 from stable_diffusion_server.generation.resolver import ResolvedRequest, prompts_for_model
 from stable_diffusion_server.generation.single_flight import SingleFlight
@@ -18,8 +21,11 @@ from stable_diffusion_server.imaging import (
     Pixels,
     binarize_mask,
     canny,
+    cover_cells,
     crop_around,
     crop_to_size,
+    extend_image,
+    extend_mask,
     feather_mask,
     fill_masked,
     fit_image,
@@ -93,7 +99,8 @@ def lay_out_images(
     request, parameters, spec = resolved.request, resolved.parameters, resolved.parameters.spec
     whole_image, whole_mask, box = image, None, None
     if image is not None:
-        mask_on_image = whole_mask = _mask_over(image, mask, request.mask)
+        mask_on_image = _mask_over(image, mask, request.mask)
+        image, mask_on_image = whole_image, whole_mask = _extended(request, image, mask_on_image)
         image, mask_on_image, box = _fit_inputs(request, image, mask_on_image)
         height, width = image.shape[:2]
     elif request.width is not None and request.height is not None:
@@ -119,7 +126,7 @@ def lay_out_images(
         guidance_scale=parameters.guidance_scale,
         scheduler=parameters.scheduler,
         image=ImageArray(on_canvas) if on_canvas is not None else None,
-        mask=ImageArray(binarize_mask(to_canvas(mask_on_image, canvas, fill=0))) if mask_on_image is not None else None,
+        mask=_mask_on_canvas(request, mask_on_image, canvas),
         control=ImageArray(canny(on_canvas, request.canny_low, request.canny_high))
         if parameters.canny and on_canvas is not None
         else None,
@@ -172,6 +179,22 @@ def _mask_over(image: Pixels, mask: Pixels | None, source: ImageInput | None) ->
     return scaled
 
 
+def _extended(request: GenerationRequest, image: Pixels, mask: Pixels | None) -> tuple[Pixels, Pixels | None]:
+    """Return image and mask with the new sides, all of which the mask covers; as they are without an extension."""
+    if request.extend is None:
+        return image, mask
+    mask = np.zeros(image.shape[:2], np.uint8) if mask is None else mask
+    return extend_image(image, request.extend), extend_mask(mask, request.extend)
+
+
+def _mask_on_canvas(request: GenerationRequest, mask: Pixels | None, canvas: Canvas) -> ImageArray | None:
+    """Return what the model repaints: black and white, with whole latents where the image is extended."""
+    if mask is None:
+        return None
+    binary = binarize_mask(to_canvas(mask, canvas, fill=0))
+    return ImageArray(binary if request.extend is None else cover_cells(binary))
+
+
 def _fit_inputs(
     request: GenerationRequest, image: Pixels, mask: Pixels | None
 ) -> tuple[Pixels, Pixels | None, CropBox | None]:
@@ -200,9 +223,10 @@ def resampling_warnings(spec: ModelSpec, width: int, height: int) -> tuple[Reque
 
 
 class InputLoader:
-    """Loads the input images of requests. For one event loop."""
+    """Loads the input images of requests; extended ones have sides of up to `max_side` pixels. For one event loop."""
 
-    def __init__(self, fetch: FetchImage, decode: DecodeImage) -> None:
+    def __init__(self, fetch: FetchImage, decode: DecodeImage, max_side: int) -> None:
+        self._max_side = max_side
         self._fetch = fetch
         self._decode = decode
         self._downloads: SingleFlight[bytes] = SingleFlight()
@@ -240,6 +264,8 @@ class InputLoader:
         image, mask, *references = await asyncio.gather(
             *(pixels_of(source) for source in (request.image, request.mask, *request.references))
         )
+        if request.extend is not None and image is not None:
+            check_extended_size(request.extend, image.shape[1], image.shape[0], self._max_side)
         async with self._layouts.hold(share):
             work = asyncio.ensure_future(asyncio.to_thread(lay_out_images, resolved, image, mask, _known(references)))
             try:

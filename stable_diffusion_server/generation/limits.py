@@ -10,6 +10,7 @@ from typing import Any
 from uuid import NAMESPACE_OID, uuid5
 
 from stable_diffusion_server.errors import InvalidInput, number_text
+from stable_diffusion_server.generation.image_options import extension_fields
 from stable_diffusion_server.pipelines import SAMPLING_NUMBERS
 from stable_diffusion_server.types import LORA_WEIGHT_MAX, NOISE_SEEDS, SEED_MAX, Format, GenerationRequest
 
@@ -67,6 +68,8 @@ class RequestLimits:
             "hires_height": (self.min_side, self.max_side),
             "hires_steps": (1, self.max_steps),
             "hires_strength": (0.0, 1.0),
+            **dict.fromkeys(("extend_left", "extend_right", "extend_top", "extend_bottom"), (0, self.max_side)),
+            "extend_overlap": (0, self.max_feather),
             **{name: (option.low, option.high) for name, option in SAMPLING_NUMBERS.items()},
         }
 
@@ -78,12 +81,15 @@ class RequestLimits:
     def faults(self, value_of: Callable[[str], Any]) -> list[tuple[str, str]]:
         """Return (parameter, sentence) of each value out of its bounds; `value_of` returns a parameter by its name."""
         faults = []
-        sampling = dict(value_of("sampling") or ())
+        parts = {**dict(value_of("sampling") or ()), **extension_fields(value_of("extend"))}
         for name, (low, high) in self.bounds().items():
-            value = sampling.get(name) if name in SAMPLING_NUMBERS else value_of(name)
+            value = parts.get(name) if name in SAMPLING_NUMBERS or name.startswith("extend_") else value_of(name)
             # This form also refuses NaN, which compares false with everything.
             if isinstance(value, int | float) and not low <= value <= high:
                 faults.append((name, range_sentence(name, low, high)))
+        extension = value_of("extend")
+        if extension is not None and not extension.has_sides:
+            faults.append(("extend_overlap", "extend_overlap needs a side that is extended."))
         longest = self.max_prompt_characters
         faults += [
             (name, f"{name} must not be longer than {longest} characters.")

@@ -171,6 +171,8 @@ def _check_sources(provenance: EmbeddedProvenance, request: GenerationRequest) -
     wanted_names = _SOURCES.get(request.task, set())
     if request.task is Task.EDIT:  # as many as there are, without a gap
         wanted_names = {reference_name(number) for number in range(max(1, len(provenance.sources)))}
+    if request.task is Task.INPAINT and request.extend is not None:  # its new sides are a mask
+        wanted_names = {"image", *({"mask"} & set(provenance.sources))}
     if set(provenance.sources) != wanted_names:
         raise _refused("was made from other files than its task needs")
     given = {reference_name(number): source for number, source in enumerate(request.references)}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.generation.image_options import image_options_identity
 from stable_diffusion_server.generation.limits import RequestLimits, file_format_of, name_of, seed_of
 from stable_diffusion_server.generation.permissions import (
     Ownership,
@@ -24,7 +25,6 @@ from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength,
 from stable_diffusion_server.storage import object_key
 from stable_diffusion_server.types import (
     ExtraValue,
-    Fill,
     Fit,
     Format,
     GenerationRequest,
@@ -276,8 +276,7 @@ def _identity_fields(
         "control": (parameters.control_scale, request.canny_low, request.canny_high) if parameters.canny else None,
         # Only if they differ from the defaults, so that digests of earlier versions stay valid.
         **({"fit": request.fit} if resized and request.fit != Fit.CROP else {}),
-        **({"fill": request.fill} if request.fill is not Fill.ORIGINAL else {}),
-        **({"only_masked": request.only_masked} if request.only_masked is not None else {}),
+        **image_options_identity(request),
         **({"by": "transparency"} if request.mask is not None and request.mask.transparency else {}),
         **({"stop_words": stop_words.identity} if stop_words.identity else {}),
         **({"hires": hires} if any(part is not None for part in hires) else {}),

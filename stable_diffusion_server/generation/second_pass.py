@@ -120,6 +120,7 @@ def _lay_out_second_pass(
             image=None,
             mask=None,
             only_masked=None,
+            extend=None,
             fit=Fit.CROP,
             refine=False,
         ),

@@ -82,7 +82,7 @@ class GenerationService:
         self._metrics = account or UsageMetrics()
         self._tracing = tracing or Tracing()
         self._log_prompts = log_prompts
-        self._inputs = InputLoader(fetch, decode)
+        self._inputs = InputLoader(fetch, decode, options.limits.max_side)
         self._output = OutputWriter(bucket, options.embed_metadata, record, options.ownership)
         self._known = known
         self._results = ResultCache(_CACHE_SIZE)

@@ -6,6 +6,7 @@ from stable_diffusion_server.imaging.artifact_detection import is_black, score_a
 from stable_diffusion_server.imaging.canvas import ALIGNMENT, Canvas, crop_to_size, plan_canvas, to_canvas
 from stable_diffusion_server.imaging.edges import canny
 from stable_diffusion_server.imaging.encode import encode_image
+from stable_diffusion_server.imaging.extension import cover_cells, extend_image, extend_mask
 from stable_diffusion_server.imaging.formats import (
     DEFAULT_FORMATS,
     OPTIONAL_FORMATS,
@@ -54,10 +55,13 @@ __all__ = [
     "binarize_mask",
     "blend",
     "canny",
+    "cover_cells",
     "crop_around",
     "crop_to_size",
     "describe_formats",
     "encode_image",
+    "extend_image",
+    "extend_mask",
     "feather_mask",
     "fill_masked",
     "fit_image",

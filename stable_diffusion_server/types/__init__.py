@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.types.choices import Fill, Fit, PromptSyntax, Task
+from stable_diffusion_server.types.callers import Caller
+from stable_diffusion_server.types.choices import Extension, Fill, Fit, PromptSyntax, Task
 from stable_diffusion_server.types.requests import (
     LORA_NAME_PATTERN,
     LORA_WEIGHT_MAX,
     NOISE_SEEDS,
     SEED_MAX,
-    Caller,
     DiffusionRequest,
     ExtraValue,
     Format,
@@ -38,6 +38,7 @@ __all__ = [
     "DiffusionRequest",
     "EngineEvent",
     "EngineEventKind",
+    "Extension",
     "ExtraValue",
     "Fill",
     "Fit",

@@ -1,8 +1,9 @@
-"""Choices of a request: its task and prompt syntax, and how images are fitted and filled."""
+"""Choices of a request: its task and prompt syntax, and how images are fitted, filled and extended."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Task(StrEnum):
@@ -40,3 +41,21 @@ class Fill(StrEnum):
     SURROUNDINGS = "surroundings"
     NOISE = "noise"
     GREY = "grey"
+
+
+class Extension(NamedTuple):
+    """How far an image is extended on each side, in pixels; only what is new is repainted.
+
+    Over `overlap` pixels of the image next to a new side, the new picture fades into the old one.
+    """
+
+    left: int = 0
+    right: int = 0
+    top: int = 0
+    bottom: int = 0
+    overlap: int = 0
+
+    @property
+    def has_sides(self) -> bool:
+        """Whether any side is extended."""
+        return any((self.left, self.right, self.top, self.bottom))

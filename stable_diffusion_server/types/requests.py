@@ -1,4 +1,4 @@
-"""Requests: the caller, what the caller asks for (GenerationRequest), and what the model draws (DiffusionRequest)."""
+"""Requests: what the caller asks for (GenerationRequest), and what the model draws (DiffusionRequest)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server.types.choices import Fill, Fit, PromptSyntax, Task
+from stable_diffusion_server.types.choices import Extension, Fill, Fit, PromptSyntax, Task
 
-# Ends with a space, which no key name contains.
-_ANONYMOUS = "anonymous "
 SEED_MAX = 2**64 - 1
 # The noise depends on the lower 32 bits of a seed, as that of torch's CPU generator does.
 NOISE_SEEDS = 2**32
@@ -30,64 +28,6 @@ ExtraValue = bool | int | float | str
 _RARE = ("references", "extra", "weighted", "clip_skip", "sampling", "prompt_2")
 # Schedulers of second order: two forward passes a step.
 _TWO_PASSES = frozenset({"heun", "kdpm2", "kdpm2_a", "dpm_sde", "dpm_2s_a", "flow_heun"})
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """The caller of a request.
-
-    Attributes:
-        name: Name of the API key; empty if no key is required.
-        prefix: Object keys that the caller may write, delete and list start with this; empty for all.
-        admin: Whether the API key may read and change what belongs to others.
-        anonymous: Whether this is a client without a key under ALLOW_ANONYMOUS.
-        address: The client's IPv4 address, or its IPv6 /64 network.
-        models: Names of the models that the API key may use; empty for all.
-    """
-
-    name: str = ""
-    prefix: str = ""
-    admin: bool = False
-    anonymous: bool = False
-    address: str = ""
-    models: tuple[str, ...] = ()
-
-    @property
-    def uses_all_models(self) -> bool:
-        """Whether the caller may use every model."""
-        return not self.models or self.has_full_access
-
-    @property
-    def has_full_access(self) -> bool:
-        """Whether the caller may read and change everything: an admin key, or the operator of a local server."""
-        return self.admin or not (self.name or self.anonymous)
-
-    def may_access_jobs_of(self, owner: Caller) -> bool:
-        """Whether the caller may see and cancel those jobs of `owner` whose ids it knows.
-
-        Anyone who knows the id may access an anonymous client's job, because such clients have no other credential.
-        """
-        return self.has_full_access or owner.anonymous or owner.owner == self.owner
-
-    @property
-    def share(self) -> str:
-        """Identifies the caller where capacity is shared fairly: by API key, or by address without one."""
-        return f"key {self.name}" if self.name else f"address {self.address}"
-
-    @property
-    def owner(self) -> str:
-        """Identifies the owner of jobs, idempotency keys and options: the key name, or an anonymous client's address.
-
-        It is empty for the operator, and no key name equals an anonymous client's owner string.
-        """
-        return f"{_ANONYMOUS}{self.address}" if self.anonymous else self.name
-
-    @classmethod
-    def from_owner(cls, owner: str, prefix: str = "") -> Caller:
-        """The caller with this stored `owner`; `admin` is false, since it depends on the current keys."""
-        if owner.startswith(_ANONYMOUS):
-            return cls(anonymous=True, address=owner.removeprefix(_ANONYMOUS))
-        return cls(owner, prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +183,7 @@ class GenerationRequest:
         fit: How `image` is brought to the requested size.
         fill: What replaces the masked part before it is repainted.
         only_masked: If set, the area around the mask with this margin in pixels is repainted at the requested size.
+        extend: How far `image` is extended; its new sides are inpainted, beside what `mask` covers.
         alone: Whether the request must not share forward passes, so that it can be reproduced bit for bit.
         named_for: Caller that a derived object key belongs to.
         hires_width: Width in pixels of a second pass over the enlarged image; without one `None`.
@@ -291,6 +232,7 @@ class GenerationRequest:
     fit: Fit = Fit.CROP
     fill: Fill = Fill.ORIGINAL
     only_masked: int | None = None
+    extend: Extension | None = None
     alone: bool = False
     named_for: str = ""
     hires_width: int | None = None

@@ -43,7 +43,7 @@ async def test_layouts_of_one_caller_leave_threads_to_others(monkeypatch: pytest
     slow = SlowLayouts()
     monkeypatch.setattr(layout, "lay_out_images", slow.make)
     monkeypatch.setattr(layout, "_LAYOUTS", places)
-    loader = InputLoader(refuse, refuse)
+    loader = InputLoader(refuse, refuse, OPTIONS.limits.max_side)
 
     def start(caller: str) -> asyncio.Task[ImageLayout]:
         return asyncio.create_task(loader.lay_out(resolve_request(order(caller), OPTIONS), {}, caller))

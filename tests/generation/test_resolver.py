@@ -18,7 +18,16 @@ from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopW
 from stable_diffusion_server.generation.provenance import requested_fields
 from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.types import Fill, Fit, Format, GenerationRequest, ImageInput, PromptSyntax, Task
+from stable_diffusion_server.types import (
+    Extension,
+    Fill,
+    Fit,
+    Format,
+    GenerationRequest,
+    ImageInput,
+    PromptSyntax,
+    Task,
+)
 
 OPTIONS = GenerationOptions(RequestLimits(), "sdxl", "up", loras=lambda: {"pastel": "1a2b", "ink": "3c4d"})
 EDGELESS_FLUX = replace(OPTIONS, models={**MODELS, "flux": replace(MODELS["flux"], control_folder=None)})
@@ -53,6 +62,7 @@ CHANGED: dict[str, Any] = {
     "variation": 1,
     "fill": Fill.NOISE,
     "only_masked": 32,
+    "extend": Extension(right=64),
     "hires_width": 128,
     "hires_height": 128,
     "hires_steps": 3,

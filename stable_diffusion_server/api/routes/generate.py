@@ -12,11 +12,11 @@ from stable_diffusion_server.api.dependencies import UrlOf
 from stable_diffusion_server.api.dispatch import RequestDispatcher
 from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.openapi.document import IMAGE_FILE, parameters_openapi
+from stable_diffusion_server.api.schemas.inpaint_params import InpaintParams
 from stable_diffusion_server.api.schemas.params import (
     EditParams,
     ImageToImageParams,
     ImageToImageUploadParams,
-    InpaintParams,
     NativeParams,
     TextToImageParams,
     generation_from_request,
@@ -82,7 +82,7 @@ _ROUTES = (
         "/inpaint_and_upload_image",
         InpaintParams,
         "Inpainting, stored",
-        "Repaint an image where a mask is white, and keep every other pixel.",
+        "Repaint an image where a mask is white, or extend it by new sides, and keep every other pixel.",
     ),
     _Route(
         "/edit_and_upload_image",

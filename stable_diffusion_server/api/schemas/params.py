@@ -251,28 +251,6 @@ class EditParams(NativeParams):
         return GenerationRequest(task=Task.EDIT, references=(*files, *urls), **self.to_request_fields())
 
 
-class InpaintParams(NativeParams):
-    """Parameters of inpainting: white parts of the mask are repainted, black ones stay as they are."""
-
-    files: ClassVar[frozenset[str]] = frozenset({"image_file", "mask_file"})
-    pictures: ClassVar[frozenset[str]] = frozenset({"image_url", "mask_url"})
-
-    image_url: str | None = Field(None, description="URL of the image to repaint, or a data URL; or send `image_file`.")
-    image_file: File = Field(None, description="The image to repaint, a PNG, JPEG or WebP file.")
-    mask_url: str | None = Field(
-        None, description="URL of the mask, white where to repaint, or a data URL; or send `mask_file`."
-    )
-    mask_file: File = Field(None, description="The mask, a PNG, JPEG or WebP file of any size.")
-    strength: float = Field(1.0, description="How much is changed inside the mask, 0 to 1.")
-    feather: int = Field(0, description="Pixels over which the repainted part fades in from the border of the mask.")
-    refine: bool = Field(True, description="Run a second pass at low strength over the image.")
-
-    def to_request(self) -> GenerationRequest:
-        """Return the request these parameters describe. Raises `InvalidInput` without exactly one image and mask."""
-        image, mask = input_images(self, "image", "mask")
-        return GenerationRequest(task=Task.INPAINT, image=image, mask=mask, **self.to_request_fields())
-
-
 def params_from_request(schema: type[P], faults_of: FaultsOf[P] | None = None) -> Callable[[Request], Awaitable[P]]:
     """Return the dependency that reads query and body (form, multipart or JSON) as parameters of `schema`.
 

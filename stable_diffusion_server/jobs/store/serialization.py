@@ -16,6 +16,7 @@ from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.jobs.store.records import JobPayload, JobRecord, JobState, RecordedResponse, StoredProblem
 from stable_diffusion_server.types import (
     Caller,
+    Extension,
     Fill,
     Fit,
     Format,
@@ -102,6 +103,7 @@ def load_payload(text: str, files: Mapping[str, bytes]) -> JobPayload:
     values |= {name: choice(values[name]) for name, choice in _CHOICES.items() if name in values}
     values |= {name: tuple((key, value) for key, value in values[name]) for name in _PAIRS if name in values}
     values |= {name: _read_source(values[name], files) for name in _PICTURES if name in values}
+    values |= {"extend": Extension(*values["extend"])} if "extend" in values else {}
     if _REFERENCES in values:
         values[_REFERENCES] = tuple(_read_source(source, files) for source in values[_REFERENCES])
     request = GenerationRequest(**values)
