@@ -68,6 +68,9 @@ WHOLE = GenerationRequest(
     clip_skip=2,
     prompt_2="a plain wall",
     sampling=(("eta", 0.5), ("schedule", "karras")),
+    styles=("anime", "night"),
+    wildcards=True,
+    expanded=True,
 )
 WORK = JobPayload(WHOLE, {"image_url": b"image", "image[1]": b"other"})
 RECEIPT = GenerationResult(

@@ -188,7 +188,7 @@ async def _read_multipart(request: Request, files: Set[str], lists: Set[str]) ->
     _check_charset(request.headers.get("content-type", ""))
     items: list[tuple[str, object]] = []
     left = limits_of(request).text_bytes
-    most = len(files) + 1 + _MAX_LISTED * bool(lists)
+    most = len(files) + 1 + _MAX_LISTED * bool(files & lists)
     try:
         async with request.form(max_files=most, max_fields=_MAX_FIELDS, max_part_size=left) as form:
             for name, value in form.multi_items():

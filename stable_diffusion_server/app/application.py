@@ -16,7 +16,7 @@ from stable_diffusion_server.app.lifecycle import CloseConnectionsMiddleware, Pr
 from stable_diffusion_server.app.metrics import register_metrics
 from stable_diffusion_server.app.model_manager import ModelManager
 from stable_diffusion_server.app.model_state import ModelBackend, ModelState
-from stable_diffusion_server.app.models import build_engine, generation_options
+from stable_diffusion_server.app.models import build_engine, generation_options, prompt_expander
 from stable_diffusion_server.app.readiness import Readiness
 from stable_diffusion_server.app.services import ImageReaders, build_jobs, build_service
 from stable_diffusion_server.app.storage import StorageStack
@@ -54,7 +54,8 @@ def create_app(
     engine = build_engine(settings, models, load, metrics, hooks, readiness, record)
     options = replace(generation_options(settings, models), ownership=stores.ownership)
     readers = ImageReaders.of(settings)
-    service = build_service(settings, engine, models, options, stores, readers, metrics, tracing)
+    expander = prompt_expander(settings)
+    service = build_service(settings, engine, models, options, stores, readers, metrics, tracing, expander)
     jobs = build_jobs(settings, service, stores, record)
     readiness.watch(engine, readers.decoder, jobs)
     shutdown = Shutdown(lambda: engine.running > 0 or jobs.running > 0, settings.shutdown_grace_seconds)
@@ -86,7 +87,7 @@ def create_app(
     add_middleware(app, settings, metrics, tracing, visitor_key(sessions))
     app.add_middleware(CloseConnectionsMiddleware, shutdown=shutdown)
     manager = ModelManager(settings, models, engine)
-    add_routes(app, settings, service, jobs, stores, options, models, readers.decoder.decode, manager)
+    add_routes(app, settings, service, jobs, stores, options, models, readers.decoder.decode, manager, expander)
     add_replay(app, service, stores, options, readers.decoder.decode)
     ui = mount_ui(app, settings, readers.decoder.decode, sessions, hooks)
     app.include_router(

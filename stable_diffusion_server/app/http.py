@@ -37,7 +37,13 @@ from stable_diffusion_server.app.key_callers import build_keyring, rate_of
 from stable_diffusion_server.app.model_manager import ModelManager
 from stable_diffusion_server.app.model_state import ModelState
 from stable_diffusion_server.app.storage import StorageStack
-from stable_diffusion_server.generation import DecodeImage, GenerationOptions, GenerationService, ReplayService
+from stable_diffusion_server.generation import (
+    DecodeImage,
+    GenerationOptions,
+    GenerationService,
+    PromptExpander,
+    ReplayService,
+)
 from stable_diffusion_server.jobs import JobManager
 from stable_diffusion_server.observability import Metrics, Tracing
 from stable_diffusion_server.settings import Settings
@@ -89,12 +95,13 @@ def add_routes(
     models: ModelState,
     decode: DecodeImage,
     manager: ModelManager,
+    expander: PromptExpander,
 ) -> None:
     """Add the routes of generation, jobs, files, history and the API documentation."""
     url_of = stores.url_of
     dispatcher = RequestDispatcher(service, jobs, url_of, stores.base_of)
     app.include_router(generate_router(dispatcher, options.limits, url_of, get_generates=settings.get_generates))
-    dialects = build_dialect_context(settings, options, models)
+    dialects = build_dialect_context(settings, options, models, expander)
     app.include_router(models_router(dialects, manager))
     app.include_router(openai_router(service, dispatcher, dialects, url_of, decode))
     previews = EncodedPreviews()
@@ -123,7 +130,9 @@ def add_replay(
     app.include_router(replay_router(replays, options.limits, stores.url_of))
 
 
-def build_dialect_context(settings: Settings, options: GenerationOptions, models: ModelState) -> DialectContext:
+def build_dialect_context(
+    settings: Settings, options: GenerationOptions, models: ModelState, expander: PromptExpander
+) -> DialectContext:
     """Return the server's limits, models and names for the OpenAI and AUTOMATIC1111 routes."""
     pairs = (entry.partition("=") for entry in settings.model_aliases)
     return DialectContext(
@@ -137,4 +146,5 @@ def build_dialect_context(settings: Settings, options: GenerationOptions, models
         device_memory=models.memory,
         status_of=models.status_of,
         response_format=settings.openai_response_format,
+        expander=expander,
     )

@@ -14,7 +14,14 @@ from stable_diffusion_server.app.model_choice import folder_with_models
 from stable_diffusion_server.app.model_state import ModelBackend, ModelState
 from stable_diffusion_server.app.warmup import warm_up
 from stable_diffusion_server.engine import Denoiser, Engine
-from stable_diffusion_server.generation import DecodedPixels, GenerationOptions, RequestLimits, load_stop_words
+from stable_diffusion_server.generation import (
+    DecodedPixels,
+    GenerationOptions,
+    PromptExpander,
+    PromptFiles,
+    RequestLimits,
+    load_stop_words,
+)
 from stable_diffusion_server.observability import ConsoleProgress, DeviceRecord, Metrics, ProgressHeartbeat, broadcast
 from stable_diffusion_server.pipelines import WeightDigests
 from stable_diffusion_server.settings import Settings, SettingsError, set_compiler_cache
@@ -153,3 +160,9 @@ def generation_options(settings: Settings, loaded: ModelState) -> GenerationOpti
         unusable=MappingProxyType(loaded.unusable),
         stop_words=stop_words,
     )
+
+
+def prompt_expander(settings: Settings) -> PromptExpander:
+    """Return what expands styles and wildcards; reads no file yet."""
+    files = PromptFiles(settings.styles_file, settings.wildcards_dir)
+    return PromptExpander(files, settings.max_prompt_characters, settings.expand_wildcards)

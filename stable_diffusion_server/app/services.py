@@ -10,7 +10,7 @@ from stable_diffusion_server.app.key_callers import callers_of_keys
 from stable_diffusion_server.app.model_state import ModelState
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.engine import Engine
-from stable_diffusion_server.generation import DecodedPixels, GenerationOptions, GenerationService
+from stable_diffusion_server.generation import DecodedPixels, GenerationOptions, GenerationService, PromptExpander
 from stable_diffusion_server.imaging import DEFAULT_FORMATS, DecoderPool
 from stable_diffusion_server.jobs import JobManager, JobPolicy, JobRecord, JobStatus, SqliteJobStore
 from stable_diffusion_server.net import AllowedTarget, FetchLimits, ImageFetcher, WebhookClient
@@ -61,6 +61,7 @@ def build_service(
     readers: ImageReaders,
     usage: UsageMetrics,
     tracing: Tracing,
+    expander: PromptExpander,
 ) -> GenerationService:
     """Build the generation service; opens and starts nothing."""
     return GenerationService(
@@ -75,6 +76,7 @@ def build_service(
         record=stores.history.record,
         tracing=tracing,
         log_prompts=settings.log_prompts,
+        expander=expander,
     )
 
 

@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 # A file changed more recently than this may change again without a new timestamp.
 _UNSETTLED_SECONDS = 2.0
-_CACHE_SIZE = 1024
+# Bytes of the files whose content is kept, each counted as 1 KiB at least; as objects they take more.
+_CACHE_BYTES, _LEAST_BYTES = 8_388_608, 1024
 
 
 class UnreadableText(ValueError):
@@ -27,13 +28,15 @@ class TextFiles(Generic[T]):
     """Reads text files of at most `largest` bytes, and keeps what `parse` makes of their content. Thread-safe.
 
     Files are UTF-8, also with a byte order mark. `parse` raises `UnreadableText` for a content that it refuses. Results
-    are kept by a file's device, inode, size and times, so a change is seen by the next `read`.
+    are kept, up to a total size, by a file's device, inode, size and times, so the next `read` sees a change.
     """
 
     def __init__(self, parse: Callable[[str], T], largest: int) -> None:
         self._parse = parse
         self._largest = largest
-        self._read: LRUCache[tuple[int, ...], T] = LRUCache(_CACHE_SIZE)
+        self._read: LRUCache[tuple[int, ...], tuple[int, T]] = LRUCache(
+            max(_CACHE_BYTES, largest), getsizeof=lambda entry: max(entry[0], _LEAST_BYTES)
+        )
         self._lock = Lock()
 
     def read(self, file: Path) -> T:
@@ -43,14 +46,14 @@ class TextFiles(Generic[T]):
             with self._lock:
                 known = self._read.get(_identity(facts))
             if known is not None:
-                return known
+                return known[1]
             content, facts = self._content(file, facts)
         except OSError as error:
             raise UnreadableText(f"cannot be read: {error.strerror}") from error
         parsed = self._parse(_decoded(content))
         if time.time() - max(facts.st_mtime, facts.st_ctime) > _UNSETTLED_SECONDS:
             with self._lock:
-                self._read[_identity(facts)] = parsed
+                self._read[_identity(facts)] = len(content), parsed
         return parsed
 
     def _content(self, file: Path, facts: os.stat_result) -> tuple[bytes, os.stat_result]:

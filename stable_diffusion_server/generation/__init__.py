@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from stable_diffusion_server.generation.executor import SubmissionContext
+from stable_diffusion_server.generation.expansion import STYLES_MAX, PromptExpander, image_seed
 from stable_diffusion_server.generation.image_options import extension_fields, extension_of
 from stable_diffusion_server.generation.interfaces import DecodeImage
 from stable_diffusion_server.generation.library import ImageLibrary
 from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX, RequestLimits, parse_int, range_sentence
 from stable_diffusion_server.generation.permissions import Ownership, able, not_permitted, permitted_models
+from stable_diffusion_server.generation.prompt_files import PromptFiles
 from stable_diffusion_server.generation.prompts import load_stop_words
 from stable_diffusion_server.generation.quality import DecodedPixels
 from stable_diffusion_server.generation.replay import IMAGE_FIELD, EmbeddedProvenance, ReplayService, with_sources
@@ -18,6 +20,7 @@ __all__ = [
     "DEFAULT_QUALITY",
     "IMAGE_FIELD",
     "NAME_MAX",
+    "STYLES_MAX",
     "TEXT_MAX",
     "DecodeImage",
     "DecodedPixels",
@@ -26,12 +29,15 @@ __all__ = [
     "GenerationService",
     "ImageLibrary",
     "Ownership",
+    "PromptExpander",
+    "PromptFiles",
     "ReplayService",
     "RequestLimits",
     "SubmissionContext",
     "able",
     "extension_fields",
     "extension_of",
+    "image_seed",
     "load_stop_words",
     "not_permitted",
     "parse_int",

@@ -13,9 +13,10 @@ from stable_diffusion_server.generation.second_pass import has_second_pass, seco
 from stable_diffusion_server.storage import IMMUTABLE, HistoryEntry
 from stable_diffusion_server.types import DiffusionRequest, PromptSyntax, diffusion_request_fields
 
-# Request fields that a replay does not need: input images, and where and when the result is stored.
+# Request fields that a replay does not need: input images, where and when the result is stored, how prompts came about.
 NOT_RECORDED = frozenset(
-    "image mask references save_path named_by_content folder overwrite timeout alone webhook_url named_for".split()
+    "image mask references save_path named_by_content folder overwrite timeout alone webhook_url named_for "
+    "styles wildcards expanded".split()
 )
 # Generation warnings that are recorded with the object, so that later cache hits repeat them.
 RECORDED_WARNINGS = {

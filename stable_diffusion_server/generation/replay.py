@@ -154,7 +154,7 @@ def _request_of(requested: Mapping[str, object]) -> GenerationRequest:
     if unknown := sorted(set(requested) - _RECORDED):
         raise _refused(f"was asked for with what is not known here: {', '.join(unknown)[:100]}")
     try:
-        request = _REQUESTS.validate_python({"prompt_syntax": PromptSyntax.PLAIN, **requested})
+        request = _REQUESTS.validate_python({"prompt_syntax": PromptSyntax.PLAIN, **requested, "wildcards": False})
     except ValidationError as error:
         names = sorted({str(fault["loc"][0])[:100] for fault in error.errors(include_input=False) if fault["loc"]})
         raise _refused(f"was asked for with values that are none: {', '.join(names)}") from error

@@ -97,7 +97,7 @@ def result_of_generated(
         guidance_scale=request.guidance_scale,
         scheduler=request.scheduler,
         batched=image.batched,
-        prompt_used=request.prompt if request.prompt != resolved.request.prompt else None,
+        prompt_used=request.prompt if request.prompt != resolved.request.prompt or resolved.request.expanded else None,
         warnings=(*resolved.parameters.warnings, *warnings, *_delay_warnings(stored)),
         timings=rounded(timings),
     )
@@ -131,7 +131,9 @@ def result_of_stored(resolved: ResolvedRequest, stored: StoredObject) -> Generat
     width, height = _int(record, "width"), _int(record, "height")
     seed = parse_int(record.get("seed", ""))
     seed = seed if seed is None or seed <= SEED_MAX else None
+    used = None
     if resolved.matches(record):
+        used = resolved.parameters.prompt if resolved.request.expanded else None
         resampled = resampling_warnings(resolved.parameters.spec, width, height) if width and height else ()
         codes = record.get("warned", "").split(",")
         recorded = tuple(RequestWarning(code, RECORDED_WARNINGS[code]) for code in codes if code in RECORDED_WARNINGS)
@@ -154,6 +156,7 @@ def result_of_stored(resolved: ResolvedRequest, stored: StoredObject) -> Generat
         guidance_scale=_float(record, "guidance"),
         scheduler=record.get("scheduler"),
         batched=record["batched"] == "1" if "batched" in record else None,
+        prompt_used=used,
         warnings=(*warnings, *_delay_warnings(stored)),
     )
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import structlog
@@ -15,16 +14,16 @@ import structlog
 from stable_diffusion_server.concurrency import deadline
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.generation.executor import GenerationExecutor, SubmissionContext
+from stable_diffusion_server.generation.expansion import PromptExpander
 from stable_diffusion_server.generation.interfaces import DecodeImage, EngineQueue, FetchImage, ignore
 from stable_diffusion_server.generation.layout import InputLoader, fields_as_sent
 from stable_diffusion_server.generation.output import OutputWriter, key_errors_explained
-from stable_diffusion_server.generation.permissions import permitted_request, spec_for
+from stable_diffusion_server.generation.request_resolution import RequestResolver
 from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest, resolve_request
 from stable_diffusion_server.generation.results import (
     GenerationOutcome,
     ResultCache,
     generation_warnings,
-    is_long,
     result_for_other_caller,
     result_of_generated,
     result_of_stored,
@@ -49,7 +48,8 @@ from stable_diffusion_server.types import (
 
 _NO_CALLER = Caller()
 _NO_FILES: Mapping[str, bytes] = {}
-_CACHE_SIZE = 1024  # resolved requests, and results of cache hits
+_CACHE_SIZE = 1024  # results of cache hits
+_NOTHING_EXPANDED = PromptExpander()
 
 _log = structlog.get_logger(__name__)
 
@@ -75,6 +75,7 @@ class GenerationService:
         record: Callable[[HistoryEntry], None] = lambda entry: None,
         tracing: Tracing | None = None,
         log_prompts: bool = False,
+        expander: PromptExpander = _NOTHING_EXPANDED,
     ) -> None:
         self._bucket = bucket
         self._queue = queue
@@ -86,8 +87,7 @@ class GenerationService:
         self._output = OutputWriter(bucket, options.embed_metadata, record, options.ownership)
         self._known = known
         self._results = ResultCache(_CACHE_SIZE)
-        # The cache key includes the model's spec, because the spec changes when the weights are loaded.
-        self._resolve_cached = lru_cache(_CACHE_SIZE)(lambda request, spec: resolve_request(request, options))
+        self._requests = RequestResolver(options, expander)
         self._generations: SingleFlight[GenerationOutcome] = SingleFlight()
         self._executor = GenerationExecutor(queue, count_tokens, options)
 
@@ -122,9 +122,9 @@ class GenerationService:
 
         `None` if the caches do not show that. Never blocks. Raises `InvalidInput`, `Forbidden`.
         """
-        if request.sources or request.loras or request.overwrite or request.seed == "random" or is_long(request):
+        resolved = None if request.overwrite else self._requests.resolve_at_once(request, caller)
+        if resolved is None:
             return None
-        resolved = self._resolve_words(permitted_request(request, caller, self._options))
         stored = self._known(resolved.key)
         if stored is None or resolved.key in self._generations or not self._options.ownership.may_know(caller, stored):
             return None
@@ -157,18 +157,19 @@ class GenerationService:
 
     async def validate(self, request: GenerationRequest, caller: Caller = _NO_CALLER) -> None:
         """Raise the errors of the request's parameters, without downloads or storage lookups."""
-        await self._resolve(permitted_request(request, caller, self._options))
+        await self._requests.resolve(await self._requests.admit(request, caller))
 
     async def prepare_for_storage(
         self, request: GenerationRequest, caller: Caller = _NO_CALLER
     ) -> tuple[GenerationRequest, dict[str, bytes]]:
         """Return the request to store for a later run, and the files of its URLs unless the image is already stored.
 
-        A random seed is chosen now if the key is derived from the content, so that a second run gives the same image.
-        Raises the errors that `generate` raises before the generation. Downloads count against the request's `timeout`.
+        Its prompts are expanded. A random seed is chosen now if the key is derived from the content, so that a second
+        run gives the same image. Raises the errors that `generate` raises before the generation. Downloads count
+        against the request's `timeout`.
         """
-        request = permitted_request(request, caller, self._options)
-        resolved = await self._resolve(request)
+        request = await self._requests.admit(request, caller)
+        resolved = await self._requests.resolve(request)
         if request.save_path is None:
             request = replace(request, seed=resolved.seed) if request.seed == "random" else request
         elif resolved.key_is_known and await self._find(resolved) is not None:
@@ -200,16 +201,6 @@ class GenerationService:
         """Stop the encoder threads."""
         self._output.close()
 
-    async def _resolve(self, request: GenerationRequest) -> ResolvedRequest:
-        # Input files are hashed, LoRA files and long prompts read in a thread; for less, a thread switch costs more.
-        if request.sources or request.loras or is_long(request):
-            return await asyncio.to_thread(resolve_request, request, self._options)
-        return resolve_request(request, self._options) if request.seed == "random" else self._resolve_words(request)
-
-    def _resolve_words(self, request: GenerationRequest) -> ResolvedRequest:
-        """Resolve a request without input images and LoRAs, from the cache if possible."""
-        return self._resolve_cached(request, spec_for(request, self._options))
-
     async def _generate_with_deadline(
         self,
         request: GenerationRequest,
@@ -218,10 +209,11 @@ class GenerationService:
         listener: ProgressListener,
     ) -> tuple[GenerationResult, GenerationOutcome]:
         started, ownership, caller = time.perf_counter(), self._options.ownership, context.caller
-        resolved = await self._resolve(permitted_request(request, caller, self._options))
+        admitted = await self._requests.admit(request, caller, expands=not context.job_id)
+        resolved = await self._requests.resolve(admitted)
         async with deadline(request.timeout or self._options.limits.max_timeout):
             if await self._executor.load_unread(resolved, self._find, context, listener):
-                resolved = await self._resolve(resolved.request)  # the key is final now
+                resolved = await self._requests.resolve(resolved.request)  # the key is final now
             if request.overwrite and not caller.has_full_access:
                 ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.peek, resolved.key))
             resolved, outcome, joined = await self._coalesce(resolved, fetched, context, listener)

@@ -85,6 +85,27 @@ class ModelSettings(SettingsGroup):
             "then its model is loaded as soon as the requests are done that another model was loaded for."
         ),
     )
+    styles_file: Annotated[Path | None, BeforeValidator(none_if_empty)] = Field(
+        None,
+        description=(
+            "CSV file of the styles that requests may name, in the form of AUTOMATIC1111's `styles.csv`. Each request "
+            "sees its current content. Empty: no styles."
+        ),
+    )
+    wildcards_dir: Annotated[Path | None, BeforeValidator(none_if_empty)] = Field(
+        None,
+        description=(
+            "Folder, with sub-folders, of the lists (`.txt`, one option a line) that `__name__` in a prompt names. "
+            "Links are followed, also out of the folder. Empty: no lists."
+        ),
+    )
+    expand_wildcards: bool = Field(
+        False,
+        description=(
+            "1 picks options in braces and lists such as `__colour__` in the prompts of requests that do not say "
+            "`wildcards`; 0 leaves them as text."
+        ),
+    )
     lora_dir: Annotated[Path | None, BeforeValidator(none_if_empty)] = Field(
         None,
         description=(

@@ -198,6 +198,9 @@ class GenerationRequest:
         clip_skip: Last layers of CLIP that are left out, more than usual; `None` for the model's own.
         sampling: Options of the sampler by name: its `schedule`, `eta` and so on.
         prompt_2: What the second text encoder reads in place of `prompt`.
+        styles: Names of the styles that the prompts are put in.
+        wildcards: Whether wildcards in the prompts are expanded; by default as the server's settings say.
+        expanded: Whether the prompts were changed by styles or wildcards.
     """
 
     task: Task
@@ -247,6 +250,9 @@ class GenerationRequest:
     clip_skip: int | None = None
     sampling: tuple[tuple[str, ExtraValue], ...] = ()
     prompt_2: str | None = None
+    styles: tuple[str, ...] = ()
+    wildcards: bool | None = None
+    expanded: bool = False
 
     @property
     def sources(self) -> tuple[ImageInput, ...]:

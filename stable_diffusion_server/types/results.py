@@ -55,7 +55,7 @@ class GenerationResult:
         coalesced: Whether an identical concurrent request generated the image.
         batched: Whether the request shared forward passes; `None` if unknown.
         seed_text: The seed as text if it is above 2^53, which not every JSON reader represents exactly.
-        prompt_used: The prompt after truncation, if it was truncated.
+        prompt_used: The prompt after styles and wildcards were expanded, and after truncation, if that changed it.
         timings: Seconds per stage.
     """
 

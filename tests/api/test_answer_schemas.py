@@ -13,10 +13,11 @@ from conftest import RunningApp
 from fakes import disc, file_of, settings_in, until
 from jsonschema import Draft202012Validator
 
+from stable_diffusion_server.api.automatic1111.list_bodies import styles_body
 from stable_diffusion_server.api.automatic1111.responses import loras_body
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.app.model_state import ModelState
-from stable_diffusion_server.generation import RequestLimits
+from stable_diffusion_server.generation import PromptExpander, PromptFiles, RequestLimits
 
 _ASKED = {"prompt": "a red square", "width": 64, "height": 64}
 _BY_JOB = {"Prefer": "respond-async"}
@@ -139,6 +140,10 @@ def automatic1111_lists(running_app: RunningApp) -> Iterator[tuple[str, Any]]:
         ("/app_id", "GradioAppId"),
     ):
         yield name, client.get(path).json()
+    sheet = running_app.folder / "styles.csv"
+    sheet.write_text("name,prompt\noil,oil painting\n")
+    context = DialectContext(RequestLimits(), {}, "", {}, 1, 1, expander=PromptExpander(PromptFiles(sheet)))
+    yield "Automatic1111Style", styles_body(context)[0]
     edges = {"controlnet_module": "canny", "controlnet_input_images": [_TEXT]}
     yield "ControlNetDetect", client.post("/controlnet/detect", json=edges).json()
     yield "Automatic1111ExtraImage", client.post("/sdapi/v1/extra-single-image", json={"image": _TEXT}).json()

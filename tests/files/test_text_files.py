@@ -32,6 +32,18 @@ def test_a_file_is_parsed_once_and_again_when_it_changed(tmp_path: Path, monkeyp
     assert files.read(file) == "SIX"
 
 
+def test_what_is_kept_has_a_total_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 MiB of files: of three of 3 MiB two are kept, however many are read."""
+    read: list[int] = []
+    files = TextFiles(lambda text: read.append(len(text)), 4_000_000)
+    monkeypatch.setattr("stable_diffusion_server.files.text_files._UNSETTLED_SECONDS", -1.0)
+    for name in "abc":
+        (tmp_path / name).write_text("a" * 3_000_000)
+    for name in ("a", "b", "a", "b", "c", "b", "c", "a"):
+        files.read(tmp_path / name)
+    assert len(read) == 4
+
+
 def test_a_file_that_was_just_written_is_not_kept(tmp_path: Path) -> None:
     """It may change again within the same tick of its clock."""
     files, file = TextFiles(str, 100), tmp_path / "a.txt"

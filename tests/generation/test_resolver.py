@@ -91,6 +91,10 @@ NOT_IN_THE_PICTURE = {
     "named_for",
     "allow_empty_prompt",
     "at_least_one_step",
+    # What they do is in the prompts when a request is resolved.
+    "styles",
+    "wildcards",
+    "expanded",
 }
 
 

@@ -53,6 +53,7 @@ from stable_diffusion_server.storage.keys import KEY_MAX_BYTES, object_key
 from stable_diffusion_server.types import Caller, StoredObject
 
 STOP_WORDS = prompts.BUILTIN_STOP_WORDS
+A_LIST = parsing.parse_wildcard_lines("a {b|c}\n__a__")
 PACKAGE = Path(strict_json.__file__).parent.parent
 HEADER = 16_384
 MEBIBYTE = 1_048_576
@@ -120,6 +121,23 @@ SYNTAX = {
     "signs": "a++",
     "numbers": ")1.5",
     "unopened weights": "a:1.2)",
+}
+WILDCARDS = {
+    **SHAPES,
+    "{": "{",
+    "}": "}",
+    "{a|": "{a|",
+    "{a|b}": "{a|b}",
+    "{a}": "{a}",
+    "nested": "{a}}{",
+    "_": "_",
+    "__a": "__a",
+    "__a__": "__a__ ",
+    "__a b/": "__a b/",
+    "{2$$": "{2$$",
+    "$$": "$$",
+    "{1::": "{1::",
+    "escaped braces": "\\{",
 }
 FACTS = {
     **SHAPES,
@@ -409,6 +427,13 @@ PARSERS = [
     ),
     Parser("weights", limits.TEXT_MAX, parsing.parse_weights, shapes=SYNTAX, refuses=False),
     Parser("schedules", limits.TEXT_MAX, lambda text: parsing.scheduled_texts(text, 4), shapes=SYNTAX, refuses=False),
+    Parser(
+        "wildcards",
+        limits.TEXT_MAX,
+        lambda text: parsing.expand_wildcards(text, lambda: 0.5, {"a": A_LIST}.get, parsing.WildcardLimits()),
+        shapes=WILDCARDS,
+        refuses=False,
+    ),
     Parser("compel's weights", limits.TEXT_MAX, parsing.from_compel, shapes=SYNTAX, refuses=False),
     Parser(
         "a prompt with weights, shortened",

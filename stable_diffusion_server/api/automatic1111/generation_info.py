@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stable_diffusion_server import __version__
+from stable_diffusion_server.api.automatic1111.prompt_expansion import texts_of
 from stable_diffusion_server.api.automatic1111.protocol import ParsedTask
+from stable_diffusion_server.generation import image_seed
 from stable_diffusion_server.imaging import SAMPLER_NAMES, parameters_text, parse_parameters, read_record
 from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import SEED_MAX, GenerationRequest, GenerationResult
@@ -59,14 +61,14 @@ def generation_info(
     seeds = [image.seed for image in images]
     seed = seeds[0] if seeds else TaskImage(generation, None, "", b"").seed
     subseed = _subseed(parsed, seed)
-    negative = params.negative_prompt or ""
+    prompts, negatives = zip(*(_prompts(parsed, image) for image in images), strict=True) if images else ((), ())
     hires = facts.get("hires")
     width, height = hires["from"] if hires else (facts["width"], facts["height"])
     return {
-        "prompt": params.prompt,
-        "all_prompts": [params.prompt] * len(images),
-        "negative_prompt": negative,
-        "all_negative_prompts": [negative] * len(images),
+        "prompt": prompts[0] if prompts else params.prompt,
+        "all_prompts": [*prompts],
+        "negative_prompt": negatives[0] if negatives else params.negative_prompt or "",
+        "all_negative_prompts": [*negatives],
         "seed": seed,
         "all_seeds": seeds,
         "subseed": subseed,
@@ -90,7 +92,7 @@ def generation_info(
         "extra_generation_params": {name: value for name, value in infotext.items() if name not in _PLAIN_NAMES},
         "index_of_first_image": 0,
         "infotexts": texts,
-        "styles": [],
+        "styles": params.styles or [],
         "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.gmtime(began)),
         "clip_skip": 1 if generation.clip_skip is None else generation.clip_skip + spec.usual_clip_skip,
         "is_using_inpainting_conditioning": False,
@@ -102,6 +104,14 @@ def generation_info(
         "not_honoured": parsed.ignored,
         "warnings": _warnings(images) if first else [],
     }
+
+
+def _prompts(parsed: ParsedTask, image: TaskImage) -> tuple[str, str]:
+    """Return prompt and negative prompt of an image; as they were sent, if another seed has expanded them."""
+    generation, seed = image.generation, image.generation.seed
+    other = image.replayed and isinstance(seed, int) and image_seed(generation, seed) != image.seed
+    texts = {**texts_of(parsed.params), **({} if other else parsed.expanded.get(generation.variation, {}))}
+    return texts["prompt"], texts["negative_prompt"]
 
 
 def _subseed(parsed: ParsedTask, seed: int) -> int:

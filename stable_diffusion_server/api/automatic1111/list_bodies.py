@@ -41,6 +41,14 @@ class Automatic1111SchedulerBody(TypedDict):
     need_inner_model: bool
 
 
+class Automatic1111StyleBody(TypedDict):
+    """A style: the texts that prompts are put in."""
+
+    name: str
+    prompt: str
+    negative_prompt: str
+
+
 class Automatic1111EmbeddingsBody(TypedDict):
     """Textual inversion embeddings by name."""
 
@@ -107,6 +115,12 @@ def schedulers_body(context: DialectContext) -> list[Automatic1111SchedulerBody]
         }
         for name in ("automatic", *schedules_of(context.models))
     ]
+
+
+def styles_body(context: DialectContext) -> list[Automatic1111StyleBody]:
+    """List the styles that `styles` names."""
+    styles = context.expander.files.styles().values()
+    return [{"name": one.name, "prompt": one.prompt, "negative_prompt": one.negative_prompt} for one in styles]
 
 
 def embeddings_body(context: DialectContext) -> Automatic1111EmbeddingsBody:

@@ -16,6 +16,7 @@ from stable_diffusion_server.api.automatic1111.list_bodies import (
     Automatic1111SchedulerBody,
     Automatic1111ScriptInfoBody,
     Automatic1111ScriptsBody,
+    Automatic1111StyleBody,
     Automatic1111UpscalerBody,
 )
 from stable_diffusion_server.api.automatic1111.responses import (
@@ -34,7 +35,7 @@ LIST_CONCURRENCY, MAX_LISTS_PER_CALLER = 4, 64
 
 # Lists that are empty here: `sd-modules` is Forge's, `lycos` an extension's, the artists those of versions before 2023.
 _EMPTY = (
-    *("sd-vae", "sd-modules", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles"),
+    *("sd-vae", "sd-modules", "hypernetworks", "face-restorers", "realesrgan-models"),
     *("latent-upscale-modes", "extensions", "lycos", "artists", "artist-categories"),
 )
 # Orders that change nothing here, with AUTOMATIC1111's answer: each request reads these lists.
@@ -64,6 +65,7 @@ def add_list_routes(routes: APIRouter, context: DialectContext) -> None:
         ("loras", responses.loras_body, list[Automatic1111LoraBody]),
         ("upscalers", list_bodies.upscalers_body, list[Automatic1111UpscalerBody]),
         ("schedulers", list_bodies.schedulers_body, list[Automatic1111SchedulerBody]),
+        ("prompt-styles", list_bodies.styles_body, list[Automatic1111StyleBody]),
         ("embeddings", list_bodies.embeddings_body, Automatic1111EmbeddingsBody),
         ("scripts", list_bodies.scripts_body, Automatic1111ScriptsBody),
         ("script-info", list_bodies.script_info_body, list[Automatic1111ScriptInfoBody]),

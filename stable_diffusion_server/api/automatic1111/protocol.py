@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from stable_diffusion_server.api.automatic1111.checkpoint_names import model_named
 from stable_diffusion_server.api.automatic1111.controlnet_units import CannyUnit, parse_units
 from stable_diffusion_server.api.automatic1111.options import FORMATS, Option
-from stable_diffusion_server.api.automatic1111.prompt_syntax import read_prompt, resolve_loras
+from stable_diffusion_server.api.automatic1111.prompt_expansion import (
+    check_length,
+    expands,
+    read_texts,
+    texts_of,
+    with_styles,
+    with_wildcards,
+)
 from stable_diffusion_server.api.automatic1111.sampler_params import read_sampler
 from stable_diffusion_server.api.automatic1111.sampling_params import SAMPLING_PARAMETERS
 from stable_diffusion_server.api.automatic1111.sdnext_params import FALLBACK, is_scheduler_parameter
@@ -52,8 +59,6 @@ _SILENT = (
 )
 _CLIP_SKIP, _LAYERS = "CLIP_stop_at_last_layers", 12
 _KNOWN_SETTINGS = {"sd_model_checkpoint", "samples_format", FALLBACK}
-# Maximum characters of tags in a prompt, in addition to MAX_PROMPT_CHARACTERS of text.
-_TAGS_MAX = 1000
 # Maximum number of sentences about ignored parameters.
 _MOST_IGNORED = 100
 
@@ -62,7 +67,8 @@ _MOST_IGNORED = 100
 class ParsedTask:
     """A generation request for each image, and sentences about ignored parameters.
 
-    `params` are those of the request, with the ones of its infotext; `edges` is the Canny unit that is used, if any.
+    `params` are those of the request, with the ones of its infotext, and the prompts in their styles. `edges` is the
+    Canny unit that is used, if any. `expanded` are the prompts whose wildcards were expanded, by the image's number.
     """
 
     params: Txt2Img
@@ -71,15 +77,19 @@ class ParsedTask:
     batch_size: int
     edges: CannyUnit | None
     ignored: list[str]
+    expanded: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def has_wildcards(self) -> bool:
+        """Whether `expand_task` is to be called once the images have seeds."""
+        return bool(self.generations[0].wildcards)
 
 
 def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Option]) -> ParsedTask:
     """Convert the parameters; `options` are the caller's, which `override_settings` override. Raises `InvalidInput`."""
     params, told_model, about_infotext = with_infotext(sent)
-    longest = context.limits.max_prompt_characters + _TAGS_MAX
-    for name, text in (("prompt", params.prompt), ("negative_prompt", params.negative_prompt or "")):
-        if len(text) > longest:
-            raise InvalidInput(f"{name} must not be longer than {longest} characters, tags included.", field=name)
+    check_length(params, context)
+    params, about_styles = with_styles(params, context)
     overridden = {name: value for name, value in (params.override_settings or {}).items() if value is not None}
     settings: dict[str, object] = {**options, **overridden}
     own, about_model = _model(overridden, told_model, options, context)
@@ -104,6 +114,7 @@ def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Opt
     context.check_size(shown, *((second.width, second.height) if second else (width, height)), "batch_size")
     ignored = [
         *about_infotext,
+        *about_styles,
         *about_model,
         *ignored,
         *(second.ignored if second else []),
@@ -112,6 +123,18 @@ def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Opt
         *about_images,
     ]
     return ParsedTask(params, spec, generations, batch, followed, ignored[:_MOST_IGNORED])
+
+
+def expand_task(parsed: ParsedTask, context: DialectContext) -> ParsedTask:
+    """Return a task with the wildcards in the prompts of each image expanded by its seed. Raises `InvalidInput`."""
+    generations, expanded, ignored = [], {}, list[str]()
+    for generation in parsed.generations:
+        one, texts, sentences = with_wildcards(generation, parsed.params, parsed.spec, context)
+        generations.append(one)
+        expanded[generation.variation] = texts
+        ignored += sentences
+    about_all = [*dict.fromkeys([*parsed.ignored, *ignored])]
+    return replace(parsed, generations=generations, expanded=expanded, ignored=about_all[:_MOST_IGNORED])
 
 
 def _model(
@@ -137,34 +160,26 @@ def _words_and_numbers(
     params: Txt2Img, spec: ModelSpec, context: DialectContext, settings: Mapping[str, object]
 ) -> tuple[GenerationRequest, list[str]]:
     """Return the request for text to image, without its size, and sentences about ignored parts."""
-    steps = spec.default_steps if params.steps is None else params.steps
-    positive = read_prompt(params.prompt, "prompt", steps, weighted=spec.weighs_prompts)
-    negative = read_prompt(params.negative_prompt or "", "negative_prompt", steps, weighted=spec.weighs_prompts)
-    loras, about_loras = resolve_loras(positive.loras, lambda: list(context.loras()))
+    texts, wildcards = texts_of(params), False if context.expander.by_default else None
+    if expands(params, context):  # they are read when the seeds are known
+        words, about_words, wildcards = dict[str, Any](texts), list[str](), True
+    else:
+        words, about_words = read_texts(texts, params, spec, context)
     sampler = read_sampler(params, settings, spec)
     generation = GenerationRequest(
         task=Task.TEXT_TO_IMAGE,
-        prompt=positive.words,
-        negative_prompt=negative.words or None,
+        **words,
+        wildcards=wildcards,
         seed=_seed(params.seed),
         num_inference_steps=params.steps,
         guidance_scale=params.cfg_scale,
         scheduler=sampler.scheduler,
         sampling=sampler.sampling,
-        loras=loras,
         prompt_syntax=PromptSyntax.A1111 if spec.weighs_prompts else PromptSyntax.PLAIN,
         allow_empty_prompt=True,
         at_least_one_step=True,
     )
-    ignored = [
-        *sampler.ignored,
-        *positive.ignored,
-        *about_loras,
-        *negative.ignored,
-    ]
-    if negative.loras:
-        ignored.append("negative_prompt: <lora:…> has no effect there.")
-    return generation, ignored
+    return generation, [*sampler.ignored, *about_words]
 
 
 def _seed(wanted: int | None) -> int | Literal["random"]:

@@ -26,7 +26,7 @@ from stable_diffusion_server.api.automatic1111.list_routes import add_list_route
 from stable_diffusion_server.api.automatic1111.name_mapping import BOUNDED, renamed
 from stable_diffusion_server.api.automatic1111.options import CallerOptions, add_option_routes, image_options
 from stable_diffusion_server.api.automatic1111.progress import TaskTracker, TrackedTask, UnfinishedImage
-from stable_diffusion_server.api.automatic1111.protocol import ParsedTask, parse_task
+from stable_diffusion_server.api.automatic1111.protocol import ParsedTask, expand_task, parse_task
 from stable_diffusion_server.api.automatic1111.responses import Automatic1111ImagesBody
 from stable_diffusion_server.api.automatic1111.task_params import NUMBERS, SEED_BOUNDS, Img2Img, Txt2Img
 from stable_diffusion_server.api.automatic1111.upscale_routes import add_upscale_routes
@@ -125,13 +125,17 @@ class _ImageTasks:
         caller = caller_of(request)
         # On a thread: it decodes images, parses long prompts, and looks into the LoRA folder.
         options = image_options(self.options.of(caller))
-        parsed = await run_in_threadpool(parse_task, params, self.context.for_caller(caller), options)
+        context = self.context.for_caller(caller)
+        parsed = await run_in_threadpool(parse_task, params, context, options)
         parsed = replace(parsed, generations=[scope_to_caller(caller, one) for one in parsed.generations])
         claims = await claims_of(self.dispatcher, request, parsed.generations, streams=False)
         name = params.force_task_id or f"task({uuid4().hex})"
         async with self.seeds.hold(request, parsed.generations) as held:
-            seeded = with_seed(held)  # an idempotency key identifies the request without a seed
-            parsed = replace(parsed, generations=seeded)
+            # An idempotency key identifies the request without a seed.
+            parsed = replace(parsed, generations=with_seed(held))
+            if parsed.has_wildcards:
+                parsed = await run_in_threadpool(expand_task, parsed, context)
+            seeded = parsed.generations
             with self.tasks.track(caller, name, len(seeded)) as task:
                 work = [
                     self._generate_one(request, number, one, claim, task)

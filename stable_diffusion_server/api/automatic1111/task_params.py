@@ -63,6 +63,13 @@ class Txt2Img(BaseModel):
         examples=["a red circle"],
     )
     negative_prompt: str | None = Field(None, description="What the image must not show.")
+    styles: list[str] | None = Field(
+        None, description="Styles to put the prompts in, names in `/sdapi/v1/prompt-styles`; others are left out."
+    )
+    wildcards: bool | None = Field(
+        None,
+        description="Whether options in braces and lists such as `__colour__` are picked; default: EXPAND_WILDCARDS.",
+    )
     seed: int | None = Field(
         None,
         ge=SEED_BOUNDS[0],

@@ -25,7 +25,7 @@ class FromImageParams(ImagesParams):
     """Parameters of the routes that start from an image."""
 
     files: ClassVar[frozenset[str]] = frozenset({"image", "images"})
-    lists: ClassVar[frozenset[str]] = frozenset({"image", "images"})
+    lists: ClassVar[frozenset[str]] = ImagesParams.lists | {"image", "images"}
     pictures: ClassVar[frozenset[str]] = frozenset({"image", "images"})
     other_names: ClassVar[Mapping[str, str]] = {**ImagesParams.other_names, "denoising_strength": "strength"}
     own: ClassVar[frozenset[str]] = ImagesParams.own | {"images"}

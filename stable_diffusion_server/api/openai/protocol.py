@@ -32,7 +32,7 @@ _DEFAULT_SIDE = 1024
 _BASE64_MODELS = ("gpt-image-", "chatgpt-image-")
 # Parameters of OpenAI without effect here, and why.
 _IGNORED = {
-    "style": "There are no styles here; write it into the prompt.",
+    "style": "Those of OpenAI are not here; write it into the prompt, or name one of STYLES_FILE in `styles`.",
     "input_fidelity": "`strength` says how much of the image changes.",
     "complexity": "There is no planning here.",
     "effort": "There is no planning here.",

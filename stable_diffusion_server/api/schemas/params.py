@@ -17,11 +17,12 @@ from stable_diffusion_server.api.concurrency import run_if_large
 from stable_diffusion_server.api.dependencies import caller_of, scope_to_caller
 from stable_diffusion_server.api.request_parsing import RawJson, UploadedFile, read_parameters, read_query
 from stable_diffusion_server.api.schemas.extra_parameters import read_extra
+from stable_diffusion_server.api.schemas.prompt_params import PromptParams
 from stable_diffusion_server.api.schemas.validation import FaultsOf, RequestParams, validated
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation import NAME_MAX, TEXT_MAX, RequestLimits
+from stable_diffusion_server.generation import NAME_MAX, RequestLimits
 from stable_diffusion_server.pipelines import SAMPLING_OPTIONS
-from stable_diffusion_server.types import LORA_NAME_PATTERN, Format, GenerationRequest, ImageInput, PromptSyntax, Task
+from stable_diffusion_server.types import LORA_NAME_PATTERN, Format, GenerationRequest, ImageInput, Task
 
 _BINARY = {"type": "string", "format": "binary"}
 _NUMBERS = frozenset(
@@ -29,7 +30,7 @@ _NUMBERS = frozenset(
     "control_scale n output_compression partial_images clip_skip eta s_churn s_tmin s_tmax s_noise "
     "guidance_rescale subseed subseed_strength solver_order shift".split()
 )
-_BOOLEANS = frozenset("overwrite refine canny stream zero_snr".split())
+_BOOLEANS = frozenset("overwrite refine canny stream zero_snr wildcards".split())
 # Maximum characters of `lora`: far more than MAX_LORAS entries need, and short enough to split before counting.
 _LORA_TEXT_MAX = 2000
 _LORA = re.compile(rf"(?P<name>{LORA_NAME_PATTERN})(:(?P<weight>[+-]?[0-9]{{1,3}}(\.[0-9]{{1,6}})?))?")
@@ -41,21 +42,15 @@ ListedFile = Annotated[UploadedFile, WithJsonSchema(_BINARY)]
 P = TypeVar("P", bound=RequestParams)
 
 
-class GenerationParams(RequestParams):
+class GenerationParams(PromptParams):
     """Parameters that every dialect takes. `RequestLimits` checks their bounds, which are settings."""
 
     numbers: ClassVar[frozenset[str]] = _NUMBERS
 
-    prompt: str = Field(
-        max_length=TEXT_MAX, description="What the image shows.", examples=["a red circle on a blue background"]
-    )
     save_path: str | None = Field(
         None, description="Object key of the image. If omitted, the key is derived from the request."
     )
     model: str | None = Field(None, max_length=NAME_MAX, description="Name of the model.")
-    negative_prompt: str | None = Field(
-        None, max_length=TEXT_MAX, description="What the image must not show, for models that support it."
-    )
     seed: int | Literal["random"] | None = Field(
         None,
         description="Seed of the noise. If omitted, derived from the request, so equal requests get equal images.",
@@ -104,17 +99,6 @@ class GenerationParams(RequestParams):
         max_length=_LORA_TEXT_MAX,
         description="LoRAs to apply, `name` or `name:weight`, separated by commas.",
         examples=["pastel:0.8"],
-    )
-    prompt_syntax: PromptSyntax | None = Field(
-        None,
-        description=(
-            "How the prompts are written: with weights as AUTOMATIC1111 or compel has them, or as plain text. "
-            "If omitted a1111 for SD 1.5, SDXL, SD3 and FLUX.1, else plain."
-        ),
-    )
-    prompt_2: str | None = Field(
-        None,
-        description="What the second text encoder reads in place of `prompt`. For SDXL, SD3 and FLUX.1 (there T5).",
     )
     clip_skip: int | None = Field(
         None, description="Last layers of CLIP to leave out, more than usual. For SD 1.5 and SDXL."
@@ -231,7 +215,7 @@ class EditParams(NativeParams):
     """Parameters of an edit by instruction, for models that look at reference images."""
 
     files: ClassVar[frozenset[str]] = frozenset({"image_file"})
-    lists: ClassVar[frozenset[str]] = frozenset({"image_file", "image_url"})
+    lists: ClassVar[frozenset[str]] = NativeParams.lists | {"image_file", "image_url"}
     pictures: ClassVar[frozenset[str]] = frozenset({"image_url"})
 
     image_url: tuple[str, ...] = Field(

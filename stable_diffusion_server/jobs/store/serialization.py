@@ -102,6 +102,7 @@ def load_payload(text: str, files: Mapping[str, bytes]) -> JobPayload:
         raise ServerError("This job was accepted by another version of the server, which wrote it differently.")
     values |= {name: choice(values[name]) for name, choice in _CHOICES.items() if name in values}
     values |= {name: tuple((key, value) for key, value in values[name]) for name in _PAIRS if name in values}
+    values |= {name: tuple(values[name]) for name in ("styles",) if name in values}
     values |= {name: _read_source(values[name], files) for name in _PICTURES if name in values}
     values |= {"extend": Extension(*values["extend"])} if "extend" in values else {}
     if _REFERENCES in values:

@@ -1,0 +1,53 @@
+"""Takes a request in: which model draws it, the words of its prompts, its defaults, and what it is known by."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import lru_cache
+
+from stable_diffusion_server.generation.expansion import PromptExpander
+from stable_diffusion_server.generation.permissions import permitted_request, spec_for
+from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest, resolve_request
+from stable_diffusion_server.generation.results import is_long
+from stable_diffusion_server.types import Caller, GenerationRequest
+
+_CACHE_SIZE = 1024
+
+
+class RequestResolver:
+    """Expands and resolves requests, on threads where that takes time, and caches the short ones. Thread-safe."""
+
+    def __init__(self, options: GenerationOptions, expander: PromptExpander) -> None:
+        self._options = options
+        self._expander = expander
+        # The cache key includes the model's spec, because the spec changes when the weights are loaded.
+        self._resolve_cached = lru_cache(_CACHE_SIZE)(lambda request, spec: resolve_request(request, options))
+
+    async def admit(self, request: GenerationRequest, caller: Caller, *, expands: bool = True) -> GenerationRequest:
+        """Return the request with a model that the caller may use, and with its prompts expanded.
+
+        `expands` is false for a stored request, whose prompts were expanded before. Raises `InvalidInput`, `Forbidden`.
+        """
+        request = permitted_request(request, caller, self._options)
+        if expands and self._expander.changes(request):
+            return await asyncio.to_thread(self._expander.expand, request)
+        return request
+
+    async def resolve(self, request: GenerationRequest) -> ResolvedRequest:
+        """Resolve an admitted request. Raises `InvalidInput`."""
+        # Input files are hashed, LoRA files and long prompts read in a thread; for less, a thread switch costs more.
+        if request.sources or request.loras or is_long(request):
+            return await asyncio.to_thread(resolve_request, request, self._options)
+        return resolve_request(request, self._options) if request.seed == "random" else self._resolve_words(request)
+
+    def resolve_at_once(self, request: GenerationRequest, caller: Caller) -> ResolvedRequest | None:
+        """Admit and resolve a request without I/O; `None` if that cannot be. Raises `InvalidInput`, `Forbidden`."""
+        if request.sources or request.loras or request.seed == "random" or is_long(request):
+            return None
+        if self._expander.changes(request):
+            return None
+        return self._resolve_words(permitted_request(request, caller, self._options))
+
+    def _resolve_words(self, request: GenerationRequest) -> ResolvedRequest:
+        """Resolve a request without input images and LoRAs, from the cache if possible."""
+        return self._resolve_cached(request, spec_for(request, self._options))
