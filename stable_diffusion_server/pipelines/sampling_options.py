@@ -20,6 +20,8 @@ _MOST_OF_TABLE = 100
 # Noise that only churning adds.
 _OF_CHURN = ("s_noise", "s_tmax", "s_tmin")
 _WHOLE = ("subseed", "solver_order")
+# Whose numbers a picture starts from; the first is the default.
+NOISE_SOURCES = ("cpu", "gpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ SAMPLING_NUMBERS: Mapping[str, SamplingOption] = MappingProxyType(
         "subseed_strength": SamplingOption(0, 1),
     }
 )
-SAMPLING_OPTIONS = ("schedule", "zero_snr", *SAMPLING_NUMBERS)
+SAMPLING_OPTIONS = ("schedule", "zero_snr", "noise_source", *SAMPLING_NUMBERS)
 
 
 def schedule_named(name: str) -> str:
@@ -81,7 +83,8 @@ def resolve_sampling(
 
 
 def _default(name: str, spec: ModelSpec, row: SchedulerSpec) -> ExtraValue | None:
-    return spec.guidance_rescale if name == "guidance_rescale" else row.takes.get(name)
+    of_model: dict[str, ExtraValue] = {"guidance_rescale": spec.guidance_rescale, "noise_source": NOISE_SOURCES[0]}
+    return of_model.get(name, row.takes.get(name))
 
 
 def _fault(name: str, value: ExtraValue, spec: ModelSpec, scheduler: str, row: SchedulerSpec, steps: int) -> str:
@@ -93,12 +96,14 @@ def _fault(name: str, value: ExtraValue, spec: ModelSpec, scheduler: str, row: S
     if name in ("zero_snr", "guidance_rescale"):
         if spec.denoiser_part != "unet" or spec.any_extra:
             return f"{spec.name} has no use for {name}."
-    elif name.startswith("subseed"):
+    elif name == "noise_source" or name.startswith("subseed"):
         if spec.any_extra:
             return f"{spec.name} draws its noise itself and takes no {name}."
     elif name not in row.takes:
         others = ", ".join(row.takes)
         return f"The scheduler {scheduler} takes no {name}" + (f"; it takes {others}." if others else ".")
+    if name == "noise_source":
+        return "" if value in NOISE_SOURCES else f"noise_source must be {' or '.join(NOISE_SOURCES)}."
     if name == "zero_snr":
         if value is True and not row.start_pure:
             return f"The scheduler {scheduler} cannot start in pure noise."

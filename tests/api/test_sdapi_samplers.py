@@ -171,3 +171,24 @@ def test_a_receipt_has_a_large_seed_as_text(running: RunningApp) -> None:
         assert (receipt["cached"], receipt["seed"], receipt["seed_text"]) == (cached, 2**63 + 1, str(2**63 + 1))
     small = running.client.get("/create_and_upload_image", params={**sent, "seed": 7, "save_path": "small.webp"}).json()
     assert "seed_text" not in small
+
+
+@pytest.mark.parametrize(
+    ("source", "option"), [("NV", "gpu"), ("GPU", "gpu"), ("CPU", None), ("moon", None), (7, None)]
+)
+def test_the_random_source_is_a_setting(running: RunningApp, source: object, option: str | None) -> None:
+    """Of AUTOMATIC1111's two sources of a card's noise; all else is the CPU's."""
+    info = asked(running, override_settings={"randn_source": source})
+    assert dict(running.squares.finished[-1].sampling).get("noise_source") == option
+    assert info["not_honoured"] == []
+
+
+@pytest.mark.parametrize(("value", "status"), [("gpu", 200), ("cpu", 200), ("GPU", 422), ("", 422), ("moon", 422)])
+def test_the_source_of_noise_is_a_parameter(running: RunningApp, value: str, status: int) -> None:
+    """It is part of the key unless it is the default."""
+    plain = {"prompt": "a red square", "width": 64, "height": 64, "seed": 7}
+    sent = running.client.get("/create_and_upload_image", params={**plain, "noise_source": value})
+    assert sent.status_code == status, sent.text
+    if status == 200:
+        other = running.client.get("/create_and_upload_image", params=plain).json()
+        assert (sent.json()["key"] == other["key"]) == (value == "cpu")

@@ -132,3 +132,12 @@ def test_products_in_float8_draw_nearly_the_same_picture(name: str, families: di
     ratio = psnr(draw(load(MODELS_DIR, "cuda", 1, options), job_for(name)), draw(families[name], job_for(name)))
     print(f"\n| {name} | torchao-float8-dynamic | {ratio:.1f} dB |")  # noqa: T201  # prints the table
     assert ratio > 25
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40 + 5])
+def test_noise_of_a_card_is_drawn_on_the_cpu(seed: int) -> None:
+    """Equal to CUDA's to rounding."""
+    from stable_diffusion_server.pipelines.philox import gpu_noise
+
+    card = torch.randn(1, 4, 64, 64, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+    assert torch.allclose(card.cpu(), gpu_noise(seed, (1, 4, 64, 64)), atol=1e-5)

@@ -17,7 +17,7 @@ from stable_diffusion_server.api.automatic1111.prompt_expansion import (
     with_styles,
     with_wildcards,
 )
-from stable_diffusion_server.api.automatic1111.sampler_params import read_sampler
+from stable_diffusion_server.api.automatic1111.sampler_params import RANDOM_SOURCE, read_sampler
 from stable_diffusion_server.api.automatic1111.sampling_params import SAMPLING_PARAMETERS
 from stable_diffusion_server.api.automatic1111.sdnext_params import FALLBACK, is_scheduler_parameter
 from stable_diffusion_server.api.automatic1111.second_pass_params import SecondPass, parse_second_pass
@@ -58,7 +58,7 @@ _SILENT = (
     "comments",
 )
 _CLIP_SKIP, _LAYERS = "CLIP_stop_at_last_layers", 12
-_KNOWN_SETTINGS = {"sd_model_checkpoint", "samples_format", FALLBACK}
+_KNOWN_SETTINGS = {"sd_model_checkpoint", "samples_format", FALLBACK, RANDOM_SOURCE}
 # Maximum number of sentences about ignored parameters.
 _MOST_IGNORED = 100
 

@@ -13,6 +13,9 @@ from stable_diffusion_server.api.automatic1111.task_params import Txt2Img
 from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import NOISE_SEEDS
 
+# AUTOMATIC1111's setting: GPU, CPU or NV, which is the noise of a graphics card on any device.
+RANDOM_SOURCE = "randn_source"
+
 
 @dataclass(frozen=True, slots=True)
 class RequestSampler:
@@ -33,8 +36,14 @@ def read_sampler(params: Txt2Img, settings: Mapping[str, object], spec: ModelSpe
     sent = {name: getattr(params, name, None) for name in SAMPLING_PARAMETERS}
     sampling, ignored = read_sampling(sent, chosen, spec)
     further, also_ignored = read_scheduler_parameters(extra, settings, asked, chosen, spec)
-    sampling = _with_subseed((*sampling, *further), params.subseed)
+    sampling = _with_subseed((*sampling, *further, *_noise(settings, spec)), params.subseed)
     return RequestSampler(chosen.scheduler, sampling, [*chosen.ignored, *ignored, *also_ignored])
+
+
+def _noise(settings: Mapping[str, object], spec: ModelSpec) -> Sampling:
+    """Return the source of the noise; models that draw their own keep it."""
+    of_gpu = settings.get(RANDOM_SOURCE) in ("GPU", "NV") and not spec.any_extra
+    return (("noise_source", "gpu"),) if of_gpu else ()
 
 
 def _with_subseed(sampling: Sampling, wanted: int | None) -> Sampling:

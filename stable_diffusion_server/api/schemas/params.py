@@ -18,6 +18,7 @@ from stable_diffusion_server.api.dependencies import caller_of, scope_to_caller
 from stable_diffusion_server.api.request_parsing import RawJson, UploadedFile, read_parameters, read_query
 from stable_diffusion_server.api.schemas.extra_parameters import read_extra
 from stable_diffusion_server.api.schemas.prompt_params import PromptParams
+from stable_diffusion_server.api.schemas.sampling_params import SamplingParams
 from stable_diffusion_server.api.schemas.validation import FaultsOf, RequestParams, validated
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, RequestLimits
@@ -42,7 +43,7 @@ ListedFile = Annotated[UploadedFile, WithJsonSchema(_BINARY)]
 P = TypeVar("P", bound=RequestParams)
 
 
-class GenerationParams(PromptParams):
+class GenerationParams(SamplingParams, PromptParams):
     """Parameters that every dialect takes. `RequestLimits` checks their bounds, which are settings."""
 
     numbers: ClassVar[frozenset[str]] = _NUMBERS
@@ -58,35 +59,6 @@ class GenerationParams(PromptParams):
     num_inference_steps: int | None = Field(None, description="Denoising steps.")
     guidance_scale: float | None = Field(None, description="How strongly to follow the prompt.")
     scheduler: str | None = Field(None, max_length=NAME_MAX, description="Scheduler by its name.")
-    subseed: int | None = Field(
-        None, description="Seed of another noise. If omitted with `subseed_strength`, derived from the request."
-    )
-    subseed_strength: float | None = Field(
-        None,
-        description="How far the noise is turned to that of `subseed`; image i of a batch uses `subseed + i`.",
-    )
-    schedule: str | None = Field(
-        None,
-        max_length=NAME_MAX,
-        description="Spacing of the steps, as the scheduler takes it. If omitted or `automatic`, the scheduler's own.",
-    )
-    eta: float | None = Field(None, description="Share of new noise in a step, for schedulers that add it.")
-    s_churn: float | None = Field(None, description="Noise added before a step (Karras et al. 2022).")
-    s_tmin: float | None = Field(None, description="Noise level below which `s_churn` adds none.")
-    s_tmax: float | None = Field(None, description="Noise level above which `s_churn` adds none.")
-    s_noise: float | None = Field(None, description="Factor of the noise that is added.")
-    zero_snr: bool | None = Field(
-        None,
-        description="Whether the schedule ends in pure noise, for models with a UNet. If omitted, the model's.",
-    )
-    guidance_rescale: float | None = Field(
-        None, description="How far guidance keeps the spread of the prediction, for models with a UNet: less exposure."
-    )
-    solver_order: int | None = Field(None, description="Order of the solver, for multistep samplers.")
-    shift: float | None = Field(
-        None,
-        description="How far the noise levels are shifted up, for flows. If omitted, the model's, often by the size.",
-    )
     overwrite: bool = Field(False, description="Generate and store even if the key exists.")
     timeout: float | None = Field(None, description="Maximum seconds to wait for the image.")
     refine: bool = Field(False, description="Run a second pass at low strength over the image.")
