@@ -15,6 +15,7 @@ from stable_diffusion_server.types import (
     PromptSyntax,
     RequestWarning,
     Task,
+    Tiling,
 )
 
 WHOLE = GenerationRequest(
@@ -67,6 +68,7 @@ WHOLE = GenerationRequest(
     prompt_syntax=PromptSyntax.COMPEL,
     clip_skip=2,
     prompt_2="a plain wall",
+    tiling=Tiling.Y,
     sampling=(("eta", 0.5), ("schedule", "karras")),
     styles=("anime", "night"),
     wildcards=True,

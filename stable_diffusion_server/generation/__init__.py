@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stable_diffusion_server.generation.executor import SubmissionContext
 from stable_diffusion_server.generation.expansion import STYLES_MAX, PromptExpander, image_seed
-from stable_diffusion_server.generation.image_options import extension_fields, extension_of
+from stable_diffusion_server.generation.image_options import check_tiling, extension_fields, extension_of
 from stable_diffusion_server.generation.interfaces import DecodeImage
 from stable_diffusion_server.generation.library import ImageLibrary
 from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX, RequestLimits, parse_int, range_sentence
@@ -35,6 +35,7 @@ __all__ = [
     "RequestLimits",
     "SubmissionContext",
     "able",
+    "check_tiling",
     "extension_fields",
     "extension_of",
     "image_seed",

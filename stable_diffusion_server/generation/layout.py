@@ -11,7 +11,7 @@ import numpy as np
 
 from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.image_options import check_extended_size
+from stable_diffusion_server.generation.image_options import check_extended_size, tiling_lack
 from stable_diffusion_server.generation.interfaces import DecodeImage, FetchImage
 from stable_diffusion_server.generation.resolver import ResolvedRequest, prompts_for_model
 from stable_diffusion_server.generation.single_flight import SingleFlight
@@ -109,11 +109,8 @@ def lay_out_images(
         (height, width), mask_on_image = references[0].shape[:2], None
     else:
         raise ValueError("an order without an image has a size")
-    canvas = plan_canvas(width, height, spec.native_pixels, spec.min_side)
-    filled = image
-    if image is not None and mask_on_image is not None:
-        filled = fill_masked(image, mask_on_image, request.fill, resolved.seed)
-    on_canvas = to_canvas(filled, canvas) if filled is not None else None
+    canvas = _canvas_for(request, spec, width, height)
+    on_canvas = _image_on_canvas(resolved, image, mask_on_image, canvas)
     job = DiffusionRequest(
         task=request.task,
         model=spec.name,
@@ -125,7 +122,7 @@ def lay_out_images(
         num_inference_steps=parameters.num_inference_steps,
         guidance_scale=parameters.guidance_scale,
         scheduler=parameters.scheduler,
-        image=ImageArray(on_canvas) if on_canvas is not None else None,
+        image=None if on_canvas is None else ImageArray(on_canvas),
         mask=_mask_on_canvas(request, mask_on_image, canvas),
         control=ImageArray(canny(on_canvas, request.canny_low, request.canny_high))
         if parameters.canny and on_canvas is not None
@@ -139,8 +136,9 @@ def lay_out_images(
         references=tuple(ImageArray(shrink_to_area(pixels, spec.reference_pixels)) for pixels in references),
         extra=request.extra,
         sampling=parameters.sampling,
+        tiling=request.tiling,
     )
-    soft_mask = feather_mask(mask_on_image, request.feather) if mask_on_image is not None else None
+    soft_mask = None if mask_on_image is None else feather_mask(mask_on_image, request.feather)
     crop = None
     if box is not None and whole_image is not None and whole_mask is not None:
         crop = CropRegion(box, whole_image, feather_mask(whole_mask, request.feather), width, height)
@@ -179,12 +177,30 @@ def _mask_over(image: Pixels, mask: Pixels | None, source: ImageInput | None) ->
     return scaled
 
 
+def _canvas_for(request: GenerationRequest, spec: ModelSpec, width: int, height: int) -> Canvas:
+    """Return the canvas of this size. Raises `InvalidInput` if a seamless image would be cut out of it."""
+    if request.tiling is not None and (lack := tiling_lack(request.tiling, spec, width, height)):
+        raise InvalidInput(f"tiling: {lack}", field="tiling")
+    return plan_canvas(width, height, spec.native_pixels, spec.min_side)
+
+
 def _extended(request: GenerationRequest, image: Pixels, mask: Pixels | None) -> tuple[Pixels, Pixels | None]:
     """Return image and mask with the new sides, all of which the mask covers; as they are without an extension."""
     if request.extend is None:
         return image, mask
     mask = np.zeros(image.shape[:2], np.uint8) if mask is None else mask
     return extend_image(image, request.extend), extend_mask(mask, request.extend)
+
+
+def _image_on_canvas(
+    resolved: ResolvedRequest, image: Pixels | None, mask: Pixels | None, canvas: Canvas
+) -> Pixels | None:
+    """Return the image as the model gets it, with its masked part filled."""
+    if image is None:
+        return None
+    if mask is not None:
+        image = fill_masked(image, mask, resolved.request.fill, resolved.seed)
+    return to_canvas(image, canvas)
 
 
 def _mask_on_canvas(request: GenerationRequest, mask: Pixels | None, canvas: Canvas) -> ImageArray | None:

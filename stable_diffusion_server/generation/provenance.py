@@ -115,7 +115,7 @@ def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
     requested = {part.name: getattr(request, part.name) for part in fields(request) if part.name not in NOT_RECORDED}
     values = {name: resolved_fields.get(name, value) for name, value in requested.items()}
     # As files of older versions are read.
-    usual = {**dict.fromkeys(("clip_skip", "prompt_2", "extend")), "prompt_syntax": PromptSyntax.PLAIN}
+    usual = {**dict.fromkeys(("clip_skip", "prompt_2", "extend", "tiling")), "prompt_syntax": PromptSyntax.PLAIN}
     usual |= {"extra": (), "sampling": ()}
     return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 

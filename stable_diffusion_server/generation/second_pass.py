@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from stable_diffusion_server.generation.executor import GenerationExecutor, SubmissionContext
+from stable_diffusion_server.generation.image_options import SECOND_PASS_AREAS
 from stable_diffusion_server.generation.layout import ImageLayout, lay_out_images
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
@@ -18,8 +19,6 @@ from stable_diffusion_server.imaging import Pixels
 from stable_diffusion_server.types import DiffusionRequest, Fit, GenerationProgress, GenerationRequest, Task
 
 _DEFAULT_STRENGTH = 0.75
-# The first pass has composed the image, so the second may draw it on more than the model's native pixels.
-_NATIVE_AREA_FACTOR = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +125,7 @@ def _lay_out_second_pass(
         ),
         parameters=replace(
             resolved.parameters,
-            spec=replace(spec, native_pixels=spec.native_pixels * _NATIVE_AREA_FACTOR),
+            spec=replace(spec, native_pixels=spec.native_pixels * SECOND_PASS_AREAS),
             num_inference_steps=steps,
             strength=strength,
             canny=False,

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from stable_diffusion_server.errors import DeviceLost, NotFinite, OutOfMemory
 from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras
-from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
+from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling, runs_in_tiles
+from stable_diffusion_server.pipelines.wrapping import current_tiling, wrapping
 from stable_diffusion_server.types import NOISE_SEEDS, DiffusionRequest, ImageArray
 
 C = TypeVar("C")
@@ -248,7 +249,10 @@ def encode(
     while True:
         try:
             with tried.applied(vae, image.shape[-2] * image.shape[-1]):
-                distribution = vae.encode(pixels).latent_dist
+                # A tile that wraps would meet itself.
+                tiled = runs_in_tiles(vae, pixels.shape[-2:], "sample")
+                with wrapping(None if tiled else current_tiling()):
+                    distribution = vae.encode(pixels).latent_dist
             break
         except torch.OutOfMemoryError:
             smaller = tried.smaller()

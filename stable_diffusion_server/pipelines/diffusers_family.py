@@ -28,7 +28,12 @@ from stable_diffusion_server.pipelines.loading.loader import LoadOptions, Placed
 from stable_diffusion_server.pipelines.loading.offload import OffloadedModel
 from stable_diffusion_server.pipelines.loading.placement import CONTROL, Residency
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
-from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
+from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling, runs_in_tiles
+from stable_diffusion_server.pipelines.wrapping import wrapped, wrapping
+from stable_diffusion_server.types import Tiling
+
+# Latents of the opposite side that tiles see beyond a border that wraps.
+_MARGIN = 16
 
 
 class DiffusersFamily(Family):
@@ -91,7 +96,7 @@ class DiffusersFamily(Family):
             latents = self._vae_latents(state, state.latents if predicted is None else predicted)
             tiling = state.tiling or self.tiling
             with tiling.applied(self.pipeline.vae, state.request.width * state.request.height):
-                image = decode(self.pipeline.vae, latents)
+                image = _decode(self.pipeline.vae, latents, state.request.tiling)
         return replace(image, tiled=state.tiling is not None, warnings=state.warnings)
 
     def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
@@ -119,6 +124,22 @@ class DiffusersFamily(Family):
     @abstractmethod
     def _vae_latents(self, state: PipelineState[Any], latents: torch.Tensor) -> torch.Tensor:
         """Latents of a state in the VAE's own scale and layout: 1 × channels × h × w."""
+
+
+def _decode(vae: Any, latents: torch.Tensor, tiling: Tiling | None) -> DecodedImage:
+    """Decode unscaled latents so that these borders meet.
+
+    Tiles must not wrap: they get `_MARGIN` latents of the opposite side around the image, which are cut off again.
+    """
+    if tiling is None or not runs_in_tiles(vae, latents.shape[-2:], "latent"):
+        with wrapping(tiling):
+            return decode(vae, latents)
+    height, width = (min(_MARGIN, side) for side in latents.shape[-2:])
+    image = decode(vae, wrapped(latents, tiling, height, width))
+    scale = image.pixels.shape[0] // (latents.shape[-2] + 2 * height * tiling.wraps_y)
+    top, left = height * scale * tiling.wraps_y, width * scale * tiling.wraps_x
+    bottom, right = top + latents.shape[-2] * scale, left + latents.shape[-1] * scale
+    return replace(image, pixels=image.pixels[top:bottom, left:right])
 
 
 def _networks(placed: PlacedModel) -> dict[str, torch.nn.Module]:

@@ -28,6 +28,7 @@ from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import 
 from stable_diffusion_server.pipelines.loading.schedules import follow
 from stable_diffusion_server.pipelines.scheduler_rows import SCHEDULERS
 from stable_diffusion_server.pipelines.vae_tiles import VaeTiling
+from stable_diffusion_server.pipelines.wrapping import wrapping
 from stable_diffusion_server.types import DiffusionRequest
 
 
@@ -54,7 +55,7 @@ class NativeFamily(DiffusersFamily, Generic[C]):
         with translate_torch_errors():
             skipped = steps_skipped(self.spec, request.num_inference_steps, request.strength) if request.image else 0
             loras = self.loras.use(request.loras, request.lora_digests)
-            with self.loras.applied(loras):
+            with self.loras.applied(loras), wrapping(request.tiling):
                 state = self._state_of(request, skipped, loras)
         state.tiling = self._smaller_tiling
         state.warnings += remarks_of(loras)
@@ -69,7 +70,8 @@ class NativeFamily(DiffusersFamily, Generic[C]):
             sets = dict.fromkeys(state.loras for state in states)
             groups = [states] if self._mixes_loras else [[s for s in states if s.loras == own] for own in sets]
             # All passes come first: one that fails leaves every state as it was.
-            predicted = [self._predicted(group) for group in groups]
+            with wrapping(states[0].request.tiling):
+                predicted = [self._predicted(group) for group in groups]
             for group, predictions in zip(groups, predicted, strict=True):
                 for state, prediction in zip(group, predictions, strict=True):
                     state.advance(prediction)

@@ -60,5 +60,10 @@ class VaeTiling:
         return settings
 
 
+def runs_in_tiles(vae: Any, sides: tuple[int, int], kind: str) -> bool:
+    """Whether the VAE takes pixels (`kind` is `sample`) or latents (`latent`) of these sides in tiles, as it is now."""
+    return getattr(vae, "use_tiling", False) and max(sides) > getattr(vae, f"tile_{kind}_min_size", 0)
+
+
 # All images whole.
 WHOLE = VaeTiling()

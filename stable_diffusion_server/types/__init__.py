@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stable_diffusion_server.types.callers import Caller
-from stable_diffusion_server.types.choices import Extension, Fill, Fit, PromptSyntax, Task
+from stable_diffusion_server.types.choices import Extension, Fill, Fit, PromptSyntax, Task, Tiling
 from stable_diffusion_server.types.requests import (
     LORA_NAME_PATTERN,
     LORA_WEIGHT_MAX,
@@ -53,6 +53,7 @@ __all__ = [
     "Seed",
     "StoredObject",
     "Task",
+    "Tiling",
     "diffusion_request_fields",
     "digest",
     "image_digest",

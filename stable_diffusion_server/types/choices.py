@@ -34,6 +34,24 @@ class Fit(StrEnum):
     PAD = "pad"
 
 
+class Tiling(StrEnum):
+    """Borders of an image that meet when it is repeated: left and right, top and bottom, or both pairs."""
+
+    X = "x"
+    Y = "y"
+    BOTH = "both"
+
+    @property
+    def wraps_x(self) -> bool:
+        """Whether the left border meets the right one."""
+        return self is not Tiling.Y
+
+    @property
+    def wraps_y(self) -> bool:
+        """Whether the upper border meets the lower one."""
+        return self is not Tiling.X
+
+
 class Fill(StrEnum):
     """What replaces the masked part of an image before it is repainted."""
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server.types.choices import Extension, Fill, Fit, PromptSyntax, Task
+from stable_diffusion_server.types.choices import Extension, Fill, Fit, PromptSyntax, Task, Tiling
 
 SEED_MAX = 2**64 - 1
 # The noise depends on the lower 32 bits of a seed, as that of torch's CPU generator does.
@@ -25,7 +25,7 @@ LORA_NAME_PATTERN = rf"(?![./])(?!.*/[./]){_IN_NAME}\s](?:{_IN_NAME}]{{0,98}}{_I
 Seed = int | Literal["random"] | None
 ExtraValue = bool | int | float | str
 # Fields that few requests have.
-_RARE = ("references", "extra", "weighted", "clip_skip", "sampling", "prompt_2")
+_RARE = ("references", "extra", "weighted", "clip_skip", "sampling", "prompt_2", "tiling")
 # Schedulers of second order: two forward passes a step.
 _TWO_PASSES = frozenset({"heun", "kdpm2", "kdpm2_a", "dpm_sde", "dpm_2s_a", "flow_heun"})
 
@@ -67,6 +67,7 @@ class DiffusionRequest:
         alone: Whether the request must not share forward passes, so that it can be reproduced bit for bit.
         lora_digests: SHA-256 of each LoRA's file; if empty, the current content of the files is used.
         sampling: Options of the sampler that are not its defaults, by name, sorted.
+        tiling: Borders that meet when the image is repeated.
     """
 
     task: Task
@@ -95,6 +96,7 @@ class DiffusionRequest:
     clip_skip: int | None = None
     sampling: tuple[tuple[str, ExtraValue], ...] = ()
     prompt_2: str | None = None
+    tiling: Tiling | None = None
 
     @property
     def passes_per_step(self) -> int:
@@ -105,7 +107,7 @@ class DiffusionRequest:
     def shape(self) -> tuple[object, ...]:
         """What must be equal for two requests to share a forward pass, as far as known before `prepare`."""
         references = tuple(image.pixels.shape for image in self.references)
-        return (self.model, self.height, self.width, references)
+        return (self.model, self.height, self.width, references, *((self.tiling,) if self.tiling else ()))
 
 
 def digest(value: Mapping[str, object]) -> str:
@@ -201,6 +203,7 @@ class GenerationRequest:
         styles: Names of the styles that the prompts are put in.
         wildcards: Whether wildcards in the prompts are expanded; by default as the server's settings say.
         expanded: Whether the prompts were changed by styles or wildcards.
+        tiling: Borders that meet when the image is repeated.
     """
 
     task: Task
@@ -253,6 +256,7 @@ class GenerationRequest:
     styles: tuple[str, ...] = ()
     wildcards: bool | None = None
     expanded: bool = False
+    tiling: Tiling | None = None
 
     @property
     def sources(self) -> tuple[ImageInput, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -173,3 +175,60 @@ def test_the_old_part_of_a_photograph_is_exact_too(app: RunningApp) -> None:
     photograph = file_of(disc(100, 80), "JPEG", quality=90)
     made = pixels_of(app, post(app, {"image_file": photograph}, extend_top=16, format="png"))
     assert (made[16:] == np.asarray(Image.open(io.BytesIO(photograph)))).all()
+
+
+def outpainted(app: RunningApp, script: str, args: Any, **more: Any) -> httpx.Response:
+    body = {"prompt": "a red square", "init_images": [base64.b64encode(IMAGE).decode()], "denoising_strength": 1}
+    return app.client.post("/sdapi/v1/img2img", json={**body, "script_name": script, "script_args": args, **more})
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "size"),
+    [
+        ("outpainting mk2", ["", 32, 0, ["left", "down"], 1.0, 0.05], (112, 132)),
+        ("Outpainting mk2", [None, 16, 0, ["right"]], (80, 116)),
+        ("poor man's outpainting", [24, 0, "latent noise", ["up"]], (104, 100)),
+        ("Poor man's outpainting", [24.0, 0, 0, "left"], (80, 124)),
+    ],
+)
+def test_automatic1111s_scripts_extend_the_image(app: RunningApp, script: str, args: list[Any], size: Any) -> None:
+    """By the directions that they name; the image has its own size, and without a blur its old part is exact."""
+    answer = outpainted(app, script, args, width=512, height=512)
+    assert answer.status_code == 200, answer.text
+    made = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0]))).convert("RGB"))
+    assert made.shape == (*size, 3)
+    left = 0 if "right" in args[3] or "up" in args[3] else made.shape[1] - 100
+    top = made.shape[0] - 80 if "up" in args[3] else 0
+    assert (made[top : top + 80, left : left + 100] == NOISE).all()
+    assert not json.loads(answer.json()["info"]).get("not_honoured")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["", 32, 0, ["north"]],
+        ["", 32, 0, []],
+        ["", 32, 0, [["left"]]],
+        ["", True, 0, ["left"]],
+        ["", "32px", 0, ["left"]],
+        ["", -8, 0, ["left"]],
+        ["", 1e12, 0, ["left"]],
+        ["", 512, 0, ["left"]],
+        ["", 8, 257, ["left"]],
+        ["", 8, 0, {"left": 1}],
+    ],
+)
+def test_arguments_of_a_script_that_are_none_are_refused(app: RunningApp, args: list[Any]) -> None:
+    """422 that names `script_args`; nothing is drawn."""
+    answer = outpainted(app, "outpainting mk2", args)
+    assert answer.status_code == 422, answer.text
+    assert "script_args" in answer.text
+    assert app.squares.finished == []
+
+
+@pytest.mark.parametrize(("script", "args"), [("X/Y/Z plot", [1, 2]), ("../../etc/passwd", None), ("x" * 200, {})])
+def test_other_scripts_are_told_and_not_run(app: RunningApp, script: str, args: Any) -> None:
+    """The image is drawn without them."""
+    answer = outpainted(app, script, args, width=128, height=128)
+    assert answer.status_code == 200, answer.text
+    assert json.loads(answer.json()["info"])["not_honoured"] == ["script_name is not honoured."]

@@ -11,7 +11,7 @@ import torch
 from structlog.testing import capture_logs
 from transformers.modeling_outputs import BaseModelOutput
 
-from stable_diffusion_server.pipelines.acceleration.apply import _unless_adapted
+from stable_diffusion_server.pipelines.acceleration.apply import _unless_altered
 from stable_diffusion_server.pipelines.acceleration.call_signature import rebuild, signature, tensors_of
 from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraphRunner, _Recording, record
 from stable_diffusion_server.pipelines.adapters.lora_deltas import LayerChange
@@ -82,7 +82,7 @@ def test_a_pass_with_adapters_is_neither_replayed_nor_compiled() -> None:
     layer, given = torch.nn.Linear(4, 4), torch.randn(2, 4)
     change = LayerChange((4, 4), down=torch.randn(1, 4), up=torch.randn(4, 1))
     layer.register_forward_hook(LayerHook(("unet", "layer")))
-    plain, compiled = layer(given), _unless_adapted(lambda rows: torch.zeros(2, 4), layer)
+    plain, compiled = layer(given), _unless_altered(lambda rows: torch.zeros(2, 4), layer)
     runner = CudaGraphRunner(layer.__call__)
     recorded = _Recording(SimpleNamespace(replay=lambda: None), [given.clone()], torch.zeros(2, 4))
     runner._recordings[signature(((given,), {}))] = recorded  # as a device would have it

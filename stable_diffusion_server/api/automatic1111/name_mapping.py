@@ -22,6 +22,7 @@ _FIELDS = {
     "schedule": "scheduler",
     "lora": "prompt",
     "feather": "mask_blur",
+    **dict.fromkeys(("extend_left", "extend_right", "extend_top", "extend_bottom", "extend_overlap"), "script_args"),
     "model": "override_settings",
 }
 _OUR_NAMES = re.compile("|".join(rf"\b{ours}\b" for ours in _FIELDS if ours not in ("model", "lora", "canny")))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from stable_diffusion_server.api.automatic1111.checkpoint_names import model_named
 from stable_diffusion_server.api.automatic1111.controlnet_units import CannyUnit, parse_units
+from stable_diffusion_server.api.automatic1111.image_inputs import with_images
 from stable_diffusion_server.api.automatic1111.options import FORMATS, Option
 from stable_diffusion_server.api.automatic1111.prompt_expansion import (
     check_length,
@@ -22,30 +23,24 @@ from stable_diffusion_server.api.automatic1111.sampling_params import SAMPLING_P
 from stable_diffusion_server.api.automatic1111.sdnext_params import FALLBACK, is_scheduler_parameter
 from stable_diffusion_server.api.automatic1111.second_pass_params import SecondPass, parse_second_pass
 from stable_diffusion_server.api.automatic1111.task_params import Img2Img, Txt2Img, with_infotext
-from stable_diffusion_server.api.base64_images import bytes_of
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.errors import Forbidden, InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, range_sentence
 from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import (
-    Fill,
-    Fit,
     Format,
     GenerationRequest,
-    ImageInput,
     PromptSyntax,
     Task,
 )
 
-_FITS = (Fit.STRETCH, Fit.CROP, Fit.PAD, Fit.STRETCH)
-_FILLS = (Fill.SURROUNDINGS, Fill.ORIGINAL, Fill.NOISE, Fill.GREY)
 # Parameters without effect on this server, with their neutral values, which cause no warning.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("seed_resize_from_h", "seed_resize_from_w", "s_min_uncond"), (0, -1)),
     **dict.fromkeys(("firstphase_width", "firstphase_height"), (0, -1)),
     **dict.fromkeys(("initial_noise_multiplier",), (0, 1)),
     **dict.fromkeys(("image_cfg_scale",), (1.5,)),
-    **dict.fromkeys(("restore_faces", "tiling", "include_init_images", "disable_extra_networks"), (False,)),
+    **dict.fromkeys(("restore_faces", "include_init_images", "disable_extra_networks"), (False,)),
     **dict.fromkeys(("do_not_save_samples", "do_not_save_grid", "save_images"), (True, False)),
     **dict.fromkeys(("override_settings_restore_afterwards",), (True,)),
     **dict.fromkeys(("comments",), ()),
@@ -108,7 +103,7 @@ def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Opt
         **_second_pass_fields(second, generation, spec),
     )
     edges, about_scripts = parse_units(params.alwayson_scripts or {})
-    generations, batch, about_images = _with_images(generation, params, edges, context.max_n)
+    generations, batch, about_images = with_images(generation, params, edges, context.max_n, spec)
     followed = edges if generations[0].canny else None
     shown = len(generations) + bool(followed and followed.shows_map)
     context.check_size(shown, *((second.width, second.height) if second else (width, height)), "batch_size")
@@ -209,67 +204,6 @@ def _second_pass_fields(second: SecondPass | None, first: GenerationRequest, spe
         "hires_steps": second.steps or steps,
         "hires_strength": second.strength,
     }
-
-
-def _with_images(
-    generation: GenerationRequest, params: Txt2Img, edges: CannyUnit | None, most: int
-) -> tuple[list[GenerationRequest], int, list[str]]:
-    """Return a request for each image, the images in a batch, and sentences about ignored parameters."""
-    if edges is not None:
-        generation = replace(
-            generation, canny=True, canny_low=edges.low, canny_high=edges.high, control_scale=edges.weight
-        )
-    batch, images = params.batch_size or 1, [generation]
-    ignored: list[str] = []
-    if isinstance(params, Img2Img):
-        inputs = params.init_images or []
-        batch = len(inputs) if len(inputs) > 1 else batch
-    count = batch * (params.n_iter or 1)
-    if count > most:
-        raise InvalidInput(f"batch_size × n_iter must not be more than {most}.", field="batch_size")
-    if isinstance(params, Img2Img):
-        images, ignored = _with_input_images(generation, params, edges)
-    elif edges is not None:
-        if not edges.image:
-            raise InvalidInput("A ControlNet unit needs its image here.", field="alwayson_scripts")
-        # Only the image's edges are used, so its pixels do not constrain the result (strength 1).
-        image = ImageInput("alwayson_scripts", data=bytes_of(edges.image, "alwayson_scripts"))
-        images = [replace(generation, task=Task.IMAGE_TO_IMAGE, image=image, strength=1.0)]
-    return [replace(images[number % len(images)], variation=number) for number in range(count)], batch, ignored
-
-
-def _with_input_images(
-    generation: GenerationRequest, params: Img2Img, edges: CannyUnit | None
-) -> tuple[list[GenerationRequest], list[str]]:
-    """Return a request for each input image, and sentences about ignored parameters."""
-    if not params.init_images:
-        raise InvalidInput("init_images must hold a picture in base64.", field="init_images")
-    files = [bytes_of(image, "init_images") for image in params.init_images]
-    ignored = []
-    if params.enable_hr:
-        ignored.append("enable_hr has no effect in img2img.")
-    if edges is not None and edges.image and [bytes_of(edges.image, "alwayson_scripts")] != files:
-        ignored.append("controlnet: the edges are taken from init_images.")
-    generation = replace(
-        generation,
-        task=Task.IMAGE_TO_IMAGE,
-        fit=_FITS[params.resize_mode or 0],
-        strength=0.75 if params.denoising_strength is None else params.denoising_strength,
-    )
-    if params.mask:
-        if edges is not None:
-            ignored.append("controlnet: edges are not followed where a mask is.")
-        whole = params.inpaint_full_res is not None and not params.inpaint_full_res
-        generation = replace(
-            generation,
-            task=Task.INPAINT,
-            canny=False,
-            mask=ImageInput("mask", data=bytes_of(params.mask, "mask"), inverted=params.inpainting_mask_invert == 1),
-            feather=4 if params.mask_blur is None else params.mask_blur,
-            fill=_FILLS[params.inpainting_fill or 0],
-            only_masked=None if whole else params.inpaint_full_res_padding or 0,
-        )
-    return [replace(generation, image=ImageInput("init_images", data=file)) for file in files], ignored
 
 
 def _pixels(params: Txt2Img, context: DialectContext) -> tuple[int, int]:

@@ -38,6 +38,7 @@ _OF_INFOTEXT = {
     "Sigma noise": "s_noise",
     "Variation seed": "subseed",
     "Variation seed strength": "subseed_strength",
+    "Tiling": "tiling",
     "Hires upscale": "hr_scale",
     "Hires upscaler": "hr_upscaler",
     "Hires steps": "hr_second_pass_steps",
@@ -119,6 +120,7 @@ class Txt2Img(BaseModel):
         None, ge=0, description="Width of the second pass; 0: by `hr_scale` or `hr_resize_y`."
     )
     hr_resize_y: int | None = Field(None, ge=0, description="Height of the second pass, likewise.")
+    tiling: bool | None = Field(None, description="The image has no seams when it is repeated, for SD 1.5 and SDXL.")
     infotext: str | None = Field(
         None,
         max_length=_INFOTEXT_MAX,
@@ -161,6 +163,10 @@ class Img2Img(Txt2Img):
         None, description="Generate only the area around the mask, at full size."
     )
     inpaint_full_res_padding: int | None = Field(None, ge=0, le=_MARGIN_MAX, description="Its margin in pixels.")
+    script_name: str | None = Field(
+        None, max_length=NAME_MAX, description="`Outpainting mk2` or `Poor man's outpainting`; `info` says of others."
+    )
+    script_args: Any = Field(None, description="The script's arguments, in its order.")
     inpainting_mask_invert: int | None = Field(None, ge=0, le=1, description="1: black is repainted.")
 
 

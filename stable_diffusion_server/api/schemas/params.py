@@ -23,7 +23,7 @@ from stable_diffusion_server.api.schemas.validation import FaultsOf, RequestPara
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, RequestLimits
 from stable_diffusion_server.pipelines import SAMPLING_OPTIONS
-from stable_diffusion_server.types import LORA_NAME_PATTERN, Format, GenerationRequest, ImageInput, Task
+from stable_diffusion_server.types import LORA_NAME_PATTERN, Format, GenerationRequest, ImageInput, Task, Tiling
 
 _BINARY = {"type": "string", "format": "binary"}
 _NUMBERS = frozenset(
@@ -74,6 +74,9 @@ class GenerationParams(SamplingParams, PromptParams):
     )
     clip_skip: int | None = Field(
         None, description="Last layers of CLIP to leave out, more than usual. For SD 1.5 and SDXL."
+    )
+    tiling: Tiling | None = Field(
+        None, description="Borders that meet when the image is repeated. For SD 1.5 and SDXL, sides multiples of 64."
     )
     extra: dict[str, bool | int | float | str] | None = Field(
         None,

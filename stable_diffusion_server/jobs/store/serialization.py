@@ -26,6 +26,7 @@ from stable_diffusion_server.types import (
     PromptSyntax,
     RequestWarning,
     Task,
+    Tiling,
     digest,
 )
 
@@ -38,6 +39,7 @@ _PAIRS = ("loras", "extra", "sampling")
 _CHOICES: dict[str, type[StrEnum]] = {
     **{"task": Task, "format": Format, "fit": Fit, "fill": Fill},
     "prompt_syntax": PromptSyntax,
+    "tiling": Tiling,
 }
 # Problem types that earlier versions stored under another name.
 _RENAMED_KINDS = {"ends-the-server": "poison-job"}

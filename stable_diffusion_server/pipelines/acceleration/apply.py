@@ -14,7 +14,7 @@ import torch
 from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraphRunner, record
 from stable_diffusion_server.pipelines.acceleration.onednn import use_onednn
 from stable_diffusion_server.pipelines.acceleration.torchscript import trace
-from stable_diffusion_server.pipelines.adapters.lora_hooks import current_plan
+from stable_diffusion_server.pipelines.wrapping import is_altered
 
 _log = structlog.get_logger(__name__)
 
@@ -64,8 +64,9 @@ def apply_optimizations(
     """Optimize placed modules in place; returns the CUDA graph runners.
 
     `performance` is a comma-separated list. Optimizations that a device does not have are skipped. Passes
-    with LoRAs run neither recorded nor compiled. Without `traced` nothing is traced: TorchScript never frees a trace,
-    so that the model could not be unloaded. What cannot be compiled runs normally and a warning is logged.
+    with LoRAs, and those that wrap, run neither recorded nor compiled. Without `traced` nothing is traced: TorchScript
+    never frees a trace, so that the model could not be unloaded. What cannot be compiled runs normally and a warning is
+    logged.
     """
     parts, cuda = optimizations_of(performance), device.type == "cuda"
     vae: Any = getattr(pipeline, "vae", None)  # a pipeline without one has no optimizations, see the stock family
@@ -105,21 +106,22 @@ def _compile(denoiser: Any, vae: Any, parts: frozenset[Optimization]) -> None:
     # Without `fullgraph`, a failure of the compiler falls back to eager mode.
     _dynamo.config.suppress_errors = True
     if Optimization.COMPILE_WHOLE in parts:
-        denoiser.forward = _unless_adapted(torch.compile(denoiser.forward), denoiser.forward)
+        denoiser.forward = _unless_altered(torch.compile(denoiser.forward), denoiser.forward)
         vae.decoder.compile()
+        vae.decoder._compiled_call_impl = _unless_altered(vae.decoder._compiled_call_impl, vae.decoder._call_impl)
     else:
         denoiser.compile_repeated_blocks()
         for block in denoiser.modules():
             if block._compiled_call_impl is not None:
-                block._compiled_call_impl = _unless_adapted(block._compiled_call_impl, block._call_impl)
+                block._compiled_call_impl = _unless_altered(block._compiled_call_impl, block._call_impl)
 
 
-def _unless_adapted(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """What was compiled, or in a pass with LoRAs the module itself: compiled code does not look for hooks."""
+def _unless_altered(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """What was compiled, or in a pass that has LoRAs or wraps the module itself: compiled code looks for neither."""
 
     @functools.wraps(plain)  # diffusers inspects the signature
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if current_plan() is None else plain)(*args, **kwargs)
+        return (plain if is_altered() else compiled)(*args, **kwargs)
 
     return call
 

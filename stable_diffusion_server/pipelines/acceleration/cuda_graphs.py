@@ -12,7 +12,7 @@ import torch
 from cachetools import LRUCache
 
 from stable_diffusion_server.pipelines.acceleration.call_signature import rebuild, signature, tensors_of
-from stable_diffusion_server.pipelines.adapters.lora_hooks import current_plan
+from stable_diffusion_server.pipelines.wrapping import is_altered
 
 _log = structlog.get_logger(__name__)
 
@@ -33,7 +33,7 @@ class CudaGraphRunner:
     """A replacement for a module's `forward` that records it once per call signature and replays it afterwards.
 
     The first call of a signature runs normally, so that compilers and tuners are done before the second, which is
-    recorded. Outputs are copies. A pass with LoRAs runs normally: a recording has no rows.
+    recorded. Outputs are copies. A pass that has LoRAs or wraps runs normally: a recording has no rows.
 
     Weights must not move, and all calls must be on one thread. When recording fails, for lack of memory too, the
     module runs normally from then on and a warning is logged.
@@ -49,7 +49,7 @@ class CudaGraphRunner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the forward pass."""
-        if current_plan() is not None:
+        if is_altered():
             return self._forward(*args, **kwargs)
         call = (args, kwargs)
         key = signature(call)

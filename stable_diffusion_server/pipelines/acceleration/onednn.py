@@ -11,6 +11,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional
 
 from stable_diffusion_server.pipelines.adapters.lora_hooks import is_changed
+from stable_diffusion_server.pipelines.wrapping import current_tiling
 
 
 def _by(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -60,11 +61,13 @@ class OneDnnLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is read with
 class OneDnnConv2d(torch.nn.Conv2d):  # type: ignore[misc]  # as above
     """A convolution by oneDNN even below PyTorch's threshold (one image, at most 20480 numbers).
 
-    For fp32 on the CPU without gradients, padded with zeros.
+    For fp32 on the CPU without gradients, padded with zeros; PyTorch's in a pass that wraps.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows × in channels × height × width → rows × out channels × height × width."""
+        if current_tiling() is not None:
+            return super().forward(input)
         sizes = (self.padding, self.stride, self.dilation)
         return _by(_convolution)(input, self.weight, self.bias, *sizes, self.groups)
 
@@ -86,7 +89,7 @@ class OneDnnUpsample(Upsample2D):  # type: ignore[misc]  # as above
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Rows × channels × height × width to twice the height and width, or to `output_size`."""
         made: torch.Tensor
-        if output_size is not None or is_changed(self.conv):
+        if output_size is not None or is_changed(self.conv) or current_tiling() is not None:
             made = super().forward(hidden_states, output_size)
         else:
             made = functional.conv_transpose2d(hidden_states, self._folded, self.conv.bias, stride=2, padding=1)

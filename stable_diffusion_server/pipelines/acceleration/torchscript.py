@@ -16,7 +16,7 @@ import torch
 from cachetools import LRUCache
 
 from stable_diffusion_server.pipelines.acceleration.call_signature import rebuild, signature, structure, tensors_of
-from stable_diffusion_server.pipelines.adapters.lora_hooks import current_plan
+from stable_diffusion_server.pipelines.wrapping import is_altered
 
 _log = structlog.get_logger(__name__)
 
@@ -62,8 +62,8 @@ class TorchScriptRunner:
     The second call of a signature looks for a trace with bit-identical output, or makes one; the third call must agree
     as well. Later calls run that trace, which does not hold Python's lock, so threads compute in parallel.
 
-    The weights must not change. A pass that has LoRAs, that cannot be traced, whose trace differs, or that takes too
-    long to gain from it runs normally.
+    The weights must not change. A pass that has LoRAs or wraps, that cannot be traced, whose trace differs, or that
+    takes too long to gain from it runs normally.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
@@ -78,7 +78,7 @@ class TorchScriptRunner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the forward pass."""
-        if current_plan() is not None:
+        if is_altered():
             return self._forward(*args, **kwargs)
         call = (args, kwargs)
         known = self._known(signature(call))
