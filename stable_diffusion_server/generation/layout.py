@@ -11,10 +11,11 @@ import numpy as np
 
 from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.image_options import check_extended_size, tiling_lack
 from stable_diffusion_server.generation.interfaces import DecodeImage, FetchImage
+from stable_diffusion_server.generation.limits import check_extended_size
 from stable_diffusion_server.generation.resolver import ResolvedRequest, prompts_for_model
 from stable_diffusion_server.generation.single_flight import SingleFlight
+from stable_diffusion_server.generation.tiling import tiling_lack
 from stable_diffusion_server.imaging import (
     Canvas,
     CropBox,
