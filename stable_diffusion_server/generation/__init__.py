@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from stable_diffusion_server.generation.executor import SubmissionContext
 from stable_diffusion_server.generation.expansion import STYLES_MAX, PromptExpander, image_seed
+from stable_diffusion_server.generation.image_options import check_tiling, extension_fields, extension_of
 from stable_diffusion_server.generation.interfaces import DecodeImage
 from stable_diffusion_server.generation.library import ImageLibrary
-from stable_diffusion_server.generation.limits import (
-    NAME_MAX,
-    TEXT_MAX,
-    RequestLimits,
-    extension_fields,
-    extension_of,
-    parse_int,
-    range_sentence,
-)
+from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX, RequestLimits, parse_int, range_sentence
 from stable_diffusion_server.generation.permissions import Ownership, able, not_permitted, permitted_models
 from stable_diffusion_server.generation.prompt_files import PromptFiles
 from stable_diffusion_server.generation.prompts import load_stop_words
@@ -22,7 +15,6 @@ from stable_diffusion_server.generation.quality import DecodedPixels
 from stable_diffusion_server.generation.replay import IMAGE_FIELD, EmbeddedProvenance, ReplayService, with_sources
 from stable_diffusion_server.generation.resolver import DEFAULT_QUALITY, GenerationOptions
 from stable_diffusion_server.generation.service import GenerationService
-from stable_diffusion_server.generation.tiling import check_tiling
 
 __all__ = [
     "DEFAULT_QUALITY",

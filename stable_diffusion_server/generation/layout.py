@@ -11,11 +11,10 @@ import numpy as np
 
 from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.generation.image_options import check_extended_size, tiling_lack
 from stable_diffusion_server.generation.interfaces import DecodeImage, FetchImage
-from stable_diffusion_server.generation.limits import check_extended_size
 from stable_diffusion_server.generation.resolver import ResolvedRequest, prompts_for_model
 from stable_diffusion_server.generation.single_flight import SingleFlight
-from stable_diffusion_server.generation.tiling import tiling_lack
 from stable_diffusion_server.imaging import (
     Canvas,
     CropBox,
@@ -44,6 +43,7 @@ from stable_diffusion_server.types import (
     GenerationRequest,
     ImageArray,
     ImageInput,
+    MaskMode,
     RequestWarning,
 )
 
@@ -138,16 +138,17 @@ def lay_out_images(
         extra=request.extra,
         sampling=parameters.sampling,
         tiling=request.tiling,
+        soft=mask_on_image is not None and request.mask_mode is MaskMode.SOFT,
     )
-    soft_mask = None if mask_on_image is None else feather_mask(mask_on_image, request.feather)
+    blend = None if mask_on_image is None else _blend(request, mask_on_image)
     crop = None
     if box is not None and whole_image is not None and whole_mask is not None:
-        crop = CropRegion(box, whole_image, feather_mask(whole_mask, request.feather), width, height)
+        crop = CropRegion(box, whole_image, _blend(request, whole_mask), width, height)
     resampling = resampling_warnings(spec, width, height)
     if crop is not None:
         height, width = crop.image.shape[:2]
     kept_image = image if mask_on_image is not None else None
-    return ImageLayout(job, canvas, width, height, kept_image, soft_mask, resampling, crop)
+    return ImageLayout(job, canvas, width, height, kept_image, blend, resampling, crop)
 
 
 @contextmanager
@@ -205,11 +206,24 @@ def _image_on_canvas(
 
 
 def _mask_on_canvas(request: GenerationRequest, mask: Pixels | None, canvas: Canvas) -> ImageArray | None:
-    """Return what the model repaints: black and white, with whole latents where the image is extended."""
+    """Return what the model repaints, with whole latents where the image is extended.
+
+    Black and white, or, for a soft mask, with its levels and those of its feather.
+    """
     if mask is None:
         return None
-    binary = binarize_mask(to_canvas(mask, canvas, fill=0))
-    return ImageArray(binary if request.extend is None else cover_cells(binary))
+    soft = request.mask_mode is MaskMode.SOFT
+    levels = to_canvas(feather_mask(mask, request.feather) if soft else binarize_mask(mask), canvas, fill=0)
+    levels = levels if soft else binarize_mask(levels)
+    if request.extend is None:
+        return ImageArray(levels)
+    return ImageArray(np.maximum(levels, cover_cells(np.where(levels == 255, levels, np.uint8(0)))))
+
+
+def _blend(request: GenerationRequest, mask: Pixels) -> Pixels:
+    """Return the weights of the new image over the old one; a soft mask was blended by the model."""
+    soft = request.mask_mode is MaskMode.SOFT
+    return feather_mask(binarize_mask(mask) if soft else mask, request.feather)
 
 
 def _fit_inputs(

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from stable_diffusion_server.errors import Forbidden, InvalidInput, ModelLoadError
+from stable_diffusion_server.generation.image_options import check_mask_mode, check_tiling
 from stable_diffusion_server.generation.limits import range_sentence
-from stable_diffusion_server.generation.tiling import check_tiling
 from stable_diffusion_server.pipelines import TRUE_GUIDANCE, ModelSpec, check_class_extra, known_names, spec_of
 from stable_diffusion_server.types import Caller, ExtraValue, GenerationRequest, StoredObject, Task
 
@@ -268,8 +268,8 @@ def check_abilities(request: GenerationRequest, spec: ModelSpec) -> None:
     if request.canny_low > request.canny_high:
         sentence = "canny_low must not be above canny_high."
         raise InvalidInput.from_faults([("canny_low", sentence), ("canny_high", sentence)])
-    if request.tiling is not None:
-        check_tiling(request, spec)
+    check_tiling(request, spec)
+    check_mask_mode(request, spec)
     if request.clip_skip is not None and not spec.usual_clip_skip:
         raise InvalidInput(f"{spec.name} has no CLIP whose layers can be left out.", field="clip_skip")
     if request.prompt_2 is not None and not spec.takes_prompt_2:

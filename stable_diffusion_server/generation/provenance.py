@@ -11,7 +11,7 @@ from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixe
 from stable_diffusion_server.generation.resolver import ResolvedRequest
 from stable_diffusion_server.generation.second_pass import has_second_pass, second_pass_parameters
 from stable_diffusion_server.storage import IMMUTABLE, HistoryEntry
-from stable_diffusion_server.types import DiffusionRequest, PromptSyntax, diffusion_request_fields
+from stable_diffusion_server.types import DiffusionRequest, MaskMode, PromptSyntax, diffusion_request_fields
 
 # Request fields that a replay does not need: input images, where and when the result is stored, how prompts came about.
 NOT_RECORDED = frozenset(
@@ -116,7 +116,7 @@ def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
     values = {name: resolved_fields.get(name, value) for name, value in requested.items()}
     # As files of older versions are read.
     usual = {**dict.fromkeys(("clip_skip", "prompt_2", "extend", "tiling")), "prompt_syntax": PromptSyntax.PLAIN}
-    usual |= {"extra": (), "sampling": ()}
+    usual |= {"mask_mode": MaskMode.HARD, "extra": (), "sampling": ()}
     return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 
 

@@ -29,7 +29,7 @@ class RequestResolver:
         `expands` is false for a stored request, whose prompts were expanded before. Raises `InvalidInput`, `Forbidden`.
         """
         request = permitted_request(request, caller, self._options)
-        if expands and self._may_expand(request):
+        if expands and self._expander.changes(request):
             return await asyncio.to_thread(self._expander.expand, request)
         return request
 
@@ -44,14 +44,9 @@ class RequestResolver:
         """Admit and resolve a request without I/O; `None` if that cannot be. Raises `InvalidInput`, `Forbidden`."""
         if request.sources or request.loras or request.seed == "random" or is_long(request):
             return None
-        if self._may_expand(request):
+        if self._expander.changes(request):
             return None
         return self._resolve_words(permitted_request(request, caller, self._options))
-
-    def _may_expand(self, request: GenerationRequest) -> bool:
-        """Whether the request asks for styles or wildcards, and has any. Reads no file."""
-        wildcards = self._expander.by_default if request.wildcards is None else request.wildcards
-        return bool(request.styles or wildcards) and self._expander.changes(request)
 
     def _resolve_words(self, request: GenerationRequest) -> ResolvedRequest:
         """Resolve a request without input images and LoRAs, from the cache if possible."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -73,10 +73,20 @@ class DenoisingSegment:
 
 @dataclass(frozen=True, slots=True)
 class InpaintConstraint:
-    """Keeps `latents` of the original image wherever `mask` (shaped like them, or 1 × 1 × h × w) is 0."""
+    """Keeps `latents` of the original image wherever `mask` (shaped like them, or 1 × 1 × h × w) is 0.
+
+    Where a `soft` mask is c, the last share c of the passes is free (Levin and Fried 2023, arXiv 2306.00950).
+    """
 
     mask: torch.Tensor
     latents: torch.Tensor
+    soft: bool = False
+
+    def repainted(self, done: float) -> torch.Tensor:
+        """The mask of what stays as it is drawn after this share of the passes, 0..1."""
+        if not self.soft:
+            return self.mask
+        return ((1 - self.mask <= done) & (self.mask > 0)).to(self.mask.dtype)
 
 
 @dataclass(slots=True)
@@ -142,7 +152,7 @@ class PipelineState(Generic[C]):
         self.index = self.segment_start + segment.steps_done(self.passes)
         ended = self.passes == len(segment.timesteps)
         if self.inpaint is not None:
-            mask, original = self.inpaint.mask, self.inpaint.latents
+            mask, original = self.inpaint.repainted(self.passes / len(segment.timesteps)), self.inpaint.latents
             latents = (1 - mask) * (original if ended else segment.add_noise(original, self.passes)) + mask * latents
             if predicted is not None:
                 predicted = (1 - mask) * original + mask * predicted
@@ -160,7 +170,7 @@ class PipelineState(Generic[C]):
             self.conditioning, self.control = self.segments[0].conditioning, None
             return
         if self.inpaint is not None:
-            self.inpaint = InpaintConstraint(self.inpaint.mask, self.latents)
+            self.inpaint = replace(self.inpaint, latents=self.latents)
         self.latents = self.segments[0].add_noise(self.latents, 0)
 
 
@@ -227,13 +237,19 @@ def to_tensor(image: ImageArray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(pixels[None].transpose(0, 3, 1, 2)).to(device).expand(1, 3, -1, -1)
 
 
-def latent_mask(mask: ImageArray, like: torch.Tensor) -> torch.Tensor:
+def latent_mask(mask: ImageArray, like: torch.Tensor, *, soft: bool = False) -> torch.Tensor:
     """The mask over latents `like` (1 × channels × h × w): 1 × 1 × h × w, 1 to repaint and 0 to keep.
 
-    Binarized at one half, then shrunk to the nearest pixel, as diffusers' inpaint pipelines do.
+    Binarized at one half unless `soft`, then shrunk to the nearest pixel, as diffusers' inpaint pipelines do.
     """
-    binary = (to_tensor(mask, like.device)[:, :1] >= 0.5).float()
-    return torch.nn.functional.interpolate(binary, size=like.shape[-2:]).to(like.dtype)
+    levels = mask_levels(mask, like.device, soft=soft)
+    return torch.nn.functional.interpolate(levels, size=like.shape[-2:]).to(like.dtype)
+
+
+def mask_levels(mask: ImageArray, device: torch.device, *, soft: bool) -> torch.Tensor:
+    """The mask as floats, 1 × 1 × height × width: binarized at one half unless `soft`."""
+    levels = to_tensor(mask, device)[:, :1]
+    return levels if soft else (levels >= 0.5).float()
 
 
 def encode(
@@ -249,9 +265,8 @@ def encode(
     while True:
         try:
             with tried.applied(vae, image.shape[-2] * image.shape[-1]):
-                # A tile that wraps would meet itself.
                 tiled = runs_in_tiles(vae, pixels.shape[-2:], "sample")
-                with wrapping(None if tiled else current_tiling()):
+                with wrapping(None if tiled else current_tiling()):  # a tile that wraps would meet itself
                     distribution = vae.encode(pixels).latent_dist
             break
         except torch.OutOfMemoryError:

@@ -57,6 +57,8 @@ class NativeFamily(DiffusersFamily, Generic[C]):
             loras = self.loras.use(request.loras, request.lora_digests)
             with self.loras.applied(loras), wrapping(request.tiling):
                 state = self._state_of(request, skipped, loras)
+        if request.soft and state.inpaint is None:
+            raise InvalidInput(f"{self.spec.name} takes its mask as an input, without levels.", field="mask_mode")
         state.tiling = self._smaller_tiling
         state.warnings += remarks_of(loras)
         return state

@@ -188,7 +188,8 @@ class UnetFamily(NativeFamily[UnetConditioning]):
         """The latents before the first step, and the inpaint constraint if there is a mask."""
         inpaint = None
         if request.mask is not None and original is not None:
-            inpaint = InpaintConstraint(latent_mask(request.mask, original), original)
+            mask = latent_mask(request.mask, original, soft=request.soft)
+            inpaint = InpaintConstraint(mask, original, request.soft)
         if original is None or (inpaint is not None and request.strength == 1):
             return segment.noise * segment.scheduler.init_noise_sigma, inpaint
         return segment.add_noise(original, 0), inpaint

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.types.choices import (
+from stable_diffusion_server.types.callers import Caller
+from stable_diffusion_server.types.choices import Extension, Fill, Fit, MaskMode, PromptSyntax, Task, Tiling
+from stable_diffusion_server.types.requests import (
     LORA_NAME_PATTERN,
     LORA_WEIGHT_MAX,
     NOISE_SEEDS,
     SEED_MAX,
-    Extension,
-    ExtraValue,
-    Fill,
-    Fit,
-    PromptSyntax,
-    Seed,
-    Task,
-    Tiling,
-)
-from stable_diffusion_server.types.requests import (
-    Caller,
     DiffusionRequest,
+    ExtraValue,
     Format,
     GenerationRequest,
     ImageArray,
     ImageInput,
+    Seed,
     diffusion_request_fields,
     digest,
     image_digest,
@@ -55,6 +48,7 @@ __all__ = [
     "GenerationResult",
     "ImageArray",
     "ImageInput",
+    "MaskMode",
     "PromptSyntax",
     "RequestWarning",
     "Seed",

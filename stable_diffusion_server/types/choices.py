@@ -1,20 +1,9 @@
-"""Choices of a request: its task, prompt syntax, seed and LoRAs, and how images are fitted, filled and extended."""
+"""Choices of a request: its task and prompt syntax, and how images are fitted, filled and extended."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal, NamedTuple
-
-SEED_MAX = 2**64 - 1
-# The noise depends on the lower 32 bits of a seed, as that of torch's CPU generator does.
-NOISE_SEEDS = 2**32
-LORA_WEIGHT_MAX = 8.0
-# A LoRA name: the stem of its file, also with folders before it, at most 100 characters. Texts name several with commas
-# and weights with colons.
-_IN_NAME = r'[^,:<>"\\\x00-\x1f\x7f'
-LORA_NAME_PATTERN = rf"(?![./])(?!.*/[./]){_IN_NAME}\s](?:{_IN_NAME}]{{0,98}}{_IN_NAME}\s])?"
-Seed = int | Literal["random"] | None
-ExtraValue = bool | int | float | str
+from typing import NamedTuple
 
 
 class Task(StrEnum):
@@ -61,6 +50,13 @@ class Tiling(StrEnum):
     def wraps_y(self) -> bool:
         """Whether the upper border meets the lower one."""
         return self is not Tiling.X
+
+
+class MaskMode(StrEnum):
+    """How grey parts of a mask are read: hard, they blend old and new; soft, they say how much is changed."""
+
+    HARD = "hard"
+    SOFT = "soft"
 
 
 class Fill(StrEnum):

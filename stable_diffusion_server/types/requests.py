@@ -7,18 +7,27 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server.types.choices import Extension, ExtraValue, Fill, Fit, PromptSyntax, Seed, Task, Tiling
+from stable_diffusion_server.types.choices import Extension, Fill, Fit, MaskMode, PromptSyntax, Task, Tiling
 
+SEED_MAX = 2**64 - 1
+# The noise depends on the lower 32 bits of a seed, as that of torch's CPU generator does.
+NOISE_SEEDS = 2**32
+LORA_WEIGHT_MAX = 8.0
+# A LoRA name: the stem of its file, also with folders before it, at most 100 characters. Texts name several with commas
+# and weights with colons.
+_IN_NAME = r'[^,:<>"\\\x00-\x1f\x7f'
+LORA_NAME_PATTERN = rf"(?![./])(?!.*/[./]){_IN_NAME}\s](?:{_IN_NAME}]{{0,98}}{_IN_NAME}\s])?"
+Seed = int | Literal["random"] | None
+ExtraValue = bool | int | float | str
 # Fields that few requests have.
-_RARE = ("references", "extra", "weighted", "clip_skip", "sampling", "prompt_2", "tiling")
+_RARE = ("references", "extra", "weighted", "clip_skip", "sampling", "prompt_2", "tiling", "soft")
 # Schedulers of second order: two forward passes a step.
 _TWO_PASSES = frozenset({"heun", "kdpm2", "kdpm2_a", "dpm_sde", "dpm_2s_a", "flow_heun"})
-# Ends with a space, which no key name contains.
-_ANONYMOUS = "anonymous "
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,7 @@ class DiffusionRequest:
         lora_digests: SHA-256 of each LoRA's file; if empty, the current content of the files is used.
         sampling: Options of the sampler that are not its defaults, by name, sorted.
         tiling: Borders that meet when the image is repeated.
+        soft: Whether the mask's levels say in which share of the steps a pixel is repainted; otherwise it is binary.
     """
 
     task: Task
@@ -88,6 +98,7 @@ class DiffusionRequest:
     sampling: tuple[tuple[str, ExtraValue], ...] = ()
     prompt_2: str | None = None
     tiling: Tiling | None = None
+    soft: bool = False
 
     @property
     def passes_per_step(self) -> int:
@@ -176,6 +187,7 @@ class GenerationRequest:
         fit: How `image` is brought to the requested size.
         fill: What replaces the masked part before it is repainted.
         only_masked: If set, the area around the mask with this margin in pixels is repainted at the requested size.
+        mask_mode: How grey parts of the mask are read.
         extend: How far `image` is extended; its new sides are inpainted, beside what `mask` covers.
         alone: Whether the request must not share forward passes, so that it can be reproduced bit for bit.
         named_for: Caller that a derived object key belongs to.
@@ -229,6 +241,7 @@ class GenerationRequest:
     fit: Fit = Fit.CROP
     fill: Fill = Fill.ORIGINAL
     only_masked: int | None = None
+    mask_mode: MaskMode = MaskMode.HARD
     extend: Extension | None = None
     alone: bool = False
     named_for: str = ""
@@ -253,61 +266,3 @@ class GenerationRequest:
     def sources(self) -> tuple[ImageInput, ...]:
         """The input images of the request."""
         return (*(source for source in (self.image, self.mask) if source is not None), *self.references)
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """The caller of a request.
-
-    Attributes:
-        name: Name of the API key; empty if no key is required.
-        prefix: Object keys that the caller may write, delete and list start with this; empty for all.
-        admin: Whether the API key may read and change what belongs to others.
-        anonymous: Whether this is a client without a key under ALLOW_ANONYMOUS.
-        address: The client's IPv4 address, or its IPv6 /64 network.
-        models: Names of the models that the API key may use; empty for all.
-    """
-
-    name: str = ""
-    prefix: str = ""
-    admin: bool = False
-    anonymous: bool = False
-    address: str = ""
-    models: tuple[str, ...] = ()
-
-    @property
-    def uses_all_models(self) -> bool:
-        """Whether the caller may use every model."""
-        return not self.models or self.has_full_access
-
-    @property
-    def has_full_access(self) -> bool:
-        """Whether the caller may read and change everything: an admin key, or the operator of a local server."""
-        return self.admin or not (self.name or self.anonymous)
-
-    def may_access_jobs_of(self, owner: Caller) -> bool:
-        """Whether the caller may see and cancel those jobs of `owner` whose ids it knows.
-
-        Anyone who knows the id may access an anonymous client's job, because such clients have no other credential.
-        """
-        return self.has_full_access or owner.anonymous or owner.owner == self.owner
-
-    @property
-    def share(self) -> str:
-        """Identifies the caller where capacity is shared fairly: by API key, or by address without one."""
-        return f"key {self.name}" if self.name else f"address {self.address}"
-
-    @property
-    def owner(self) -> str:
-        """Identifies the owner of jobs, idempotency keys and options: the key name, or an anonymous client's address.
-
-        It is empty for the operator, and no key name equals an anonymous client's owner string.
-        """
-        return f"{_ANONYMOUS}{self.address}" if self.anonymous else self.name
-
-    @classmethod
-    def from_owner(cls, owner: str, prefix: str = "") -> Caller:
-        """The caller with this stored `owner`; `admin` is false, since it depends on the current keys."""
-        if owner.startswith(_ANONYMOUS):
-            return cls(anonymous=True, address=owner.removeprefix(_ANONYMOUS))
-        return cls(owner, prefix)

@@ -25,6 +25,7 @@ from stable_diffusion_server.types import (
     Format,
     GenerationRequest,
     ImageInput,
+    MaskMode,
     PromptSyntax,
     Task,
     Tiling,
@@ -74,6 +75,7 @@ CHANGED: dict[str, Any] = {
     "sampling": (("schedule", "karras"),),
     "prompt_2": "a blue wall",
     "tiling": Tiling.X,
+    "mask_mode": MaskMode.SOFT,
 }
 # A model that takes the parameters of its diffusers class.
 WITH_OWN = replace(MODELS["sdxl"], any_extra=True, pipeline_class="ZImagePipeline")

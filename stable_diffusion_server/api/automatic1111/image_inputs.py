@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from stable_diffusion_server.api.automatic1111.controlnet_units import CannyUnit
+from stable_diffusion_server.api.automatic1111.controlnet_units import SOFT_INPAINTING, CannyUnit
 from stable_diffusion_server.api.automatic1111.task_params import Img2Img, Txt2Img
 from stable_diffusion_server.api.base64_images import bytes_of
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import check_tiling
 from stable_diffusion_server.pipelines import ModelSpec
-from stable_diffusion_server.types import Extension, Fill, Fit, GenerationRequest, ImageInput, Task, Tiling
+from stable_diffusion_server.types import Extension, Fill, Fit, GenerationRequest, ImageInput, MaskMode, Task, Tiling
 
 _FITS = (Fit.STRETCH, Fit.CROP, Fit.PAD, Fit.STRETCH)
 _FILL_OF_MASK = (Fill.SURROUNDINGS, Fill.ORIGINAL, Fill.NOISE, Fill.GREY)
@@ -35,6 +35,9 @@ _FILLS = {
     for name in names
 }
 _FIELD = "script_args"
+# Defaults of Soft Inpainting's arguments after the first.
+_SOFT_USUAL = (1, 0.5, 4, 0, 0.5, 2)
+_SOFT_TOLD = "Soft Inpainting: its arguments are not honoured; grey says how much is changed."
 
 
 def with_images(
@@ -84,6 +87,7 @@ def _with_input_images(
         fit=_FITS[params.resize_mode or 0],
         strength=0.75 if params.denoising_strength is None else params.denoising_strength,
     )
+    soft, about_soft = _soft_mask(params)
     if params.mask:
         if edges is not None:
             ignored.append("controlnet: edges are not followed where a mask is.")
@@ -96,7 +100,9 @@ def _with_input_images(
             feather=4 if params.mask_blur is None else params.mask_blur,
             fill=_FILL_OF_MASK[params.inpainting_fill or 0],
             only_masked=None if whole else params.inpaint_full_res_padding or 0,
+            mask_mode=MaskMode.SOFT if soft else MaskMode.HARD,
         )
+        ignored += about_soft
     generation, about_script = _with_script(generation, params)
     images = [replace(generation, image=ImageInput("init_images", data=file)) for file in files]
     return images, [*ignored, *about_script]
@@ -142,6 +148,16 @@ def _with_script(generation: GenerationRequest, params: Img2Img) -> tuple[Genera
         fill=Fill.NOISE if places[3] is None else _fill(fill),
         extend=Extension(**sides, overlap=_whole(blur, 8)),
     ), []
+
+
+def _soft_mask(params: Img2Img) -> tuple[bool, list[str]]:
+    """Return whether "Soft Inpainting" is enabled, and a sentence if its further arguments are not its defaults."""
+    for name, script in (params.alwayson_scripts or {}).items():
+        args = script.get("args") if isinstance(script, dict) else None
+        if name.lower() == SOFT_INPAINTING and isinstance(args, list) and args[:1] == [True]:
+            odd = any(given not in (usual, None) for given, usual in zip(args[1:], _SOFT_USUAL, strict=False))
+            return True, [_SOFT_TOLD] if odd else []
+    return False, []
 
 
 def _sides(directions: Any) -> list[str]:

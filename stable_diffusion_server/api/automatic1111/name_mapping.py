@@ -15,6 +15,7 @@ _FIELDS = {
     "hires_steps": "hr_second_pass_steps",
     "hires_strength": "denoising_strength",
     "canny": "alwayson_scripts",
+    "mask_mode": "alwayson_scripts",
     "canny_low": "alwayson_scripts",
     "canny_high": "alwayson_scripts",
     "control_scale": "alwayson_scripts",

@@ -9,7 +9,7 @@ from pydantic import Field
 from stable_diffusion_server.api.base64_images import input_images
 from stable_diffusion_server.api.schemas.params import File, NativeParams
 from stable_diffusion_server.generation import extension_fields, extension_of
-from stable_diffusion_server.types import Extension, Fill, GenerationRequest, Task
+from stable_diffusion_server.types import Extension, Fill, GenerationRequest, MaskMode, Task
 
 
 class InpaintParams(NativeParams):
@@ -30,6 +30,10 @@ class InpaintParams(NativeParams):
     feather: int = Field(0, description="Pixels over which the repainted part fades in from the border of the mask.")
     refine: bool = Field(True, description="Run a second pass at low strength over the image.")
 
+    mask_mode: MaskMode = Field(
+        MaskMode.HARD,
+        description="What grey in the mask says: `hard`, how old and new are blended; `soft`, how much is changed.",
+    )
     extend_left: int = Field(0, description="Pixels to extend the image by on its left side, without or with a mask.")
     extend_right: int = Field(0, description="Pixels to extend it by on its right side.")
     extend_top: int = Field(0, description="Pixels to extend it by at its top.")

@@ -23,6 +23,7 @@ from stable_diffusion_server.types import (
     GenerationRequest,
     GenerationResult,
     ImageInput,
+    MaskMode,
     PromptSyntax,
     RequestWarning,
     Task,
@@ -40,6 +41,7 @@ _CHOICES: dict[str, type[StrEnum]] = {
     **{"task": Task, "format": Format, "fit": Fit, "fill": Fill},
     "prompt_syntax": PromptSyntax,
     "tiling": Tiling,
+    "mask_mode": MaskMode,
 }
 # Problem types that earlier versions stored under another name.
 _RENAMED_KINDS = {"ends-the-server": "poison-job"}

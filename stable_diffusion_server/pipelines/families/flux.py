@@ -83,8 +83,8 @@ class Flux(NativeFamily[Conditioning]):
         elif request.mask is not None and original is not None:
             channels = self.pipeline.vae.config.latent_channels
             like = torch.empty(1, 1, *self._size(request), device=original.device, dtype=dtype)
-            mask = self._packed(latent_mask(request.mask, like).repeat(1, channels, 1, 1))
-            inpaint = InpaintConstraint(mask, original)
+            mask = self._packed(latent_mask(request.mask, like, soft=request.soft).repeat(1, channels, 1, 1))
+            inpaint = InpaintConstraint(mask, original, request.soft)
         return self._state(
             request,
             loras,

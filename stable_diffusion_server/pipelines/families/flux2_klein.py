@@ -18,6 +18,7 @@ from stable_diffusion_server.pipelines.base import (
     PipelineState,
     by_row,
     classifier_free,
+    mask_levels,
     seeded,
     to_tensor,
 )
@@ -71,7 +72,7 @@ class Flux2Klein(NativeFamily[Conditioning]):
             original = _packed(latents_of[0])
         first = self._segment(request, skipped, generator, embeds.dtype)
         if request.mask is not None and original is not None:
-            inpaint = InpaintConstraint(self._mask(request.mask, original), original)
+            inpaint = InpaintConstraint(self._mask(request.mask, original, request.soft), original, request.soft)
         return self._state(
             request,
             loras,
@@ -170,11 +171,11 @@ class Flux2Klein(NativeFamily[Conditioning]):
         mean, variance = norm.running_mean.view(1, -1, 1, 1), norm.running_var.view(1, -1, 1, 1)
         return mean.to(like), torch.sqrt(variance + self.pipeline.vae.config.batch_norm_eps).to(like)
 
-    def _mask(self, mask: ImageArray, like: torch.Tensor) -> torch.Tensor:
+    def _mask(self, mask: ImageArray, like: torch.Tensor, soft: bool) -> torch.Tensor:
         """The mask over packed latents, 1 × patches × 1: 1 to repaint, 0 to keep, between where a patch has both."""
-        binary = (to_tensor(mask, self.device)[:, :1] >= 0.5).float()
+        levels = mask_levels(mask, self.device, soft=soft)
         size = self._size(*mask.pixels.shape[:2])
-        return _packed(torch.nn.functional.interpolate(binary, size=size, mode="bilinear")).to(like)
+        return _packed(torch.nn.functional.interpolate(levels, size=size, mode="bilinear")).to(like)
 
     @property
     def _patch(self) -> int:

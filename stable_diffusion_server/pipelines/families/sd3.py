@@ -59,7 +59,8 @@ class StableDiffusion3(NativeFamily[Conditioning]):
             original = ((latents - config.shift_factor) * config.scaling_factor).to(dtype)
         first = self._segment(request, skipped, generator, dtype)
         if request.mask is not None and original is not None:
-            inpaint = InpaintConstraint(latent_mask(request.mask, original), original)
+            mask = latent_mask(request.mask, original, soft=request.soft)
+            inpaint = InpaintConstraint(mask, original, request.soft)
         start = None if original is None else first.add_noise(original, 0)
         lengths = (conditioning.embeds.shape[1],)
         return self._state(request, loras, conditioning, first, latents=start, lengths=lengths, inpaint=inpaint)

@@ -68,7 +68,8 @@ class ZImage(NativeFamily[Conditioning]):
             original = self._scaled(self._encoded(to_tensor(request.image, self.device), drawn_from)).to(dtype)
         first = self._segment(request, skipped, generator, dtype)
         if request.mask is not None and original is not None and not shown:
-            inpaint = InpaintConstraint(latent_mask(request.mask, original), original)
+            mask = latent_mask(request.mask, original, soft=request.soft)
+            inpaint = InpaintConstraint(mask, original, request.soft)
         start = None if original is None else first.add_noise(original, 0)
         return self._state(request, loras, conditioning, first, latents=start, inpaint=inpaint, control=control)
 
