@@ -6,12 +6,25 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionXLPipeline
 
-from training import control, flux, flux_vae, latent_cache, lora, package, sdxl, synthetic_shapes, text, vae
+from training import (
+    control,
+    flux,
+    flux_vae,
+    latent_cache,
+    lora,
+    package,
+    sdxl,
+    synthetic_shapes,
+    text,
+    upscaler,
+    vae,
+)
 from training.loop import RUNS, Plan
 
 PLANS: dict[str, Plan] = {
@@ -24,6 +37,7 @@ PLANS: dict[str, Plan] = {
     "controlnet-sdxl": Plan("controlnet-sdxl", 6000, 1e-3, average=0.99, cooling=0.4, muon=3.0, reduced=True),
     "controlnet-flux": Plan("controlnet-flux", 5000, 1e-3, average=0.99, cooling=0.4, muon=3.0, reduced=True),
     "lora": Plan("lora", 400, 2e-3, average=0.98, cooling=0.4),
+    "upscaler": Plan("upscaler", 3000, 2e-3, average=0.99, cooling=0.7, every=90),
 }
 """What is trained, in order, and how long from nothing."""
 STORES: dict[str, int] = {"pictures": 64, "twins": 8, "edges": 16, "outlines": 4}
@@ -93,13 +107,17 @@ STAGES: dict[str, Callable[[Plan, bool], Path]] = {
     "controlnet-sdxl": train_beside_sdxl,
     "controlnet-flux": train_beside_flux,
     "lora": train_beside_sdxl,
+    "upscaler": upscaler.run,
 }
 
 
 def main() -> None:
     """Parse the command line, run the requested stages, and write the results to models/."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    packages = {f"package-{family}": family for family in package.PARTS}
+    packages: dict[str, Callable[[], str]] = {
+        **{f"package-{family}": partial(package.run, family) for family in package.PARTS},
+        "package-upscaler": package.run_upscaler,
+    }
     names = [*PLANS, *STORES, *packages]
     parser.add_argument("--stage", choices=names, action="append", help="only this one; may repeat")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -111,7 +129,7 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     for name in asked.stage or [*PLANS, *packages]:
         if name in packages:
-            sys.stdout.write(f"embedded-{package.run(packages[name])} is the revision for the catalogue\n")
+            sys.stdout.write(f"embedded-{packages[name]()} is the revision of {name.removeprefix('package-')}\n")
         elif name in STORES:
             fill(name, asked.device)
         else:

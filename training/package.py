@@ -78,6 +78,15 @@ def run(family: str) -> str:
     return digest(MODELS / PARTS[family][0][0])
 
 
+def run_upscaler() -> str:
+    """Copy the finished upscaler to models/; returns the digest of its folder."""
+    folder = MODELS / "embedded-upscaler"
+    folder.mkdir(exist_ok=True)
+    for made in (RUNS / "upscaler" / "out").glob("*.safetensors"):
+        shutil.copyfile(made, folder / made.name)
+    return digest(folder)
+
+
 def digest(folder: Path) -> str:
     """Return the first ten digits of the SHA-256 of a model's file names and contents: the catalogue's revision."""
     content = hashlib.sha256()

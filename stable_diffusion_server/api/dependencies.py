@@ -9,7 +9,14 @@ from typing import Protocol
 from fastapi import Request
 
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound, ServerError
-from stable_diffusion_server.generation import PromptExpander, RequestLimits, not_permitted, permitted_models
+from stable_diffusion_server.generation import (
+    NO_UPSCALER,
+    ImageUpscaler,
+    PromptExpander,
+    RequestLimits,
+    not_permitted,
+    permitted_models,
+)
 from stable_diffusion_server.pipelines import ModelSpec, known_names
 from stable_diffusion_server.types import Caller, GenerationRequest
 
@@ -69,7 +76,8 @@ class DialectContext:
     `device_memory` returns bytes by device and kind.
     `status_of` returns family, size and place of a model by its name.
     `response_format` is what the OpenAI endpoints answer if a request does not say it: url, b64_json or auto.
-    `limited`: the caller may use these models only, of more. `expander` knows the styles and wildcards.
+    `limited`: the caller may use these models only, of more. `expander` knows the styles and wildcards, `upscaler` the
+    upscalers.
     """
 
     limits: RequestLimits
@@ -84,6 +92,7 @@ class DialectContext:
     status_of: Callable[[str], Mapping[str, object]] = lambda name: {}
     limited: bool = False
     expander: PromptExpander = field(default_factory=PromptExpander)
+    upscaler: ImageUpscaler = NO_UPSCALER
 
     def for_caller(self, caller: Caller) -> DialectContext:
         """Return the context with the models that a caller may use, and with no others in lists and sentences."""

@@ -21,6 +21,7 @@ from stable_diffusion_server.app.readiness import Readiness
 from stable_diffusion_server.app.services import ImageReaders, build_jobs, build_service
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.app.ui import mount_ui, visitor_key
+from stable_diffusion_server.app.upscalers import Upscalers
 from stable_diffusion_server.observability import (
     HEARTBEAT_FILE,
     DeviceRecord,
@@ -54,8 +55,8 @@ def create_app(
     engine = build_engine(settings, models, load, metrics, hooks, readiness, record)
     options = replace(generation_options(settings, models), ownership=stores.ownership)
     readers = ImageReaders.of(settings)
-    expander = prompt_expander(settings)
-    service = build_service(settings, engine, models, options, stores, readers, metrics, tracing, expander)
+    expander, upscalers, decode = prompt_expander(settings), Upscalers(settings), readers.decoder.decode
+    service = build_service(settings, engine, models, options, stores, readers, metrics, tracing, expander, upscalers)
     jobs = build_jobs(settings, service, stores, record)
     readiness.watch(engine, readers.decoder, jobs)
     shutdown = Shutdown(lambda: engine.running > 0 or jobs.running > 0, settings.shutdown_grace_seconds)
@@ -87,9 +88,9 @@ def create_app(
     add_middleware(app, settings, metrics, tracing, visitor_key(sessions))
     app.add_middleware(CloseConnectionsMiddleware, shutdown=shutdown)
     manager = ModelManager(settings, models, engine)
-    add_routes(app, settings, service, jobs, stores, options, models, readers.decoder.decode, manager, expander)
-    add_replay(app, service, stores, options, readers.decoder.decode)
-    ui = mount_ui(app, settings, readers.decoder.decode, sessions, hooks)
+    add_routes(app, settings, service, jobs, stores, options, models, decode, manager, expander, upscalers)
+    add_replay(app, service, stores, options, decode)
+    ui = mount_ui(app, settings, decode, sessions, hooks)
     app.include_router(
         health_router(readiness.missing, metrics.exposition, models.describe, models.remarks, models.may_use)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import ip_network
 
 import structlog
@@ -41,6 +42,7 @@ from stable_diffusion_server.generation import (
     DecodeImage,
     GenerationOptions,
     GenerationService,
+    ImageUpscaler,
     PromptExpander,
     ReplayService,
 )
@@ -96,12 +98,13 @@ def add_routes(
     decode: DecodeImage,
     manager: ModelManager,
     expander: PromptExpander,
+    upscaler: ImageUpscaler,
 ) -> None:
     """Add the routes of generation, jobs, files, history and the API documentation."""
     url_of = stores.url_of
     dispatcher = RequestDispatcher(service, jobs, url_of, stores.base_of)
     app.include_router(generate_router(dispatcher, options.limits, url_of, get_generates=settings.get_generates))
-    dialects = build_dialect_context(settings, options, models, expander)
+    dialects = replace(build_dialect_context(settings, options, models, expander), upscaler=upscaler)
     app.include_router(models_router(dialects, manager))
     app.include_router(openai_router(service, dispatcher, dialects, url_of, decode))
     previews = EncodedPreviews()

@@ -9,6 +9,7 @@ from stable_diffusion_server.api import job_body
 from stable_diffusion_server.app.key_callers import callers_of_keys
 from stable_diffusion_server.app.model_state import ModelState
 from stable_diffusion_server.app.storage import StorageStack
+from stable_diffusion_server.app.upscalers import Upscalers
 from stable_diffusion_server.engine import Engine
 from stable_diffusion_server.generation import DecodedPixels, GenerationOptions, GenerationService, PromptExpander
 from stable_diffusion_server.imaging import DEFAULT_FORMATS, DecoderPool
@@ -62,6 +63,7 @@ def build_service(
     usage: UsageMetrics,
     tracing: Tracing,
     expander: PromptExpander,
+    upscalers: Upscalers,
 ) -> GenerationService:
     """Build the generation service; opens and starts nothing."""
     return GenerationService(
@@ -77,6 +79,7 @@ def build_service(
         tracing=tracing,
         log_prompts=settings.log_prompts,
         expander=expander,
+        upscaler=upscalers,
     )
 
 

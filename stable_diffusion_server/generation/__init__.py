@@ -13,27 +13,35 @@ from stable_diffusion_server.generation.prompt_files import PromptFiles
 from stable_diffusion_server.generation.prompts import load_stop_words
 from stable_diffusion_server.generation.quality import DecodedPixels
 from stable_diffusion_server.generation.replay import IMAGE_FIELD, EmbeddedProvenance, ReplayService, with_sources
-from stable_diffusion_server.generation.resolver import DEFAULT_QUALITY, GenerationOptions
+from stable_diffusion_server.generation.resolved_output import DEFAULT_QUALITY
+from stable_diffusion_server.generation.resolver import GenerationOptions
 from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.generation.upscaled_images import NO_UPSCALER, ChosenUpscaler, ImageUpscaler
+from stable_diffusion_server.generation.upscaling import DEFAULT_UPSCALER, UpscaleStopped
 
 __all__ = [
     "DEFAULT_QUALITY",
+    "DEFAULT_UPSCALER",
     "IMAGE_FIELD",
     "NAME_MAX",
+    "NO_UPSCALER",
     "STYLES_MAX",
     "TEXT_MAX",
+    "ChosenUpscaler",
     "DecodeImage",
     "DecodedPixels",
     "EmbeddedProvenance",
     "GenerationOptions",
     "GenerationService",
     "ImageLibrary",
+    "ImageUpscaler",
     "Ownership",
     "PromptExpander",
     "PromptFiles",
     "ReplayService",
     "RequestLimits",
     "SubmissionContext",
+    "UpscaleStopped",
     "able",
     "check_tiling",
     "extension_fields",

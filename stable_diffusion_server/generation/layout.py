@@ -282,6 +282,16 @@ class InputLoader:
         )
         return data
 
+    async def decode_image(
+        self, request: GenerationRequest, fetched: Mapping[str, bytes], share: str
+    ) -> tuple[bytes, Pixels]:
+        """Return the file of the request's image and its pixels. Raises `InvalidInput` without an image."""
+        source = request.image
+        if source is None:
+            raise InvalidInput("image is missing.", field="image")
+        data = source.data if source.data is not None else fetched[source.parameter]
+        return data, await self._decode(data, source.parameter, share=share)
+
     async def lay_out(self, resolved: ResolvedRequest, fetched: Mapping[str, bytes], share: str) -> ImageLayout:
         """Decode the input images and place them on the model's canvas."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from secrets import randbelow
 from typing import Any
@@ -46,6 +46,22 @@ class RequestLimits:
     max_feather: int = 256
     max_loras: int = 4
     max_references: int = 4
+    max_upscaled_side: int = 8192
+    max_upscaled_pixels: int = 33_554_432
+    max_scale: float = 16.0
+
+    def for_upscaling(self) -> RequestLimits:
+        """Return the bounds of requests that enlarge an image: their sizes have limits of their own."""
+        return replace(self, min_side=1, max_side=self.max_upscaled_side)
+
+    def check_upscaled(self, width: int, height: int, field: str) -> None:
+        """Raise `InvalidInput` for `field` if an enlarged image of this size (pixels) would be too large."""
+        if max(width, height) > self.max_upscaled_side or width * height > self.max_upscaled_pixels:
+            raise InvalidInput(
+                f"The result would have {width} × {height} pixels; a side may have {self.max_upscaled_side}, "
+                f"and the whole {self.max_upscaled_pixels}.",
+                field=field,
+            )
 
     def bounds(self) -> dict[str, tuple[float, float]]:
         """Return (smallest, largest) accepted value by name of numeric parameter."""
@@ -70,6 +86,7 @@ class RequestLimits:
             "hires_strength": (0.0, 1.0),
             **dict.fromkeys(("extend_left", "extend_right", "extend_top", "extend_bottom"), (0, self.max_side)),
             "extend_overlap": (0, self.max_feather),
+            "scale": (1.0, self.max_scale),
             **{name: (option.low, option.high) for name, option in SAMPLING_NUMBERS.items()},
         }
 

@@ -16,8 +16,9 @@ from stable_diffusion_server.generation.layout import ImageLayout
 from stable_diffusion_server.generation.permissions import Ownership
 from stable_diffusion_server.generation.provenance import build_record, embedded_metadata, history_entry
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
+from stable_diffusion_server.generation.resolved_output import ResolvedOutput
 from stable_diffusion_server.generation.resolver import ResolvedRequest
-from stable_diffusion_server.imaging import encode_image, source_type_of, xmp_packet
+from stable_diffusion_server.imaging import Pixels, encode_image, source_type_of, xmp_packet
 from stable_diffusion_server.storage import Bucket, HistoryEntry
 from stable_diffusion_server.types import Caller, Format, RequestWarning, StoredObject
 
@@ -68,6 +69,22 @@ class StoredOutput:
     timings: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class ComposedImage:
+    """An image to store.
+
+    `compose` makes its pixels (uint8, height × width × 3), `size` is width and height. `metadata` are embedded in the
+    file with the packet `xmp`, `record` returns the object's record for a file of so many bytes.
+    """
+
+    compose: Callable[[], Pixels]
+    size: tuple[int, int]
+    metadata: Mapping[str, object]
+    record: Callable[[int], Mapping[str, str]]
+    entry: HistoryEntry
+    xmp: str
+
+
 class OutputWriter:
     """Encodes, stores and records images. `embed` is full, digest or none; `record` must not raise."""
 
@@ -92,38 +109,42 @@ class OutputWriter:
 
         Raises `StorageUnavailable`, `Forbidden`, and `InvalidInput` or `StorageRefused` for a refused key.
         """
-        started = time.perf_counter()
         metadata = embedded_metadata(resolved, layout, image)
-        data = await self._encode(resolved, layout, image, metadata)
-        record = build_record(resolved, layout, image, (warning.code for warning in warnings), len(data))
-        record |= self._ownership.owner_record(caller)
+        codes = [warning.code for warning in warnings]
+        made = ComposedImage(
+            lambda: layout.compose_output(image.product.pixels),
+            (layout.width, layout.height),
+            metadata,
+            lambda size: build_record(resolved, layout, image, codes, size),
+            history_entry(resolved.key, caller.name, resolved, image.request, metadata),
+            xmp_packet(source_type_of(has_input_image=resolved.request.image is not None)),
+        )
+        return await self.write_image(resolved, made, caller)
+
+    async def write_image(self, resolved: ResolvedOutput, made: ComposedImage, caller: Caller) -> StoredOutput:
+        """Store an image under the resolved key. Raises the errors of `write`."""
+        started = time.perf_counter()
+        data = await self._encode(resolved, made)
+        record = {**made.record(len(data)), **self._ownership.owner_record(caller)}
         encoded = time.perf_counter()
         stored, created = await self._store(resolved, data, record, caller)
         if created:
-            self._record(history_entry(resolved.key, caller.name, resolved, image.request, metadata))
+            self._record(made.entry)
         timings = {"encode": encoded - started, "store": time.perf_counter() - encoded}
         return StoredOutput(stored, created, data, timings)
 
-    async def _encode(
-        self,
-        resolved: ResolvedRequest,
-        layout: ImageLayout,
-        image: CheckedImage[DecodedPixels],
-        metadata: Mapping[str, object],
-    ) -> bytes:
-        embedded = {"full": metadata, "digest": {"digest": resolved.content_digest}}.get(self._embed)
-        source_type = source_type_of(has_input_image=resolved.request.image is not None)
-        xmp = "" if self._embed == "none" else xmp_packet(source_type)
+    async def _encode(self, resolved: ResolvedOutput, made: ComposedImage) -> bytes:
+        embedded = {"full": made.metadata, "digest": {"digest": resolved.content_digest}}.get(self._embed)
+        xmp = "" if self._embed == "none" else made.xmp
 
         def encode() -> bytes:
-            pixels = layout.compose_output(image.product.pixels)
-            return encode_image(pixels, resolved.file_format, resolved.quality, embedded, xmp)
+            return encode_image(made.compose(), resolved.file_format, resolved.quality, embedded, xmp)
 
         lossless = resolved.file_format is not Format.JPEG and resolved.quality == 100
-        return await self._encoders.encode(layout.width * layout.height * 3, encode, lossless=lossless)
+        return await self._encoders.encode(made.size[0] * made.size[1] * 3, encode, lossless=lossless)
 
     async def _store(
-        self, resolved: ResolvedRequest, data: bytes, record: Mapping[str, str], caller: Caller
+        self, resolved: ResolvedOutput, data: bytes, record: Mapping[str, str], caller: Caller
     ) -> tuple[StoredObject, bool]:
         overwrite = resolved.request.overwrite
         if overwrite and not caller.has_full_access:
@@ -141,7 +162,7 @@ class OutputWriter:
 
 
 @contextmanager
-def key_errors_explained(resolved: ResolvedRequest) -> Iterator[None]:
+def key_errors_explained(resolved: ResolvedOutput) -> Iterator[None]:
     """Pass `InvalidInput` on if the caller chose the key; raise `StorageRefused` instead if the server chose it."""
     try:
         yield

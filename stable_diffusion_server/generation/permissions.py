@@ -21,6 +21,7 @@ _WORDS: Mapping[Task, str] = {
     Task.IMAGE_TO_IMAGE: "change an image by strength",
     Task.INPAINT: "repaint what a mask covers",
     Task.EDIT: "edit images by instruction",
+    Task.UPSCALE: "enlarge images",
 }
 
 
@@ -160,6 +161,8 @@ def spec_for(request: GenerationRequest, options: OfferedModels) -> ModelSpec:
 
 def permitted_request(request: GenerationRequest, caller: Caller, options: OfferedModels) -> GenerationRequest:
     """Return the request with a model that the caller may use and that draws it. Raises `Forbidden`, `InvalidInput`."""
+    if request.task is Task.UPSCALE:  # upscalers are no models
+        return request
     request = with_permitted_model(request, caller, options)
     return with_able_model(request, permitted_models(options.models, caller), options.default_model)
 

@@ -115,7 +115,8 @@ def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
     requested = {part.name: getattr(request, part.name) for part in fields(request) if part.name not in NOT_RECORDED}
     values = {name: resolved_fields.get(name, value) for name, value in requested.items()}
     # As files of older versions are read.
-    usual = {**dict.fromkeys(("clip_skip", "prompt_2", "extend", "tiling")), "prompt_syntax": PromptSyntax.PLAIN}
+    absent = ("clip_skip", "prompt_2", "extend", "tiling", "upscaler", "scale")
+    usual = {**dict.fromkeys(absent), "prompt_syntax": PromptSyntax.PLAIN}
     usual |= {"mask_mode": MaskMode.HARD, "extra": (), "sampling": ()}
     return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 

@@ -17,7 +17,8 @@ from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.interfaces import DecodeImage
 from stable_diffusion_server.generation.permissions import permitted_request
 from stable_diffusion_server.generation.provenance import NOT_RECORDED
-from stable_diffusion_server.generation.resolver import GenerationOptions, reference_name, resolve_request
+from stable_diffusion_server.generation.resolved_output import reference_name
+from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.generation.service import GenerationService
 from stable_diffusion_server.imaging import Pixels, read_record
 from stable_diffusion_server.storage import HistoryEntry

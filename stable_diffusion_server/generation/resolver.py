@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.image_options import image_options_identity
-from stable_diffusion_server.generation.limits import RequestLimits, file_format_of, name_of, seed_of
+from stable_diffusion_server.generation.limits import RequestLimits, seed_of
 from stable_diffusion_server.generation.permissions import (
     Ownership,
     adapters_for,
@@ -20,23 +19,19 @@ from stable_diffusion_server.generation.permissions import (
     spec_for,
 )
 from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt, read_prompts
+from stable_diffusion_server.generation.resolved_output import ResolvedOutput, place_of, source_identities
 from stable_diffusion_server.generation.seeds import with_subseed
 from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength, resolve_sampling, scheduler_of
-from stable_diffusion_server.storage import object_key
 from stable_diffusion_server.types import (
     ExtraValue,
     Fit,
-    Format,
     GenerationRequest,
-    ImageInput,
     PromptSyntax,
     RequestWarning,
     digest,
 )
 
 T = TypeVar("T")
-
-DEFAULT_QUALITY = 85
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,46 +80,15 @@ class ResolvedParameters:
     sampling: tuple[tuple[str, ExtraValue], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ResolvedRequest:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedRequest(ResolvedOutput):
     """A request with all values that can be decided without decoding its input images.
 
-    `content_digest` identifies the image. `request_digest` identifies the request with its seed as requested.
-    `sent_digest` is the same, but with the URLs of remote input images instead of their bytes.
-    `source_digests` are the SHA-256 of the input files, or URLs before download; `lora_digests` those of LoRA files.
+    `lora_digests` are the SHA-256 of its LoRA files.
     """
 
-    request: GenerationRequest
     parameters: ResolvedParameters
-    seed: int
-    file_format: Format
-    quality: int
-    key: str
-    content_digest: str
-    request_digest: str
-    sent_digest: str
-    source_digests: Mapping[str, str | None]
     lora_digests: tuple[str, ...] = ()
-
-    @property
-    def tag(self) -> str:
-        """Identifies the object to store under the key: requests with equal key and tag share one task."""
-        return f"{self.content_digest}/{self.file}/{self.request.overwrite}/{self.request.alone}"
-
-    @property
-    def file(self) -> str:
-        """Format and quality of the stored file, such as `webp/90`."""
-        return f"{self.file_format}/{self.quality}"
-
-    @property
-    def key_is_known(self) -> bool:
-        """Whether the key does not depend on the input images, so that it is final before they are downloaded."""
-        return self.request.save_path is not None and not self.request.named_by_content
-
-    def matches(self, record: Mapping[str, str]) -> bool:
-        """Whether the object with this record was made from this request, or has the same content digest."""
-        known = {("sent", self.sent_digest), ("order", self.request_digest), ("digest", self.content_digest)}
-        return record.get("file") == self.file and bool(known & set(record.items()))
 
 
 def resolve_request(
@@ -137,9 +101,8 @@ def resolve_request(
     """
     options.limits.check(request)
     parameters = _resolve_parameters(request, options)
-    addresses = {source.parameter: source.url for source in request.sources if source.url is not None}
-    sent_pictures = _identities(request, addresses)
-    pictures = _identities(request, fetched) if fetched else sent_pictures
+    sent_pictures = source_identities(request)
+    pictures = source_identities(request, fetched)
     adapters = adapters_for(request, options.loras)
     spec = _identity_fields(request, parameters, adapters, options.stop_words)
     seed_asked = {"seed": request.seed, **({"variation": request.variation} if request.variation else {})}
@@ -150,21 +113,14 @@ def resolve_request(
         spec["sampling"] = sampling
     seed = seed_of(request, request_digest)
     content = digest({**spec, **pictures, "seed": seed})
-    file_format = file_format_of(request)
-    # PNG is lossless, so its quality must not make two files differ.
-    quality = 100 if file_format is Format.PNG else _or_default(request.quality, DEFAULT_QUALITY)
-    conceal = options.ownership.conceal
-    key_digest = conceal(digest({"content": content, "format": file_format, "quality": quality}), request)
-    name = f"{request.folder}{key_digest[:32]}.{file_format}"
-    if request.save_path is not None:
-        name = name_of(request, conceal(f"{request_digest}/{file_format}/{quality}", request))
+    place = place_of(request, content, request_digest, options.bucket_path, options.ownership)
     return ResolvedRequest(
         request=request,
         parameters=parameters,
         seed=seed,
-        file_format=file_format,
-        quality=quality,
-        key=object_key(options.bucket_path, name),
+        file_format=place.file_format,
+        quality=place.quality,
+        key=place.key,
         content_digest=content,
         request_digest=request_digest,
         sent_digest=digest({**spec, **sent_pictures, **seed_asked}),
@@ -287,24 +243,6 @@ def _identity_fields(
         **({"clip_skip": parameters.clip_skip} if parameters.clip_skip is not None else {}),
         **({"sampling": parameters.sampling} if parameters.sampling else {}),
     }
-
-
-def _identities(request: GenerationRequest, given: Mapping[str, str | bytes]) -> dict[str, str | None]:
-    """Return identities of the input images: SHA-256 of the bytes, or the URL as a placeholder."""
-
-    def identity(source: ImageInput | None) -> str | None:
-        if source is None:
-            return None
-        known = source.data if source.data is not None else given[source.parameter]
-        return hashlib.sha256(known).hexdigest() if isinstance(known, bytes) else known
-
-    references = {reference_name(number): identity(source) for number, source in enumerate(request.references)}
-    return {"image": identity(request.image), "mask": identity(request.mask), **references}
-
-
-def reference_name(number: int) -> str:
-    """Return the name of a reference image among the input images of a request, counted from 0."""
-    return f"reference_{number}"
 
 
 def _or_default(value: T | None, default: T) -> T:

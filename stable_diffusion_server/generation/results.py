@@ -11,12 +11,14 @@ from cachetools import LRUCache
 
 from stable_diffusion_server.generation.layout import ImageLayout, resampling_warnings
 from stable_diffusion_server.generation.limits import parse_int
+from stable_diffusion_server.generation.permissions import Ownership
 from stable_diffusion_server.generation.provenance import RECORDED_WARNINGS
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
 from stable_diffusion_server.pipelines import CHUNK_TOKENS, MOST_CHUNKS
 from stable_diffusion_server.types import (
     SEED_MAX,
+    Caller,
     DiffusionRequest,
     GenerationRequest,
     GenerationResult,
@@ -70,6 +72,36 @@ def is_long(request: GenerationRequest) -> bool:
     return sum(len(text or "") for text in (request.prompt, request.negative_prompt, request.prompt_2)) > _LONG
 
 
+def result_of_outcome(
+    resolved: ResolvedRequest,
+    outcome: GenerationOutcome,
+    caller: Caller,
+    ownership: Ownership,
+    *,
+    joined: bool,
+    seconds: float,
+) -> GenerationResult:
+    """Return the result that a caller may see; `joined`: it joined the task of an equal request.
+
+    Raises `Forbidden` for a private image of another API key under a name that the request chose.
+    """
+    may_know = ownership.visible_record(caller, outcome.stored, named=resolved.key_is_known)
+    if outcome.layout is None or outcome.image is None:
+        result = result_of_stored(resolved, outcome.stored)
+        return result if may_know else result_for_other_caller(resolved, result, seconds)
+    # The equal request under another key may be of another caller; this caller must not learn about it.
+    may_tell = may_know and (joined or ownership.keyed is None or caller.has_full_access)
+    return result_of_generated(
+        resolved,
+        stored=outcome.stored,
+        layout=outcome.layout,
+        image=outcome.image,
+        warnings=outcome.warnings,
+        timings=outcome.timings,
+        coalesced=(joined or outcome.coalesced) and may_tell,
+    )
+
+
 def result_of_generated(
     resolved: ResolvedRequest,
     *,
@@ -98,7 +130,7 @@ def result_of_generated(
         scheduler=request.scheduler,
         batched=image.batched,
         prompt_used=request.prompt if request.prompt != resolved.request.prompt or resolved.request.expanded else None,
-        warnings=(*resolved.parameters.warnings, *warnings, *_delay_warnings(stored)),
+        warnings=(*resolved.parameters.warnings, *warnings, *delay_warnings(stored)),
         timings=rounded(timings),
     )
 
@@ -128,7 +160,7 @@ def generation_warnings(
 def result_of_stored(resolved: ResolvedRequest, stored: StoredObject) -> GenerationResult:
     """Return the result for a cache hit, from the object's record. Warns if another request made the object."""
     record = stored.record
-    width, height = _int(record, "width"), _int(record, "height")
+    width, height = whole_number(record, "width"), whole_number(record, "height")
     seed = parse_int(record.get("seed", ""))
     seed = seed if seed is None or seed <= SEED_MAX else None
     used = None
@@ -152,12 +184,12 @@ def result_of_stored(resolved: ResolvedRequest, stored: StoredObject) -> Generat
         seed_text=seed_text(seed),
         width=width,
         height=height,
-        num_inference_steps=_int(record, "steps"),
+        num_inference_steps=whole_number(record, "steps"),
         guidance_scale=_float(record, "guidance"),
         scheduler=record.get("scheduler"),
         batched=record["batched"] == "1" if "batched" in record else None,
         prompt_used=used,
-        warnings=(*warnings, *_delay_warnings(stored)),
+        warnings=(*warnings, *delay_warnings(stored)),
     )
 
 
@@ -199,12 +231,14 @@ def _float(record: Mapping[str, str], name: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _int(record: Mapping[str, str], name: str) -> int | None:
+def whole_number(record: Mapping[str, str], name: str) -> int | None:
+    """Return a whole number of a record, otherwise `None`."""
     value = _float(record, name)
     return int(value) if value is not None and 0 <= value <= _MAX_EXACT_INTEGER else None
 
 
-def _delay_warnings(stored: StoredObject) -> tuple[RequestWarning, ...]:
+def delay_warnings(stored: StoredObject) -> tuple[RequestWarning, ...]:
+    """Return a warning for an object that waits for the bucket."""
     return (_STORED_LATER,) if stored.waiting else ()
 
 

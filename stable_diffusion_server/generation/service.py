@@ -19,14 +19,13 @@ from stable_diffusion_server.generation.interfaces import DecodeImage, EngineQue
 from stable_diffusion_server.generation.layout import InputLoader, fields_as_sent
 from stable_diffusion_server.generation.output import OutputWriter, key_errors_explained
 from stable_diffusion_server.generation.request_resolution import RequestResolver
+from stable_diffusion_server.generation.resolved_output import ResolvedOutput
 from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest, resolve_request
 from stable_diffusion_server.generation.results import (
     GenerationOutcome,
     ResultCache,
     generation_warnings,
-    result_for_other_caller,
-    result_of_generated,
-    result_of_stored,
+    result_of_outcome,
     rounded,
 )
 from stable_diffusion_server.generation.second_pass import draw_passes
@@ -36,6 +35,8 @@ from stable_diffusion_server.generation.single_flight import (
     ProgressListener,
     SingleFlight,
 )
+from stable_diffusion_server.generation.upscaled_images import NO_UPSCALER, ImageUpscaler
+from stable_diffusion_server.generation.upscaling import UpscaleRunner
 from stable_diffusion_server.observability import Tracing, UsageMetrics
 from stable_diffusion_server.storage import Bucket, HistoryEntry, read_image
 from stable_diffusion_server.types import (
@@ -44,6 +45,7 @@ from stable_diffusion_server.types import (
     GenerationRequest,
     GenerationResult,
     StoredObject,
+    Task,
 )
 
 _NO_CALLER = Caller()
@@ -76,6 +78,7 @@ class GenerationService:
         tracing: Tracing | None = None,
         log_prompts: bool = False,
         expander: PromptExpander = _NOTHING_EXPANDED,
+        upscaler: ImageUpscaler = NO_UPSCALER,
     ) -> None:
         self._bucket = bucket
         self._queue = queue
@@ -90,6 +93,7 @@ class GenerationService:
         self._requests = RequestResolver(options, expander)
         self._generations: SingleFlight[GenerationOutcome] = SingleFlight()
         self._executor = GenerationExecutor(queue, count_tokens, options)
+        self._upscales = UpscaleRunner(upscaler, options, self._inputs, self._output, self._find, bucket)
 
     async def generate(
         self,
@@ -157,7 +161,7 @@ class GenerationService:
 
     async def validate(self, request: GenerationRequest, caller: Caller = _NO_CALLER) -> None:
         """Raise the errors of the request's parameters, without downloads or storage lookups."""
-        await self._requests.resolve(await self._requests.admit(request, caller))
+        await self._resolve_output(await self._requests.admit(request, caller))
 
     async def prepare_for_storage(
         self, request: GenerationRequest, caller: Caller = _NO_CALLER
@@ -169,7 +173,7 @@ class GenerationService:
         against the request's `timeout`.
         """
         request = await self._requests.admit(request, caller)
-        resolved = await self._requests.resolve(request)
+        resolved = await self._resolve_output(request)
         if request.save_path is None:
             request = replace(request, seed=resolved.seed) if request.seed == "random" else request
         elif resolved.key_is_known and await self._find(resolved) is not None:
@@ -198,8 +202,14 @@ class GenerationService:
         await asyncio.to_thread(self._bucket.check_capacity)
 
     def close(self) -> None:
-        """Stop the encoder threads."""
+        """Stop the threads of encoders and upscalers."""
         self._output.close()
+        self._upscales.close()
+
+    async def _resolve_output(self, request: GenerationRequest) -> ResolvedOutput:
+        if request.task is Task.UPSCALE:
+            return await asyncio.to_thread(self._upscales.resolve, request)
+        return await self._requests.resolve(request)
 
     async def _generate_with_deadline(
         self,
@@ -208,6 +218,8 @@ class GenerationService:
         context: SubmissionContext,
         listener: ProgressListener,
     ) -> tuple[GenerationResult, GenerationOutcome]:
+        if request.task is Task.UPSCALE:
+            return await self._upscales.run(request, fetched, context, listener)
         started, ownership, caller = time.perf_counter(), self._options.ownership, context.caller
         admitted = await self._requests.admit(request, caller, expands=not context.job_id)
         resolved = await self._requests.resolve(admitted)
@@ -217,26 +229,11 @@ class GenerationService:
             if request.overwrite and not caller.has_full_access:
                 ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.peek, resolved.key))
             resolved, outcome, joined = await self._coalesce(resolved, fetched, context, listener)
-        may_know = ownership.visible_record(caller, outcome.stored, named=resolved.key_is_known)
-        if outcome.layout is None or outcome.image is None:
-            self._metrics.record_generation("cached")
-            result = result_of_stored(resolved, outcome.stored)
-            if not may_know:
-                result = result_for_other_caller(resolved, result, time.perf_counter() - started)
-            return result, outcome
-        coalesced = joined or outcome.coalesced
-        self._metrics.record_generation("coalesced" if coalesced else "drawn")
-        # The equal request under another key may be of another caller; this caller must not learn about it.
-        may_tell = may_know and (joined or ownership.keyed is None or caller.has_full_access)
-        return result_of_generated(
-            resolved,
-            stored=outcome.stored,
-            layout=outcome.layout,
-            image=outcome.image,
-            warnings=outcome.warnings,
-            timings=outcome.timings,
-            coalesced=coalesced and may_tell,
-        ), outcome
+        seconds = time.perf_counter() - started
+        result = result_of_outcome(resolved, outcome, caller, ownership, joined=joined, seconds=seconds)
+        drawn = "coalesced" if joined or outcome.coalesced else "drawn"
+        self._metrics.record_generation("cached" if outcome.image is None else drawn)
+        return result, outcome
 
     async def _coalesce(
         self,
@@ -264,7 +261,7 @@ class GenerationService:
             outcome, joined = await self._generations.join(resolved.key, resolved.tag, start, listener)
         return resolved, outcome, joined
 
-    async def _find(self, resolved: ResolvedRequest) -> StoredObject | None:
+    async def _find(self, resolved: ResolvedOutput) -> StoredObject | None:
         """Return the object under the key; `None` if the request overwrites it. Raises for a key the bucket refuses."""
         overwrite = resolved.request.overwrite
         known = None if overwrite else self._known(resolved.key)

@@ -37,7 +37,7 @@ from stable_diffusion_server.imaging.resize import (
     shrink_to_area,
 )
 from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
-from stable_diffusion_server.imaging.upscaling import Resampling, blend, upscale
+from stable_diffusion_server.imaging.upscaling import Resampling, blend, crop_to_aspect, upscale
 
 __all__ = [
     "ALIGNMENT",
@@ -57,6 +57,7 @@ __all__ = [
     "canny",
     "cover_cells",
     "crop_around",
+    "crop_to_aspect",
     "crop_to_size",
     "describe_formats",
     "encode_image",

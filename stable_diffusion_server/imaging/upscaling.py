@@ -24,6 +24,19 @@ _FILTERS = {
 }
 
 
+def crop_to_aspect(pixels: Pixels, width: int, height: int) -> Pixels:
+    """Cut off evenly what exceeds the aspect ratio of `width` × `height`; at most the whole image (uint8) is kept.
+
+    Cropped before it is scaled: the scaled image may be far larger than its part.
+    """
+    input_height, input_width = pixels.shape[:2]
+    scale = max(width / input_width, height / input_height)
+    crop_width = min(input_width, max(1, round(width / scale)))
+    crop_height = min(input_height, max(1, round(height / scale)))
+    box = CropBox((input_width - crop_width) // 2, (input_height - crop_height) // 2, crop_width, crop_height)
+    return np.ascontiguousarray(box.crop(pixels))
+
+
 def upscale(pixels: Pixels, width: int, height: int, resampling: Resampling) -> Pixels:
     """Scale an image to `width` × `height`, and cut off evenly what exceeds its aspect ratio.
 
@@ -33,13 +46,7 @@ def upscale(pixels: Pixels, width: int, height: int, resampling: Resampling) -> 
         height: Height of the result in pixels.
         resampling: The filter.
     """
-    input_height, input_width = pixels.shape[:2]
-    scale = max(width / input_width, height / input_height)
-    # Cropped before it is scaled: the scaled image may be far larger than its part.
-    crop_width = min(input_width, max(1, round(width / scale)))
-    crop_height = min(input_height, max(1, round(height / scale)))
-    box = CropBox((input_width - crop_width) // 2, (input_height - crop_height) // 2, crop_width, crop_height)
-    part = np.ascontiguousarray(box.crop(pixels))
+    part = crop_to_aspect(pixels, width, height)
     return np.asarray(Image.fromarray(part).resize((width, height), _FILTERS[resampling]))
 
 

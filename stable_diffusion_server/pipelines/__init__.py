@@ -65,6 +65,7 @@ from stable_diffusion_server.pipelines.sampling_options import (
 )
 from stable_diffusion_server.pipelines.scheduler_rows import SCHEDULERS, SCHEDULES
 from stable_diffusion_server.pipelines.stock_classes import check_class_extra
+from stable_diffusion_server.pipelines.upscaling.upscaler_files import UPSCALER_TILES, UpscalerFiles
 
 __all__ = [
     "CHUNK_TOKENS",
@@ -76,6 +77,7 @@ __all__ = [
     "SCHEDULERS",
     "SCHEDULES",
     "TRUE_GUIDANCE",
+    "UPSCALER_TILES",
     "ExtraParameter",
     "FileIdentity",
     "HubClient",
@@ -88,6 +90,7 @@ __all__ = [
     "ModelTable",
     "OwnedModels",
     "OwnerSpec",
+    "UpscalerFiles",
     "WeightDigests",
     "WeightFileError",
     "check_class_extra",

@@ -59,6 +59,15 @@ class LimitSettings(SettingsGroup):
     max_image_side: int = Field(
         16_383, ge=64, le=16_383, description="Maximum width and height of an input image; WebP cannot hold more."
     )
+    max_upscaled_side: int = Field(
+        8192, ge=64, le=16_383, description="Maximum width and height of an enlarged image in pixels."
+    )
+    max_upscaled_pixels: int = Field(
+        33_554_432,
+        ge=4096,
+        le=268_435_456,
+        description="Maximum area of an enlarged image in pixels; each takes 3 bytes of memory.",
+    )
     max_references: int = Field(
         4,
         ge=1,

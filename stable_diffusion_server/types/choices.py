@@ -13,6 +13,7 @@ class Task(StrEnum):
     IMAGE_TO_IMAGE = "image_to_image"
     INPAINT = "inpaint"
     EDIT = "edit"  # by instruction, with reference images
+    UPSCALE = "upscale"  # by an upscaler, without a model
 
 
 class PromptSyntax(StrEnum):

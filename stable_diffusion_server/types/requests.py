@@ -207,6 +207,8 @@ class GenerationRequest:
         wildcards: Whether wildcards in the prompts are expanded; by default as the server's settings say.
         expanded: Whether the prompts were changed by styles or wildcards.
         tiling: Borders that meet when the image is repeated.
+        upscaler: Name of the upscaler of `Task.UPSCALE`.
+        scale: Factor of both sides, in place of `width` and `height`.
     """
 
     task: Task
@@ -261,6 +263,8 @@ class GenerationRequest:
     wildcards: bool | None = None
     expanded: bool = False
     tiling: Tiling | None = None
+    upscaler: str | None = None
+    scale: float | None = None
 
     @property
     def sources(self) -> tuple[ImageInput, ...]:

@@ -128,6 +128,10 @@ def test_a_default_model_that_does_not_draw_here_gives_way() -> None:
         resolve_request(GenerationRequest(Task.TEXT_TO_IMAGE, "a red disc", model="sdxl"), options)
 
 
+# They change the identity of an enlargement (tests/api/test_upscaling.py), and drawing does not read them.
+OF_UPSCALING = ("upscaler", "scale")
+
+
 def test_every_field_of_a_request_is_recorded_or_known_not_to_matter() -> None:
     """Fails if a new request field is missing from the digest and from the list of irrelevant ones."""
     assert {field.name for field in fields(GenerationRequest)} == {
@@ -136,6 +140,7 @@ def test_every_field_of_a_request_is_recorded_or_known_not_to_matter() -> None:
         *WITH_SIZE,
         *WITH_WEIGHTS,
         *NOT_IN_THE_PICTURE,
+        *OF_UPSCALING,
     }
 
 

@@ -13,7 +13,6 @@ from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict bef
 
 from stable_diffusion_server.api.automatic1111.checkpoint_names import title_of
 from stable_diffusion_server.api.automatic1111.controlnet_routes import MODULES
-from stable_diffusion_server.api.automatic1111.list_bodies import UPSCALERS
 from stable_diffusion_server.api.automatic1111.sampler_names import samplers_of
 from stable_diffusion_server.api.dependencies import DialectContext, caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
@@ -99,7 +98,7 @@ def add_gradio_routes(routes: APIRouter, context: DialectContext) -> None:
 
 
 def _components(context: DialectContext) -> list[GradioComponentBody]:
-    upscalers = ["None", *UPSCALERS]
+    upscalers = ["None", *context.upscaler.factors()]
     lists = {
         _MODELS_ID: [title_of(spec) for spec in context.models.values()],
         "txt2img_sampling": samplers_of(context.models),

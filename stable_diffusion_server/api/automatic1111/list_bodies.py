@@ -13,16 +13,15 @@ from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict bef
 
 from stable_diffusion_server.api.automatic1111.sampler_names import schedules_of
 from stable_diffusion_server.api.dependencies import DialectContext
-from stable_diffusion_server.imaging import SCHEDULE_NAMES
+from stable_diffusion_server.imaging import SCHEDULE_NAMES, Resampling
 
-# Pillow's resampling filters, under AUTOMATIC1111's names.
-UPSCALERS = ("Lanczos", "Nearest")
+_FILTERS = ("None", *Resampling)
 CONTROLNET_SCRIPT = "controlnet"
 _SCHEDULE_ALIASES = {"normal": ("uniform",), "trailing": ("sgm_uniform", "simple"), "ays": ("align_your_steps",)}
 
 
 class Automatic1111UpscalerBody(TypedDict):
-    """An upscaler. `model_name`, `model_path` and `model_url` are null: it has no weights."""
+    """An upscaler and its usual factor. `model_name` is null for a filter; places of files are private, and null."""
 
     name: str
     model_name: str | None
@@ -96,10 +95,16 @@ class Automatic1111MemoryBody(TypedDict):
 
 
 def upscalers_body(context: DialectContext) -> list[Automatic1111UpscalerBody]:
-    """List the upscalers of `extra-single-image`."""
+    """List the upscalers of `extra-single-image` and of `hr_upscaler`: filters, and networks by their files."""
     return [
-        {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
-        for name in ("None", *UPSCALERS)
+        {
+            "name": name,
+            "model_name": None if name in _FILTERS else name,
+            "model_path": None,
+            "model_url": None,
+            "scale": factor,
+        }
+        for name, factor in {"None": 4.0, **context.upscaler.factors()}.items()
     ]
 
 

@@ -95,7 +95,7 @@ def automatic1111_router(
     add_stop_routes(routes, images.tasks)
     add_option_routes(routes, context, options)
     add_png_info_route(routes)
-    add_upscale_routes(routes, worker, options)
+    add_upscale_routes(routes, worker, options, images.tasks)
     add_controlnet_routes(routes, worker)
     add_gradio_routes(routes, context)
     return routes

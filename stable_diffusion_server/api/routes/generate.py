@@ -17,11 +17,12 @@ from stable_diffusion_server.api.schemas.params import (
     EditParams,
     ImageToImageParams,
     ImageToImageUploadParams,
-    NativeParams,
     TextToImageParams,
     generation_from_request,
 )
 from stable_diffusion_server.api.schemas.responses import GenerationResultBody, JobStatusBody, described, result_body
+from stable_diffusion_server.api.schemas.upscale_params import UpscaleParams
+from stable_diffusion_server.api.schemas.validation import RequestedGeneration
 from stable_diffusion_server.generation import RequestLimits
 from stable_diffusion_server.imaging import media_type_of
 from stable_diffusion_server.pipelines import MODELS
@@ -58,10 +59,11 @@ class _Route:
     """A path, its parameters, its texts in OpenAPI, and whether it answers with the image file."""
 
     path: str
-    params: type[NativeParams]
+    params: type[RequestedGeneration]
     summary: str
     description: str
     answers_file: bool = False
+    upscales: bool = False
 
 
 _ROUTES = (
@@ -97,6 +99,13 @@ _ROUTES = (
         "Change an image according to a prompt, as much as `strength` says; `canny` keeps its edges.",
     ),
     _Route(
+        "/upscale_and_upload_image",
+        UpscaleParams,
+        "Enlarge an image, stored",
+        "Enlarge an image with an upscaler, in tiles, store it, and return its URL.",
+        upscales=True,
+    ),
+    _Route(
         "/style_transfer_bytes_and_upload_image",
         ImageToImageUploadParams,
         "Image to image for an uploaded file, stored",
@@ -125,7 +134,8 @@ def generate_router(
 
     def add(route: _Route) -> None:
         render = render_file if route.answers_file else render_json
-        generation_of = generation_from_request(route.params, limits)
+        bounds = limits.for_upscaling() if route.upscales else limits
+        generation_of = generation_from_request(route.params, bounds)
 
         async def handler(request: Request, generation: GenerationRequest = Depends(generation_of)) -> Response:
             return await dispatcher.dispatch(request, generation, render, with_file=route.answers_file)
@@ -138,7 +148,7 @@ def generate_router(
                 summary=route.summary,
                 description=route.description,
                 operation_id=f"{route.path.strip('/')}_{method.lower()}",
-                openapi_extra=parameters_openapi(route.params, limits, method),
+                openapi_extra=parameters_openapi(route.params, bounds, method),
                 response_model=None,
                 response_class=Response if route.answers_file else JSONResponse,
                 responses=_FILE if route.answers_file else _RESULT,

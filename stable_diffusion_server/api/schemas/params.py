@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -19,7 +18,7 @@ from stable_diffusion_server.api.request_parsing import RawJson, UploadedFile, r
 from stable_diffusion_server.api.schemas.extra_parameters import read_extra
 from stable_diffusion_server.api.schemas.prompt_params import PromptParams
 from stable_diffusion_server.api.schemas.sampling_params import SamplingParams
-from stable_diffusion_server.api.schemas.validation import FaultsOf, RequestParams, validated
+from stable_diffusion_server.api.schemas.validation import FaultsOf, RequestedGeneration, RequestParams, validated
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, RequestLimits
 from stable_diffusion_server.pipelines import SAMPLING_OPTIONS
@@ -112,18 +111,25 @@ class GenerationParams(SamplingParams, PromptParams):
 
     @classmethod
     def type_faults(cls, parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """Return the booleans for numbers (`True == 1` in Python), and in JSON the texts for numbers and booleans."""
-        faults = []
-        for name, value in parameters.items():
-            text = isinstance(value, RawJson) and value != "random"
-            if name in cls.numbers and (isinstance(value, bool) or text):
-                faults.append((name, f"{name} must be a number."))
-            if name in _BOOLEANS and (isinstance(value, RawJson | float) or type(value) is int):
-                faults.append((name, f"{name} must be true or false."))
-        return faults
+        """Return the booleans for numbers, and in JSON the texts for numbers and booleans."""
+        return type_faults_of(parameters, cls.numbers, _BOOLEANS)
 
 
-class NativeParams(GenerationParams, ABC):
+def type_faults_of(
+    parameters: Mapping[str, Any], numbers: Collection[str], booleans: Collection[str]
+) -> list[tuple[str, str]]:
+    """Return the booleans for numbers (`True == 1` in Python), and in JSON the texts for numbers and booleans."""
+    faults = []
+    for name, value in parameters.items():
+        text = isinstance(value, RawJson) and value != "random"
+        if name in numbers and (isinstance(value, bool) or text):
+            faults.append((name, f"{name} must be a number."))
+        if name in booleans and (isinstance(value, RawJson | float) or type(value) is int):
+            faults.append((name, f"{name} must be true or false."))
+    return faults
+
+
+class NativeParams(GenerationParams, RequestedGeneration):
     """Parameters that all native routes take."""
 
     format: Format | None = Field(
@@ -133,10 +139,6 @@ class NativeParams(GenerationParams, ABC):
     webhook_url: str | None = Field(
         None, description="URL that is notified when the job ends; only with `Prefer: respond-async`."
     )
-
-    @abstractmethod
-    def to_request(self) -> GenerationRequest:
-        """Return the request these parameters describe."""
 
 
 class TextToImageParams(NativeParams):
@@ -224,14 +226,14 @@ def params_from_request(schema: type[P], faults_of: FaultsOf[P] | None = None) -
 
 
 def generation_from_request(
-    schema: type[NativeParams], limits: RequestLimits
+    schema: type[RequestedGeneration], limits: RequestLimits
 ) -> Callable[[Request], Awaitable[GenerationRequest]]:
     """Return the dependency that reads a `GenerationRequest` from query and body by the parameters of `schema`.
 
     It raises the errors of `params_from_request`, and `Forbidden` for an object key the caller must not write.
     """
 
-    def faults_of(params: NativeParams) -> Sequence[tuple[str, str]]:
+    def faults_of(params: RequestedGeneration) -> Sequence[tuple[str, str]]:
         return limits.faults(params.to_request_fields().get)
 
     read_params = params_from_request(schema, faults_of)

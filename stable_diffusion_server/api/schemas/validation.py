@@ -5,12 +5,14 @@ The sentences do not contain the values that were sent, which may be long or sec
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stable_diffusion_server.errors import InvalidInput, number_text
+from stable_diffusion_server.types import GenerationRequest
 
 _NAME_SHOWN = 100
 # What a parameter must be, by Pydantic's error types; `_expected` has those that depend on a value.
@@ -52,6 +54,18 @@ class RequestParams(BaseModel):
     def type_faults(cls, parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
         """Return (parameter, sentence) of each value whose type Pydantic would convert, and this server refuses."""
         return []
+
+
+class RequestedGeneration(RequestParams, ABC):
+    """Parameters that describe a `GenerationRequest`."""
+
+    @abstractmethod
+    def to_request_fields(self) -> dict[str, Any]:
+        """Return the fields of the request, without its images."""
+
+    @abstractmethod
+    def to_request(self) -> GenerationRequest:
+        """Return the request these parameters describe. Raises `InvalidInput`."""
 
 
 P = TypeVar("P", bound=RequestParams)
