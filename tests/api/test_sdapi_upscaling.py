@@ -1,20 +1,24 @@
-"""AUTOMATIC1111's `extra-single-image` and `extra-batch-images`: images are enlarged by resampling."""
+"""AUTOMATIC1111's `extra-single-image` and `extra-batch-images`: images are enlarged by filters and networks."""
 
 from __future__ import annotations
 
 import base64
 import io
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 import webuiapi
 from conftest import RunningApp
 from fakes import disc, file_of
 from live_servers import LiveServer
 from PIL import Image
+
+from stable_diffusion_server.app import upscalers as app_upscalers
 
 SINGLE, BATCH = "/sdapi/v1/extra-single-image", "/sdapi/v1/extra-batch-images"
 PIXELS = disc(60, 40)
@@ -156,3 +160,61 @@ def test_one_caller_leaves_the_threads_to_others(run_app: Callable[..., RunningA
         flood = [pool.submit(ask, "a") for _ in range(30)]
         assert pool.submit(ask, "b").result(60) == 200
         assert {future.result(60) for future in flood} <= {200, 429}
+
+
+def test_networks_are_listed_and_used_by_name(running_app: RunningApp) -> None:
+    """With the factor of their header; the embedded one is nearer to the true disc than Lanczos."""
+    listed = {one["name"]: one for one in running_app.client.get("/sdapi/v1/upscalers").json()}
+    assert (listed["embedded-2x"]["scale"], listed["embedded-2x"]["model_name"]) == (2.0, "embedded-2x")
+    assert listed["Lanczos"]["model_name"] is None
+    assert all(one["model_path"] is None for one in listed.values())
+    large, errors = Image.fromarray(disc(480, 320)), {}
+    true = np.asarray(large.resize((120, 80), Image.Resampling.BOX)).astype(int)
+    halved = file_of(np.asarray(large.resize((60, 40), Image.Resampling.BOX)))
+    for name in ("embedded-2x", "Lanczos"):
+        answer = enlarged(running_app, upscaler_1=name, image=base64.b64encode(halved).decode())
+        assert answer.json()["html_info"] == ""
+        errors[name] = np.square(np.asarray(image_of(answer)).astype(int) - true).mean()
+    assert errors["embedded-2x"] < errors["Lanczos"]
+    mixed = enlarged(running_app, upscaler_1="embedded-2x", upscaler_2="Nearest", extras_upscaler_2_visibility=0.5)
+    assert image_of(mixed).size == (120, 80)
+
+
+def test_enlarged_images_have_limits_of_their_own(run_app: Callable[..., RunningApp]) -> None:
+    """MAX_UPSCALED_SIDE and MAX_UPSCALED_PIXELS on both sides; MAX_SIDE does not bound them."""
+    running_app = run_app(max_side=64, max_upscaled_side=240, max_upscaled_pixels=240 * 160)
+    assert image_of(enlarged(running_app, upscaling_resize=4)).size == (240, 160)
+    assert enlarged(running_app, upscaling_resize=4.1).json()["errors"][0]["field"] == "image"
+    sized = {"resize_mode": 1, "upscaling_resize_w": 240}
+    assert image_of(enlarged(running_app, **sized, upscaling_resize_h=160)).size == (240, 160)
+    assert enlarged(running_app, **sized, upscaling_resize_h=161).status_code == 422
+
+
+def test_a_request_is_interrupted_after_its_tile(
+    run_app: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`/sdapi/v1/progress` shows its tiles; `interrupt` ends it with an error, and the next one works."""
+    running_app, reached, go_on = run_app(), threading.Event(), threading.Event()
+    real = app_upscalers.Upscalers.enlarge
+
+    def slowly(self: Any, name: str, pixels: Any, width: int, height: int, report: Any) -> Any:
+        def watched(done: int, total: int) -> None:
+            report(done, total)
+            if done == 1:
+                reached.set()
+                go_on.wait(20)
+
+        return real(self, name, pixels, width, height, watched)
+
+    monkeypatch.setattr(app_upscalers.Upscalers, "enlarge", slowly)
+    picture = base64.b64encode(file_of(disc(700, 500))).decode()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(enlarged, running_app, image=picture, upscaler_1="embedded-2x")
+        assert reached.wait(60)
+        progress = running_app.client.get("/sdapi/v1/progress").json()["progress"]
+        assert 0 < progress < 1
+        running_app.client.post("/sdapi/v1/interrupt")
+        go_on.set()
+        assert answer.result(60).status_code == 409
+    monkeypatch.setattr(app_upscalers.Upscalers, "enlarge", real)
+    assert image_of(enlarged(running_app, upscaler_1="embedded-2x")).size == (120, 80)
