@@ -17,10 +17,13 @@ from stable_diffusion_server.generation import (
     not_permitted,
     permitted_models,
 )
-from stable_diffusion_server.pipelines import ModelSpec, known_names
+from stable_diffusion_server.pipelines import Embedding, ModelSpec, known_names
 from stable_diffusion_server.types import Caller, GenerationRequest
 
 _OPENAI_MODELS = ("gpt-image-", "chatgpt-image-", "dall-e-")
+
+# Embeddings by name: those that fit a model, and the others, `None` for one that cannot be read.
+EmbeddingLists = tuple[Mapping[str, Embedding], Mapping[str, Embedding | None]]
 
 # Makes the URL of an object key as the client of a request can reach it.
 UrlOf = Callable[[Request, str], str]
@@ -73,7 +76,7 @@ class DialectContext:
     """Limits, models by name, their aliases, and the names of the LoRAs.
 
     `max_n` is the maximum number of images per request, `max_response_bytes` that of bytes of base64 per response.
-    `device_memory` returns bytes by device and kind.
+    `embeddings` returns those in the folder by a model's name. `device_memory` returns bytes by device and kind.
     `status_of` returns family, size and place of a model by its name.
     `response_format` is what the OpenAI endpoints answer if a request does not say it: url, b64_json or auto.
     `limited`: the caller may use these models only, of more. `expander` knows the styles and wildcards, `upscaler` the
@@ -87,6 +90,7 @@ class DialectContext:
     max_n: int
     max_response_bytes: int
     loras: Callable[[], Iterable[str]] = tuple
+    embeddings: Callable[[str], EmbeddingLists] = lambda model: ({}, {})
     device_memory: Callable[[], Mapping[str, Mapping[str, int]]] = dict
     response_format: str = "auto"
     status_of: Callable[[str], Mapping[str, object]] = lambda name: {}

@@ -146,6 +146,7 @@ def build_dialect_context(
         max_n=settings.max_n,
         max_response_bytes=settings.max_response_bytes,
         loras=lambda: options.loras(),
+        embeddings=models.listed_embeddings,
         device_memory=models.memory,
         status_of=models.status_of,
         response_format=settings.openai_response_format,

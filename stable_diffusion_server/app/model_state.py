@@ -14,8 +14,13 @@ from stable_diffusion_server.engine import Denoiser
 from stable_diffusion_server.errors import ModelLoadError, NotReady
 from stable_diffusion_server.generation import DecodedPixels, permitted_models
 from stable_diffusion_server.pipelines import (
+    CLIP_G,
+    CLIP_L,
     MODELS,
     REAL_MODELS,
+    Embedding,
+    EmbeddingFolder,
+    EmbeddingList,
     LoraFolder,
     ModelSpec,
     ModelTable,
@@ -28,6 +33,9 @@ from stable_diffusion_server.types import Caller, Task
 
 # What `residency` says of a model that is not in memory.
 UNLOADED, LOADING = "unloaded", "loading"
+# Widths of the CLIPs of SD 1.5 and of SDXL.
+_ONE_CLIP = {CLIP_L: 768}
+_TWO_CLIPS = {CLIP_L: 768, CLIP_G: 1280}
 
 
 class ModelBackend(Denoiser[Any, DecodedPixels], Protocol):
@@ -44,8 +52,8 @@ class ModelState:
     `facts` holds the specs of the configured models (`asked`); loading replaces them by specs with the revision of the
     files. `unusable` maps models that could not be loaded to the reason. `fault` is the reason if no model can be
     loaded, `default_model` is for requests that name no model, `progress` returns the state of a download as a text,
-    `loras` is the folder of LoRAs, `most_references` is MAX_REFERENCES, `notes` are remarks on the files in MODELS_DIR.
-    `revisions` remembers what loading decided.
+    `loras` and `embeddings` are the folders of LoRAs and embeddings, `most_references` is MAX_REFERENCES, `notes` are
+    remarks on the files in MODELS_DIR. `revisions` remembers what loading decided.
     """
 
     facts: ModelTable[ModelSpec]
@@ -56,6 +64,7 @@ class ModelState:
     unusable: dict[str, str] = field(default_factory=dict)
     progress: Callable[[], str] = str
     loras: LoraFolder = field(default_factory=lambda: LoraFolder(None))
+    embeddings: EmbeddingFolder = field(default_factory=lambda: EmbeddingFolder(None))
     most_references: int = 4
     notes: tuple[str, ...] = ()
     revisions: KnownRevisions | None = None
@@ -64,11 +73,12 @@ class ModelState:
     def of(cls, settings: Settings) -> ModelState:
         """Choose the models by the settings and by the files in MODELS_DIR. Raises `SettingsError`."""
         loras, default = LoraFolder(settings.lora_dir, settings.max_lora_bytes), settings.text_to_image_model
+        embeddings = EmbeddingFolder(settings.embeddings_dir)
         try:
             chosen, refused, notes = choose_from_folder(settings)
         except ModelLoadError as error:
             check_model_names(settings, MODELS)
-            return cls(ModelTable(MODELS), error, default, loras=loras)
+            return cls(ModelTable(MODELS), error, default, loras=loras, embeddings=embeddings)
         check_model_names(settings, {*chosen, *chosen.aliases, *refused})
         notes = (*notes, *unknown_models_of_keys(settings, chosen))
         lcm = with_lcm if settings.load_lcm_lora else lambda facts: facts
@@ -82,6 +92,7 @@ class ModelState:
             asked=asked,
             unusable=dict(refused),
             loras=loras,
+            embeddings=embeddings,
             most_references=settings.max_references,
             notes=notes,
             revisions=KnownRevisions(settings),
@@ -177,13 +188,14 @@ class ModelState:
     def describe(self) -> list[dict[str, object]]:
         """Describe each model, the loaded ones first: name, folder, revision, placement, bytes, defaults and LoRAs.
 
-        Reads the LoRA folder: lists the usable LoRAs, and for the others the reason.
+        Reads the folders of LoRAs and embeddings: lists the usable ones, and for the others the reason.
         """
         if self.models is None:
             return []
         usual = self.default.name if self.facts else ""
-        loaded = {model.name: asdict(model) for model in getattr(self.models, "loaded", ())}
+        loaded = {model.name: _described(model) for model in getattr(self.models, "loaded", ())}
         demanded = getattr(self.models, "on_demand", False)
+        embeddings = self.embeddings.list()
         known = {name: self._unloaded(facts) for name, facts in self.facts.items() if demanded and name not in loaded}
         return [
             {
@@ -192,7 +204,7 @@ class ModelState:
                 "parts": _parts_of(self.facts[name]),
                 **_defaults_of(self.facts[name]),
                 "max_references": min(self.facts[name].max_references, self.most_references),
-                **self._adapters_of(self.facts[name]),
+                **self._adapters_of(self.facts[name], embeddings),
             }
             for name, facts in {**loaded, **known}.items()
             if name in self.facts
@@ -202,10 +214,30 @@ class ModelState:
         """Return the LoRAs that fit a model, with their digests, which are computed at lookup."""
         return self.loras.available({facts.denoiser_part for facts in self.facts.values()})
 
-    def _adapters_of(self, facts: ModelSpec) -> dict[str, object]:
+    def clip_widths(self, name: str) -> Mapping[str, int]:
+        """Return the widths of a model's CLIPs: of one that is not loaded, those of its family; empty without a CLIP.
+
+        They are those that the vectors of an embedding must have.
+        """
+        info = next((model for model in getattr(self.models, "loaded", ()) if model.name == name), None)
+        if info is not None:
+            return dict(getattr(info, "clip_widths", {}))
+        facts = self.facts[name]
+        return (_TWO_CLIPS if facts.takes_prompt_2 else _ONE_CLIP) if facts.weighs_prompts else {}
+
+    def listed_embeddings(self, name: str) -> tuple[Mapping[str, Embedding], Mapping[str, Embedding | None]]:
+        """Return the embeddings that fit a model, and those that do not: `None` for one that cannot be read."""
+        listed = self.embeddings.list()
+        fitting = listed.fitting(self.clip_widths(name))
+        others: dict[str, Embedding | None] = {**listed.usable, **dict.fromkeys(listed.faults)}
+        return fitting, {other: found for other, found in others.items() if other not in fitting}
+
+    def _adapters_of(self, facts: ModelSpec, embeddings: EmbeddingList) -> dict[str, object]:
         return {
             "loras": self.loras.names({facts.denoiser_part}),
             "unusable_loras": list(self.loras.faults().values()),
+            "embeddings": tuple(embeddings.fitting(self.clip_widths(facts.name))),
+            "unusable_embeddings": list(embeddings.faults.values()),
         }
 
     def _unloaded(self, facts: ModelSpec) -> dict[str, object]:
@@ -249,6 +281,11 @@ class ModelState:
         """Return the bytes of cached prompt embeddings by model."""
         read: Callable[[], Mapping[str, int]] = getattr(self.models, "prompt_caches", dict)
         return read()
+
+
+def _described(model: Any) -> dict[str, object]:
+    """Return the facts of a loaded model for `/readyz`."""
+    return {name: value for name, value in asdict(model).items() if name != "clip_widths"}
 
 
 def _family_of(facts: ModelSpec) -> str:

@@ -55,6 +55,7 @@ def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
         cpu_dtypes=registry.CpuDtypes(settings.data_dir / "cpu-dtypes.json", settings.cpu_dtype),
         mapped=settings.mmap_weights,
         loras=loaded.loras,
+        embeddings=loaded.embeddings,
         controlnet_lora=settings.controlnet_lora,
         dfloat11=settings.df11_model_path,
         offload=settings.offload,
@@ -161,6 +162,7 @@ def generation_options(settings: Settings, loaded: ModelState) -> GenerationOpti
         loaded.offered_loras,
         unusable=MappingProxyType(loaded.unusable),
         stop_words=stop_words,
+        embeddings=loaded.embeddings,
     )
 
 

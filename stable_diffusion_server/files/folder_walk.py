@@ -1,4 +1,4 @@
-"""Walks a folder of the operator's, in which requests name files without paths: LoRAs, wildcards."""
+"""Walks a folder of the operator's, in which requests name files without paths: LoRAs, embeddings, wildcards."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 _MAX_DEPTH, _MAX_ENTRIES = 6, 50_000
 
 
-def walk_files(folder: Path, suffix: str) -> Iterator[Path]:
-    """Yield the files with a suffix, such as `.txt`, in a folder and its subfolders, breadth first.
+def walk_files(folder: Path, *suffixes: str) -> Iterator[Path]:
+    """Yield the files with one of some suffixes, such as `.txt`, in a folder and its subfolders, breadth first.
 
     Follows links, also out of the folder, and visits each folder once, so circular links are safe. Skips hidden names
     and folders that cannot be listed. Ends after 6 levels of subfolders, and after the folder with the 50,000th entry.
@@ -31,7 +31,7 @@ def walk_files(folder: Path, suffix: str) -> Iterator[Path]:
         for entry in entries:
             if entry.name.startswith("."):  # among them files that are still being fetched
                 continue
-            if entry.suffix == suffix:
+            if entry.suffix in suffixes:
                 yield entry
             elif depth < _MAX_DEPTH and entry.is_dir():
                 left.append((entry, depth + 1))

@@ -9,15 +9,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.parsing import (
+    BREAK,
+    NameIndex,
     from_compel,
     has_functions,
     has_weights,
     longest_text,
     nfc,
+    parse_weights,
     without_weights,
 )
-from stable_diffusion_server.pipelines import CHUNK_TOKENS, ModelSpec
+from stable_diffusion_server.pipelines import CHUNK_TOKENS, EmbeddingFolder, ModelSpec
 from stable_diffusion_server.types import PromptSyntax, RequestWarning
 
 CountTokens = Callable[[str], int]
@@ -38,6 +42,8 @@ _ASCII_CONTROLS = dict.fromkeys([*range(32), 127], " ")
 _PIECE = re.compile(r"\w+|[^\w\s]+")
 # Texts without these are plain in every syntax.
 _SYNTAX = re.compile(r"[()\[\]\\]|BREAK")
+# Embeddings of one request; each takes a file of up to 4 MB.
+_MOST_EMBEDDINGS = 64
 # Characters of a prompt whose tokens are counted at once.
 _SHORT = 2000
 
@@ -164,6 +170,51 @@ def _words(text: str, steps: int) -> str:
         return text
     plain = without_weights(longest_text(text, steps))
     return " ".join(plain.split()) if plain != text else text
+
+
+@dataclass(frozen=True, slots=True)
+class NamedEmbeddings:
+    """Name and digest of each embedding that prompts name, and why others that they name have no effect."""
+
+    used: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[RequestWarning, ...] = ()
+
+
+def embeddings_for(
+    prompts: Iterable[str | None], asked: PromptSyntax | None, spec: ModelSpec, folder: EmbeddingFolder
+) -> NamedEmbeddings:
+    """Return the embeddings that read prompts name; none in plain syntax. Takes linear time, and reads their files.
+
+    A name of a file that cannot be used is words, with a warning, and so is any for a model that reads no embeddings.
+    """
+    syntax = spec.prompt_syntax if asked is None else asked
+    if not folder.is_offered or syntax is PromptSyntax.PLAIN:
+        return NamedEmbeddings()
+    names = _names_in(prompts, folder.index())
+    if names and not spec.weighs_prompts:
+        sentence = f"{spec.name} reads no embeddings; their names are read as words: {_listed(names)}."
+        return NamedEmbeddings(warnings=(RequestWarning("embedding-not-used", sentence),))
+    used, warnings = [], []
+    for name in names[:_MOST_EMBEDDINGS]:
+        try:
+            used.append((name, folder.read(name).digest))
+        except ModelLoadError as error:
+            warnings.append(RequestWarning("embedding-not-used", f"{error.detail} {name} is read as a word."))
+    if len(names) > _MOST_EMBEDDINGS:
+        sentence = f"The prompts name more than {_MOST_EMBEDDINGS} embeddings; the other names are read as words."
+        warnings.append(RequestWarning("embedding-not-used", sentence))
+    return NamedEmbeddings(tuple(used), tuple(warnings))
+
+
+def _names_in(prompts: Iterable[str | None], index: NameIndex) -> list[str]:
+    """The names in the prompts, each once, in order."""
+    texts = (part.text for prompt in prompts if prompt for part in parse_weights(prompt) if part.text != BREAK)
+    return list(dict.fromkeys(part.name for text in texts for part in index.split(text) if part.name))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 def is_stop_word(word: str, stop_words: StopWords) -> bool:

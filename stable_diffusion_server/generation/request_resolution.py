@@ -35,19 +35,22 @@ class RequestResolver:
 
     async def resolve(self, request: GenerationRequest) -> ResolvedRequest:
         """Resolve an admitted request. Raises `InvalidInput`."""
-        # Input files are hashed, LoRA files and long prompts read in a thread; for less, a thread switch costs more.
-        if request.sources or request.loras or is_long(request):
+        # Input files are hashed, LoRAs, embeddings and long prompts read in a thread; for less, a switch costs more.
+        if self._reads_files(request) or is_long(request):
             return await asyncio.to_thread(resolve_request, request, self._options)
         return resolve_request(request, self._options) if request.seed == "random" else self._resolve_words(request)
 
     def resolve_at_once(self, request: GenerationRequest, caller: Caller) -> ResolvedRequest | None:
         """Admit and resolve a request without I/O; `None` if that cannot be. Raises `InvalidInput`, `Forbidden`."""
-        if request.sources or request.loras or request.seed == "random" or is_long(request):
+        if self._reads_files(request) or request.seed == "random" or is_long(request):
             return None
         if self._expander.changes(request):
             return None
         return self._resolve_words(permitted_request(request, caller, self._options))
 
+    def _reads_files(self, request: GenerationRequest) -> bool:
+        return bool(request.sources or request.loras) or self._options.embeddings.is_offered
+
     def _resolve_words(self, request: GenerationRequest) -> ResolvedRequest:
-        """Resolve a request without input images and LoRAs, from the cache if possible."""
+        """Resolve a request that reads no files, from the cache if possible."""
         return self._resolve_cached(request, spec_for(request, self._options))

@@ -18,10 +18,23 @@ from stable_diffusion_server.generation.permissions import (
     reads_empty_negative,
     spec_for,
 )
-from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt, read_prompts
+from stable_diffusion_server.generation.prompts import (
+    BUILTIN_STOP_WORDS,
+    StopWords,
+    clean_prompt,
+    embeddings_for,
+    read_prompts,
+)
 from stable_diffusion_server.generation.resolved_output import ResolvedOutput, place_of, source_identities
 from stable_diffusion_server.generation.seeds import with_subseed
-from stable_diffusion_server.pipelines import MODELS, ModelSpec, check_strength, resolve_sampling, scheduler_of
+from stable_diffusion_server.pipelines import (
+    MODELS,
+    EmbeddingFolder,
+    ModelSpec,
+    check_strength,
+    resolve_sampling,
+    scheduler_of,
+)
 from stable_diffusion_server.types import (
     ExtraValue,
     Fit,
@@ -51,6 +64,7 @@ class GenerationOptions:
     bumpy_redraws: int | None = None
     models: Mapping[str, ModelSpec] = field(default_factory=lambda: MODELS)
     loras: Callable[[], Mapping[str, str]] = dict
+    embeddings: EmbeddingFolder = field(default_factory=lambda: EmbeddingFolder(None))
     ownership: Ownership = field(default_factory=Ownership)
     stop_words: StopWords = BUILTIN_STOP_WORDS
     unusable: Mapping[str, str] = field(default_factory=dict)
@@ -61,6 +75,7 @@ class ResolvedParameters:
     """The parameters of a request with all defaults, without its input images.
 
     `prompt_syntax` and `is_marked` are those of `ReadPrompts`. `clip_skip` is `None` if it is the model's own.
+    `embeddings` are name and digest of those that the prompts name.
     """
 
     spec: ModelSpec
@@ -78,6 +93,7 @@ class ResolvedParameters:
     clip_skip: int | None
     warnings: tuple[RequestWarning, ...]
     sampling: tuple[tuple[str, ExtraValue], ...] = ()
+    embeddings: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +172,8 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
     read = read_prompts(prompt, negative, request.prompt_syntax, spec, steps)
     second = _second_prompt(request, prompt, spec)
     read_second = None if second is None else read_prompts(second, None, request.prompt_syntax, spec, steps)
+    read_texts = (read.prompt, read.negative_prompt, read_second.prompt if read_second else None)
+    named = embeddings_for(read_texts, request.prompt_syntax, spec, options.embeddings)
     follows = spec.control_folder is not None if request.canny is None else request.canny
     if request.canny is None and not follows:
         warnings.append(
@@ -175,10 +193,11 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         canny=follows,
         control_scale=_or_default(request.control_scale, spec.control_scale),
         prompt_syntax=read.syntax,
-        is_marked=read.is_marked or (read_second is not None and read_second.is_marked),
+        is_marked=read.is_marked or (read_second is not None and read_second.is_marked) or bool(named.used),
         clip_skip=None if request.clip_skip == spec.clip_skip else request.clip_skip,
-        warnings=(*warnings, *read.warnings, *(read_second.warnings if read_second else ())),
+        warnings=(*warnings, *read.warnings, *(read_second.warnings if read_second else ()), *named.warnings),
         sampling=request.sampling and resolve_sampling(spec, scheduler, max(steps, hires_steps), request.sampling),
+        embeddings=named.used,
     )
     scheduler_of(spec, scheduler, steps)
     scheduler_of(spec, scheduler, hires_steps)
@@ -203,6 +222,7 @@ def prompts_for_model(parameters: ResolvedParameters) -> dict[str, Any]:
         "prompt_2": parameters.prompt_2,
         "weighted": parameters.is_marked,
         "clip_skip": parameters.clip_skip,
+        "embeddings": parameters.embeddings,
     }
 
 
@@ -242,6 +262,7 @@ def _identity_fields(
         **({"prompt_2": parameters.prompt_2} if parameters.prompt_2 is not None else {}),
         **({"clip_skip": parameters.clip_skip} if parameters.clip_skip is not None else {}),
         **({"sampling": parameters.sampling} if parameters.sampling else {}),
+        **({"embeddings": parameters.embeddings} if parameters.embeddings else {}),
     }
 
 

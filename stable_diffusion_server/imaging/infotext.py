@@ -118,6 +118,7 @@ def _pairs(record: Mapping[str, object]) -> Iterator[tuple[str, object]]:
         "Denoising strength": record.get("strength") if record.get("image") is not None and not hires else None,
     }
     values |= {theirs: sampling.get(ours) for ours, theirs in _OPTION_NAMES.items()}
+    values["TI hashes"] = _embedding_hashes(record.get("embeddings"))
     yield from ((name, value) for name, value in values.items() if value is not None)
     if hires:
         yield from _hires_pairs(hires)
@@ -143,6 +144,13 @@ def _sampling_of(pairs: object) -> Mapping[str, object]:
         for name, value in found.items()
         if isinstance(value, str) or _is_small(value) or (type(value) is int and 0 <= value < _SEEDS)
     }
+
+
+def _embedding_hashes(embeddings: object) -> str | None:
+    """Return names and digests of embeddings as one value."""
+    pairs = embeddings if isinstance(embeddings, list | tuple) else ()
+    hashes = [f"{pair[0]}: {str(pair[1])[:12]}" for pair in pairs if isinstance(pair, list | tuple) and len(pair) == 2]
+    return ", ".join(hashes) or None
 
 
 def _lora_tags(loras: object) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stable_diffusion_server.parsing.compel_prompts import from_compel, has_functions
+from stable_diffusion_server.parsing.prompt_names import NamedText, NameIndex
 from stable_diffusion_server.parsing.prompt_schedules import longest_text, scheduled_texts
 from stable_diffusion_server.parsing.prompt_styles import PromptStyle, parse_styles, styled
 from stable_diffusion_server.parsing.strict_json import JsonLimits, dumps, parse_object
@@ -29,6 +30,8 @@ __all__ = [
     "BREAK",
     "ExpandedText",
     "JsonLimits",
+    "NameIndex",
+    "NamedText",
     "PromptStyle",
     "TooManyWildcards",
     "WeightedText",

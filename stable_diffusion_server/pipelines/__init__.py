@@ -1,7 +1,7 @@
 """Diffusion: loads models and generates images. The only package that imports torch.
 
-This face imports no torch: it exports the catalogue, the model library, the LoRA folder and the hub client.
-`registry` loads the rest.
+This face imports no torch: it exports the catalogue, the model library, the folders of LoRAs and embeddings, and
+the hub client. `registry` loads the rest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from stable_diffusion_server.pipelines.catalog import (
     with_quantization,
     without_identity,
 )
+from stable_diffusion_server.pipelines.conditioning.embedding_files import CLIP_G, CLIP_L, Embedding
+from stable_diffusion_server.pipelines.conditioning.embedding_folder import EmbeddingFolder, EmbeddingList
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
 from stable_diffusion_server.pipelines.library import (
     FileIdentity,
@@ -69,6 +71,8 @@ from stable_diffusion_server.pipelines.upscaling.upscaler_files import UPSCALER_
 
 __all__ = [
     "CHUNK_TOKENS",
+    "CLIP_G",
+    "CLIP_L",
     "MODELS",
     "MOST_CHUNKS",
     "REAL_MODELS",
@@ -78,6 +82,9 @@ __all__ = [
     "SCHEDULES",
     "TRUE_GUIDANCE",
     "UPSCALER_TILES",
+    "Embedding",
+    "EmbeddingFolder",
+    "EmbeddingList",
     "ExtraParameter",
     "FileIdentity",
     "HubClient",

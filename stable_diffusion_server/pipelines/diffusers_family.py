@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from stable_diffusion_server.pipelines.base import (
     decode,
     translate_torch_errors,
 )
+from stable_diffusion_server.pipelines.conditioning.embedding_folder import EmbeddingFolder
 from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
+from stable_diffusion_server.pipelines.conditioning.prompt_embeddings import EmbeddingReader, clips_of
 from stable_diffusion_server.pipelines.family import Family, LoadedFamily, LoadedModelInfo
 from stable_diffusion_server.pipelines.latent_preview import LatentPreviewer
 from stable_diffusion_server.pipelines.loading.footprint import bytes_of, dtype_of
@@ -40,8 +42,10 @@ class DiffusersFamily(Family):
     """Generates images with the components of a loaded diffusers `pipeline`.
 
     `controlnet` may be `None`; requests with edges are then refused. `tiling` says which images its VAE encodes and
-    decodes in tiles.
+    decodes in tiles. Prompts may name embeddings once `offer_embeddings` was called.
     """
+
+    embeddings = EmbeddingReader({}, None)
 
     def __init__(
         self,
@@ -67,11 +71,12 @@ class DiffusersFamily(Family):
         placed = place_model(spec, models_dir, device, options)
         prompt_cache = PromptCache(options.prompt_cache_bytes)
         family = cls(placed.pipeline, placed.spec, placed.controlnet, placed.loras, prompt_cache, placed.tiling)
+        family.offer_embeddings(options.embeddings)
         resident = placed.placement.residency is Residency.RESIDENT
         return LoadedFamily(
             family=family,
             spec=placed.spec,
-            info=_info(placed, device, options),
+            info=_info(placed, device, options, family.embeddings.widths),
             prompt_cache=prompt_cache,
             cuda_graphs=placed.cuda_graphs,
             offloaded=None
@@ -82,6 +87,10 @@ class DiffusersFamily(Family):
             token_counter=family.token_counter(),
             placement=placed.placement,
         )
+
+    def offer_embeddings(self, folder: EmbeddingFolder | None) -> None:
+        """Let prompts name the embeddings of a folder, if the model reads them. Call it before the first request."""
+        self.embeddings = EmbeddingReader(clips_of(self.pipeline) if self.spec.weighs_prompts else {}, folder)
 
     @functools.cached_property
     def device(self) -> torch.device:
@@ -147,7 +156,9 @@ def _networks(placed: PlacedModel) -> dict[str, torch.nn.Module]:
     return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
 
 
-def _info(placed: PlacedModel, device: torch.device, options: LoadOptions) -> LoadedModelInfo:
+def _info(
+    placed: PlacedModel, device: torch.device, options: LoadOptions, clip_widths: Mapping[str, int]
+) -> LoadedModelInfo:
     spec = placed.spec
     return LoadedModelInfo(
         name=spec.name,
@@ -162,4 +173,5 @@ def _info(placed: PlacedModel, device: torch.device, options: LoadOptions) -> Lo
         loras=options.lora_folder.names({spec.denoiser_part}),
         commit=placed.commit,
         remarks=tuple(placed.remarks),
+        clip_widths=clip_widths,
     )

@@ -51,6 +51,7 @@ class LoadedModelInfo:
     """A loaded model as `/readyz` describes it; `bytes` is the size of all its weights.
 
     `commit` is that of its hub repository, if it has one; `remarks` are sentences on what could not be loaded.
+    `clip_widths` are the widths of its CLIPs, by part, if prompts may name embeddings.
     """
 
     name: str
@@ -65,6 +66,7 @@ class LoadedModelInfo:
     loras: tuple[str, ...]
     commit: str = ""
     remarks: tuple[str, ...] = ()
+    clip_widths: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,10 @@ from stable_diffusion_server.pipelines.base import (
     to_tensor,
 )
 from stable_diffusion_server.pipelines.catalog import scheduler_of
+from stable_diffusion_server.pipelines.conditioning.clip_prompts import ClipEncoder
 from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput, check_grid, unet_residuals
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras
+from stable_diffusion_server.pipelines.conditioning.prompt_reader import StepPrompts, read_prompts
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import (
     make_scheduler,
     set_timesteps,
@@ -59,6 +61,13 @@ class UnetFamily(NativeFamily[UnetConditioning]):
         """The larger count of the tokenizers."""
         counters = self._counters
         return lambda prompt: max(count(prompt) for count in counters)
+
+    def _read_prompts(
+        self, request: DiffusionRequest, encoders: Sequence[ClipEncoder], loras: ActiveLoras
+    ) -> list[StepPrompts]:
+        """A request's prompts with weights and embeddings, read by these CLIPs."""
+        embeddings = self.embeddings.use(request.embeddings)
+        return read_prompts(request, self.spec, encoders, self.prompt_cache, loras, self.device, embeddings)
 
     @abstractmethod
     def _encode(self, request: DiffusionRequest, loras: ActiveLoras = ()) -> UnetConditioning:

@@ -113,6 +113,13 @@ class ModelSettings(SettingsGroup):
             "followed, also out of the folder. Empty: no adapters."
         ),
     )
+    embeddings_dir: Annotated[Path | None, BeforeValidator(none_if_empty)] = Field(
+        None,
+        description=(
+            "Folder, with sub-folders, of the textual inversion embeddings (`.safetensors`) that prompts for "
+            "SD 1.5 and SDXL may name. Links are followed, also out of the folder. Empty: no embeddings."
+        ),
+    )
     max_lora_bytes: int = Field(
         4 * 2**30,
         ge=1,

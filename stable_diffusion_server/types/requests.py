@@ -25,7 +25,7 @@ LORA_NAME_PATTERN = rf"(?![./])(?!.*/[./]){_IN_NAME}\s](?:{_IN_NAME}]{{0,98}}{_I
 Seed = int | Literal["random"] | None
 ExtraValue = bool | int | float | str
 # Fields that few requests have.
-_RARE = ("references", "extra", "weighted", "clip_skip", "sampling", "prompt_2", "tiling", "soft")
+_RARE = ("references", "extra", "weighted", "clip_skip", "sampling", "prompt_2", "tiling", "soft", "embeddings")
 # Schedulers of second order: two forward passes a step.
 _TWO_PASSES = frozenset({"heun", "kdpm2", "kdpm2_a", "dpm_sde", "dpm_2s_a", "flow_heun"})
 
@@ -69,6 +69,7 @@ class DiffusionRequest:
         sampling: Options of the sampler that are not its defaults, by name, sorted.
         tiling: Borders that meet when the image is repeated.
         soft: Whether the mask's levels say in which share of the steps a pixel is repainted; otherwise it is binary.
+        embeddings: Name and digest of each textual inversion embedding that a prompt names.
     """
 
     task: Task
@@ -99,6 +100,7 @@ class DiffusionRequest:
     prompt_2: str | None = None
     tiling: Tiling | None = None
     soft: bool = False
+    embeddings: tuple[tuple[str, str], ...] = ()
 
     @property
     def passes_per_step(self) -> int:

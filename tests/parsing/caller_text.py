@@ -389,6 +389,14 @@ def traced(headers: Headers) -> object:
     return TraceContextTextMapPropagator().extract(headers)
 
 
+# A thousand, of which many begin as the patterns do.
+EMBEDDINGS = parsing.NameIndex(
+    [
+        *(f"style{number}" for number in range(900)),
+        *("a " * number + "b" for number in range(50)),
+        *("1-" * n for n in range(1, 50)),
+    ]
+)
 PARSERS = [
     Parser("a prompt, cleaned", limits.TEXT_MAX, prompts.clean_prompt, refuses=False),
     Parser("a text in NFC", limits.TEXT_MAX, unicode_text.nfc, refuses=False),
@@ -426,6 +434,7 @@ PARSERS = [
         refuses=False,
     ),
     Parser("weights", limits.TEXT_MAX, parsing.parse_weights, shapes=SYNTAX, refuses=False),
+    Parser("names of embeddings", limits.TEXT_MAX, EMBEDDINGS.split, shapes=SYNTAX, refuses=False),
     Parser("schedules", limits.TEXT_MAX, lambda text: parsing.scheduled_texts(text, 4), shapes=SYNTAX, refuses=False),
     Parser(
         "wildcards",

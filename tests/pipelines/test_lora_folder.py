@@ -13,7 +13,7 @@ import pytest
 from fakes import lora_file
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
-from stable_diffusion_server.pipelines.conditioning import lora_folder
+from stable_diffusion_server.pipelines.conditioning import lora_folder, named_files
 from stable_diffusion_server.pipelines.conditioning.lora_files import digest_of, identity_of, read_header, read_lora
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder, find, names_in
 
@@ -208,7 +208,7 @@ def test_the_digest_follows_every_change_of_a_file(
 ) -> None:
     """Overwritten within a clock tick, replaced by rename, its times restored: the digest is of the current bytes."""
     if settled:
-        monkeypatch.setattr(lora_folder, "_UNSETTLED_SECONDS", -1.0)
+        monkeypatch.setattr(named_files, "UNSETTLED_SECONDS", -1.0)
     file, folder = lora_file(tmp_path / "ink.safetensors", b"0"), LoraFolder(tmp_path)
     before = file.stat()
     for number in range(1, 40 if not settled else 2):
@@ -255,7 +255,7 @@ def test_a_digest_is_that_of_the_bytes_that_were_read(tmp_path: Path) -> None:
 
 def test_a_settled_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Identified by device, inode, size and times, which reading does not change."""
-    monkeypatch.setattr(lora_folder, "_UNSETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(named_files, "UNSETTLED_SECONDS", -1.0)
     file, folder = lora_file(tmp_path / "ink.safetensors"), LoraFolder(tmp_path)
     first = folder.digest("ink")
     monkeypatch.setattr(lora_folder, "check_lora", lambda *given: pytest.fail("it was read again"))

@@ -14,6 +14,7 @@ from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict bef
 from stable_diffusion_server.api.automatic1111.sampler_names import schedules_of
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.imaging import SCHEDULE_NAMES, Resampling
+from stable_diffusion_server.pipelines import Embedding
 
 _FILTERS = ("None", *Resampling)
 CONTROLNET_SCRIPT = "controlnet"
@@ -49,10 +50,14 @@ class Automatic1111StyleBody(TypedDict):
 
 
 class Automatic1111EmbeddingsBody(TypedDict):
-    """Textual inversion embeddings by name."""
+    """Textual inversion embeddings by name: those that your model reads, and the others in the folder.
 
-    loaded: dict[str, object]
-    skipped: dict[str, object]
+    Each has `vectors` of `shape` numbers, of all text encoders together; 0 if its file cannot be read. `step`,
+    `sd_checkpoint` and `sd_checkpoint_name` are null: how it was trained is unknown here.
+    """
+
+    loaded: dict[str, dict[str, int | None]]
+    skipped: dict[str, dict[str, int | None]]
 
 
 class Automatic1111ScriptsBody(TypedDict):
@@ -129,8 +134,23 @@ def styles_body(context: DialectContext) -> list[Automatic1111StyleBody]:
 
 
 def embeddings_body(context: DialectContext) -> Automatic1111EmbeddingsBody:
-    """List the textual inversion embeddings: none."""
-    return {"loaded": {}, "skipped": {}}
+    """List the textual inversion embeddings: those that the selected model reads, and the others."""
+    spec = context.find_model(None)
+    loaded, skipped = context.embeddings(spec.name) if spec is not None else ({}, {})
+    return {
+        "loaded": {name: _embedding(found) for name, found in loaded.items()},
+        "skipped": {name: _embedding(found) for name, found in skipped.items()},
+    }
+
+
+def _embedding(found: Embedding | None) -> dict[str, int | None]:
+    return {
+        "step": None,
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": None,
+        "shape": 0 if found is None else sum(found.widths.values()),
+        "vectors": 0 if found is None else found.count,
+    }
 
 
 def scripts_body(context: DialectContext) -> Automatic1111ScriptsBody:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -19,6 +20,7 @@ from stable_diffusion_server.api.automatic1111.list_bodies import (
     Automatic1111StyleBody,
     Automatic1111UpscalerBody,
 )
+from stable_diffusion_server.api.automatic1111.options import CallerOptions, model_of
 from stable_diffusion_server.api.automatic1111.responses import (
     Automatic1111LoraBody,
     Automatic1111ModelBody,
@@ -29,6 +31,7 @@ from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.schemas.responses import described
 from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput, ServerError
+from stable_diffusion_server.types import Caller
 
 # Maximum concurrent list requests, each on a thread; maximum running and waiting list requests per caller.
 LIST_CONCURRENCY, MAX_LISTS_PER_CALLER = 4, 64
@@ -54,11 +57,16 @@ _REFUSED: dict[str, ServerError] = {
 }
 
 
-def add_list_routes(routes: APIRouter, context: DialectContext) -> None:
-    """Add the routes that list what is installed."""
+def add_list_routes(routes: APIRouter, context: DialectContext, options: CallerOptions) -> None:
+    """Add the routes that list what is installed; `options` know the model that a caller selected."""
     queue = FairRequestQueue(
         LIST_CONCURRENCY, MAX_LISTS_PER_CALLER, f"{MAX_LISTS_PER_CALLER} lists are being made for you."
     )
+
+    def own_context(caller: Caller) -> DialectContext:
+        own, selected = context.for_caller(caller), model_of(options.of(caller))
+        return replace(own, default_model=selected) if selected and selected in own.models else own
+
     for name, body_of, body in (
         ("sd-models", responses.models_body, list[Automatic1111ModelBody]),
         ("samplers", responses.samplers_body, list[Automatic1111SamplerBody]),
@@ -71,9 +79,9 @@ def add_list_routes(routes: APIRouter, context: DialectContext) -> None:
         ("script-info", list_bodies.script_info_body, list[Automatic1111ScriptInfoBody]),
         ("cmd-flags", list_bodies.flags_body, Automatic1111FlagsBody),
     ):
-        _add_list_route(routes, name, body_of, body, context, queue)
+        _add_list_route(routes, name, body_of, body, own_context, queue)
     for name in _EMPTY:
-        _add_list_route(routes, name, list_bodies.empty_list, list[dict[str, Any]], context, queue)
+        _add_list_route(routes, name, list_bodies.empty_list, list[dict[str, Any]], own_context, queue)
 
     @routes.get(
         "/sdapi/v1/memory",
@@ -108,14 +116,13 @@ def _add_list_route(
     name: str,
     body_of: Callable[[DialectContext], Any],
     body: Any,
-    context: DialectContext,
+    own_context: Callable[[Caller], DialectContext],
     queue: FairRequestQueue,
 ) -> None:
     async def listed(request: Request) -> Response:
         caller = caller_of(request)
         async with queue.hold(caller.share):
-            own = context.for_caller(caller)
-            return JSONResponse(await run_in_threadpool(body_of, own))  # scans the LoRA folder
+            return JSONResponse(await run_in_threadpool(body_of, own_context(caller)))  # scans folders
 
     routes.add_api_route(
         f"/sdapi/v1/{name}",

@@ -88,7 +88,7 @@ def automatic1111_router(
         """Change an image, or only what a mask covers."""
         return await images.answer(request, await _read(Img2Img, request))
 
-    add_list_routes(routes, context)
+    add_list_routes(routes, context, options)
     add_order_routes(routes)
     add_checkpoint_routes(routes, context, options, changes)
     add_progress_routes(routes, images.tasks, previews)

@@ -230,6 +230,8 @@ class LoadedModelBody(TypedDict):
     follows_edges: bool
     loras: list[str]
     unusable_loras: list[str]
+    embeddings: list[str]
+    unusable_embeddings: list[str]
     commit: str
     remarks: list[str]
     usual: bool

@@ -10,6 +10,8 @@ import torch
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.parsing import parse_weights
+from stable_diffusion_server.pipelines.conditioning.embedding_files import CLIP_L
+from stable_diffusion_server.pipelines.conditioning.prompt_embeddings import PromptEmbeddings
 from stable_diffusion_server.pipelines.conditioning.token_chunks import TokenChunk, chunks_of
 from stable_diffusion_server.pipelines.model_spec import CHUNK_TOKENS
 
@@ -19,11 +21,15 @@ _FACTOR_MIN, _FACTOR_MAX = 0.5, 2.0
 
 @dataclass(frozen=True, slots=True)
 class ClipEncoder:
-    """A CLIP and its tokenizer. SDXL reads the layer before the last (`penultimate`), SD 1.5 the last, normalized."""
+    """A CLIP and its tokenizer. SDXL reads the layer before the last (`penultimate`), SD 1.5 the last, normalized.
+
+    `part` is its usual name, `clip_l` or `clip_g`, by which embeddings have vectors for it.
+    """
 
     tokenizer: Any
     network: Any
     penultimate: bool
+    part: str = CLIP_L
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +42,25 @@ class ClipText:
 
 
 def encode_text(
-    texts: Sequence[str], encoders: Sequence[ClipEncoder], clip_skip: int, device: torch.device
+    texts: Sequence[str],
+    encoders: Sequence[ClipEncoder],
+    clip_skip: int,
+    device: torch.device,
+    embeddings: PromptEmbeddings,
 ) -> ClipText:
     """Encode a prompt, one text for each encoder. They see chunks of equal number, and their channels are joined.
 
-    Raises `InvalidInput` for a `clip_skip` that leaves no layer.
+    Names of `embeddings` are replaced by their vectors. Raises `InvalidInput` for a `clip_skip` that leaves no layer.
     """
     divided = [
-        chunks_of(parse_weights(text), _tokens_of(encoder), _comma(encoder.tokenizer))
+        chunks_of(parse_weights(text), _tokens_of(encoder, embeddings), _comma(encoder.tokenizer))
         for text, encoder in zip(texts, encoders, strict=True)
     ]
     most = max(len(chunks) for chunks, _ in divided)
     encoded = []
     for encoder, (chunks, _) in zip(encoders, divided, strict=True):
         padding = [TokenChunk() for _ in range(most - len(chunks))]
-        encoded.append(_encode([*chunks, *padding], encoder, clip_skip, device))
+        encoded.append(_encode([*chunks, *padding], encoder, clip_skip, device, embeddings))
     embeds = torch.cat([part for part, _ in encoded], dim=-1)
     return ClipText(embeds, encoded[-1][1], any(cut for _, cut in divided))
 
@@ -62,7 +72,11 @@ def padded(text: ClipText, empty: ClipText, tokens: int) -> ClipText:
 
 
 def _encode(
-    chunks: Sequence[TokenChunk], encoder: ClipEncoder, clip_skip: int, device: torch.device
+    chunks: Sequence[TokenChunk],
+    encoder: ClipEncoder,
+    clip_skip: int,
+    device: torch.device,
+    embeddings: PromptEmbeddings,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     tokenizer, network = encoder.tokenizer, encoder.network
     rows, weights = [], []
@@ -71,7 +85,11 @@ def _encode(
         ids = [tokenizer.bos_token_id, *chunk.tokens, tokenizer.eos_token_id]
         rows.append(ids + [tokenizer.pad_token_id] * missing)
         weights.append([1.0, *chunk.weights, 1.0] + [1.0] * missing)
-    found = network(torch.tensor(rows, device=device), output_hidden_states=True)
+    tokens = torch.tensor(rows)
+    # The first token stands where vectors are: the pooled vector is found by the last one.
+    known = torch.where(tokens < 0, tokenizer.bos_token_id, tokens)
+    with embeddings.placed(encoder.part, tokens):
+        found = network(known.to(device), output_hidden_states=True)
     layer = clip_skip + (2 if encoder.penultimate else 1)
     if layer > len(found.hidden_states):
         most = len(found.hidden_states) - (2 if encoder.penultimate else 1)
@@ -100,14 +118,22 @@ def _weighted(embeds: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.where(changed[:, None, None], multiplied.to(embeds.dtype), embeds)
 
 
-def _tokens_of(encoder: ClipEncoder) -> Any:
-    def tokens_of(texts: list[str]) -> list[list[int]]:
-        found: list[list[int]] = encoder.tokenizer(
-            texts, add_special_tokens=False, truncation=False, padding=False, verbose=False
-        ).input_ids
-        return found
+def _tokens_of(encoder: ClipEncoder, embeddings: PromptEmbeddings) -> Any:
+    def tokens_of(texts: list[str]) -> list[list[tuple[int, ...]]]:
+        divided = [embeddings.split(text) for text in texts]
+        words = [part.text for parts in divided for part in parts if not part.name]
+        options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
+        left = iter(encoder.tokenizer(words, **options).input_ids if words else [])
+        return [
+            [group for part in parts for group in ([embeddings.tokens(part.name)] if part.name else _each(next(left)))]
+            for parts in divided
+        ]
 
     return tokens_of
+
+
+def _each(tokens: Sequence[int]) -> list[tuple[int, ...]]:
+    return [(token,) for token in tokens]
 
 
 def _comma(tokenizer: Any) -> int | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-import time
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,7 +14,6 @@ import structlog
 from cachetools import LRUCache
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
-from stable_diffusion_server.files import walk_files
 from stable_diffusion_server.pipelines.conditioning.lora_files import (
     DENOISERS,
     LARGEST_BYTES,
@@ -28,13 +25,10 @@ from stable_diffusion_server.pipelines.conditioning.lora_files import (
     opened,
     read_lora,
 )
-from stable_diffusion_server.types import LORA_NAME_PATTERN
+from stable_diffusion_server.pipelines.conditioning.named_files import NamedFiles, is_settled, why_unnamed
 
 SUFFIX = ".safetensors"
-_NAME = re.compile(LORA_NAME_PATTERN)
 _CACHE_SIZE = 4096
-# A file changed more recently than this may change again without a new timestamp.
-_UNSETTLED_SECONDS = 2.0
 
 _log = structlog.get_logger(__name__)
 
@@ -49,6 +43,7 @@ class LoraFolder:
 
     def __init__(self, folder: Path | None, largest: int = LARGEST_BYTES) -> None:
         self.folder = folder
+        self._named = NamedFiles(folder, SUFFIX)
         self._largest = largest
         self._fits: LRUCache[LoraIdentity, Collection[str]] = LRUCache(_CACHE_SIZE)
         self._digests: LRUCache[LoraIdentity, str] = LRUCache(_CACHE_SIZE)
@@ -64,7 +59,7 @@ class LoraFolder:
 
     def largest_bytes(self, denoiser: str, count: int) -> int:
         """Bytes of the `count` largest LoRA files that may fit a denoiser."""
-        files, sizes = self._files(), []
+        files, sizes = self._named.read(), []
         for name in self.names({denoiser}):
             with suppress(OSError, KeyError):  # removed meanwhile
                 sizes.append(files[name].stat().st_size)
@@ -73,12 +68,7 @@ class LoraFolder:
     def faults(self) -> dict[str, str]:
         """The LoRAs that cannot be used: name → reason, a sentence. Each is logged once."""
         faults = {name: why for name, (why, _) in self._checked_files().items() if why}
-        for file in walk_files(self.folder, SUFFIX) if self.folder is not None else ():
-            if not _is_name(file.stem):
-                name = ascii(file.name)  # it may not be valid text
-                faults[name] = (
-                    f'{name} cannot be asked for: names have up to 100 printable characters, without , : < > " and \\.'
-                )
+        faults |= {name: why_unnamed(name) for name in self._named.unnamed()}
         for name, why in faults.items():
             if (name, why) not in self._logged:
                 self._logged.add((name, why))
@@ -111,7 +101,7 @@ class LoraFolder:
         """The digest of a LoRA's current content. Raises `InvalidInput` with the reason if it cannot be used."""
         file = self.file(name)
         with _as_request_error(), opened(file) as (source, facts):
-            settled, identity = _is_settled(facts), identity_of(facts)
+            settled, identity = is_settled(facts), identity_of(facts)
             with self._lock:
                 known = self._digests.get(identity)
             if known is not None:
@@ -144,31 +134,20 @@ class LoraFolder:
         """
         return _AvailableLoras(self, denoisers)
 
-    def _files(self) -> dict[str, Path]:
-        """Path of every LoRA file by name."""
-        files: dict[str, Path] = {}
-        for file in walk_files(self.folder, SUFFIX) if self.folder is not None else ():
-            name = file.stem if file.stem not in files else self._place(file)
-            if _is_name(name):
-                files.setdefault(name, file)
-        return files
-
-    def _place(self, file: Path) -> str:
-        """The path of a file in the folder, without its ending."""
-        return file.with_suffix("").relative_to(self.folder or file).as_posix()
-
     def _find(self, asked: str) -> Path | None:
         """The path of the LoRA that is asked for, by its name or by another form of it."""
-        files = self._files()
+        files = self._named.read()
         if asked in files:
             return files[asked]
         wanted = _caseless(asked).removesuffix(SUFFIX)
-        named = (file for name, file in files.items() if wanted in (_caseless(name), _caseless(self._place(file))))
+        named = (
+            file for name, file in files.items() if wanted in (_caseless(name), _caseless(self._named.place(file)))
+        )
         return next(named, None)
 
     def _checked_files(self) -> dict[str, tuple[str, Collection[str]]]:
         """Name → (what is wrong with the file, as a sentence, or empty; the denoisers it may fit)."""
-        return {name: self._check_file(file) for name, file in sorted(self._files().items())}
+        return {name: self._check_file(file) for name, file in sorted(self._named.read().items())}
 
     def _check_file(self, file: Path) -> tuple[str, Collection[str]]:
         with suppress(OSError):
@@ -179,7 +158,7 @@ class LoraFolder:
                 return self._remaining(identity, known)
         try:
             with opened(file) as (source, facts):
-                identity, settled = identity_of(facts), _is_settled(facts)
+                identity, settled = identity_of(facts), is_settled(facts)
                 fits = denoisers_of(check_lora(source, facts, file.name, self._largest))
         except ModelLoadError as error:
             return error.detail, ()
@@ -198,16 +177,6 @@ class LoraFolder:
 
 def _caseless(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
-
-
-def _is_name(name: str) -> bool:
-    """Whether requests can name a file so."""
-    return name.isprintable() and _NAME.fullmatch(name) is not None
-
-
-def _is_settled(facts: os.stat_result) -> bool:
-    """Whether the file is old enough that a further change would change its timestamps."""
-    return time.time() - max(facts.st_mtime, facts.st_ctime) > _UNSETTLED_SECONDS
 
 
 class _AvailableLoras(Mapping[str, str]):

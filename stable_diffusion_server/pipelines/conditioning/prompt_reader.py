@@ -13,6 +13,7 @@ from stable_diffusion_server.pipelines.catalog import steps_skipped
 from stable_diffusion_server.pipelines.conditioning.clip_prompts import ClipEncoder, ClipText, encode_text, padded
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
+from stable_diffusion_server.pipelines.conditioning.prompt_embeddings import PromptEmbeddings
 from stable_diffusion_server.pipelines.model_spec import MOST_CHUNKS, ModelSpec
 from stable_diffusion_server.types import DiffusionRequest
 
@@ -46,6 +47,7 @@ def read_prompts(
     cache: PromptCache,
     loras: ActiveLoras,
     device: torch.device,
+    embeddings: PromptEmbeddings,
 ) -> list[StepPrompts]:
     """Encode the prompts for each range of steps, the first from 0, all with chunks of equal number.
 
@@ -56,15 +58,15 @@ def read_prompts(
     steps = request.num_inference_steps - skipped
 
     def encoded(texts: tuple[str, ...]) -> ClipText:
-        key = ("weighted", texts, skip, digests_and_weights(loras))
-        value = cache.get_or_create(key, lambda: _as_entry(encode_text(texts, encoders, skip, device)))
+        key = ("weighted", texts, skip, digests_and_weights(loras), embeddings.used)
+        value = cache.get_or_create(key, lambda: _as_entry(encode_text(texts, encoders, skip, device, embeddings)))
         return ClipText(value[0], value[1], is_cut=value[2] is not None)
 
     second = request.prompt if request.prompt_2 is None else request.prompt_2
     rows = [(request.prompt, second)[-len(encoders) :]]
     if request.guidance_scale > 1:
         rows.insert(0, (request.negative_prompt or "",) * len(encoders))
-    schedules, warnings = [], []
+    schedules, warnings = [], [*embeddings.warnings]
     for texts in rows:
         schedule = _scheduled(texts, steps)
         if len({part for _, part in schedule}) > _MOST_TEXTS:

@@ -22,11 +22,12 @@ class TokenChunk:
 
 
 def chunks_of(
-    parts: Sequence[WeightedText], tokens_of: Callable[[list[str]], list[list[int]]], comma: int | None
+    parts: Sequence[WeightedText], tokens_of: Callable[[list[str]], list[list[tuple[int, ...]]]], comma: int | None
 ) -> tuple[list[TokenChunk], bool]:
     """Return the chunks, 1 to `MOST_CHUNKS`, and whether more were left out.
 
-    `tokens_of` tokenizes texts, each on its own; `comma` is the token of a comma, if there is one.
+    `tokens_of` tokenizes texts, each on its own, into groups of up to 75 tokens that stay in one chunk. `comma` is the
+    token of a comma, if there is one.
     """
     words = [part.text for part in parts if part.text != BREAK]
     tokens = iter(tokens_of(words) if words else [])
@@ -37,8 +38,8 @@ def chunks_of(
             chunks.append(chunk)
             chunk = TokenChunk()
         else:
-            for token in next(tokens):
-                chunk = _added(chunk, token, part.weight, chunks, is_comma=token == comma)
+            for group in next(tokens):
+                chunk = _added(chunk, group, part.weight, chunks, is_comma=group == (comma,))
         if len(chunks) > MOST_CHUNKS:
             break
     if chunk.tokens or not chunks:
@@ -46,8 +47,10 @@ def chunks_of(
     return chunks[:MOST_CHUNKS], len(chunks) > MOST_CHUNKS
 
 
-def _added(chunk: TokenChunk, token: int, weight: float, ended: list[TokenChunk], *, is_comma: bool) -> TokenChunk:
-    """Add a token; a full chunk is appended to `ended` first. Returns the chunk that goes on."""
+def _added(
+    chunk: TokenChunk, group: tuple[int, ...], weight: float, ended: list[TokenChunk], *, is_comma: bool
+) -> TokenChunk:
+    """Add a group of tokens; a chunk without room is appended to `ended` first. Returns the chunk that goes on."""
     length = len(chunk.tokens)
     if is_comma:
         chunk.last_comma = length
@@ -56,9 +59,9 @@ def _added(chunk: TokenChunk, token: int, weight: float, ended: list[TokenChunk]
         rest = TokenChunk(chunk.tokens[cut:], chunk.weights[cut:])
         ended.append(TokenChunk(chunk.tokens[:cut], chunk.weights[:cut]))
         chunk = rest
-    if len(chunk.tokens) == CHUNK_TOKENS:
+    if len(chunk.tokens) + len(group) > CHUNK_TOKENS:
         ended.append(chunk)
         chunk = TokenChunk()
-    chunk.tokens.append(token)
-    chunk.weights.append(weight)
+    chunk.tokens += group
+    chunk.weights += [weight] * len(group)
     return chunk

@@ -6,7 +6,6 @@ import torch
 
 from stable_diffusion_server.pipelines.conditioning.clip_prompts import ClipEncoder
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
-from stable_diffusion_server.pipelines.conditioning.prompt_reader import read_prompts
 from stable_diffusion_server.pipelines.unet_family import UnetFamily
 from stable_diffusion_server.pipelines.unet_inputs import UnetConditioning, by_step
 from stable_diffusion_server.types import DiffusionRequest
@@ -35,7 +34,7 @@ class Sd15(UnetFamily):
     def _read(self, request: DiffusionRequest, loras: ActiveLoras) -> UnetConditioning:
         """The conditioning of prompts with weights, in chunks."""
         encoder = ClipEncoder(self.pipeline.tokenizer, self.pipeline.text_encoder, penultimate=False)
-        prompts = read_prompts(request, self.spec, (encoder,), self.prompt_cache, loras, self.device)
+        prompts = self._read_prompts(request, (encoder,), loras)
         return by_step(prompts, lambda each: UnetConditioning(torch.cat([text.embeds for text in each.rows])))
 
     def _skipped(self, prompt: str) -> torch.Tensor:

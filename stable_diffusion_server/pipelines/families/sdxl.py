@@ -10,8 +10,8 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from stable_diffusion_server.pipelines.base import DenoisingSegment, seeded
 from stable_diffusion_server.pipelines.conditioning.clip_prompts import ClipEncoder, ClipText
+from stable_diffusion_server.pipelines.conditioning.embedding_files import CLIP_G
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
-from stable_diffusion_server.pipelines.conditioning.prompt_reader import read_prompts
 from stable_diffusion_server.pipelines.loading.schedules import use_own_noise
 from stable_diffusion_server.pipelines.model_spec import REFINER
 from stable_diffusion_server.pipelines.unet_family import UnetFamily
@@ -66,7 +66,7 @@ class Sdxl(UnetFamily):
         pipe, guided = self.pipeline, request.guidance_scale > 1
         size = (request.height, request.width, 0, 0)
         if request.weighted or request.clip_skip is not None:
-            (last,) = read_prompts(request, self.spec, self._encoders()[1:], self.prompt_cache, loras, self.device)[-1:]
+            (last,) = self._read_prompts(request, self._encoders()[1:], loras)[-1:]
             return self._conditioning_of_refiner(size, last.rows)
         prompt = request.prompt if request.prompt_2 is None else request.prompt_2
         texts = StableDiffusionXLImg2ImgPipeline(
@@ -128,15 +128,17 @@ class Sdxl(UnetFamily):
 
     def _read(self, request: DiffusionRequest, loras: ActiveLoras) -> UnetConditioning:
         """The conditioning of prompts with weights, in chunks."""
-        prompts = read_prompts(request, self.spec, self._encoders(), self.prompt_cache, loras, self.device)
+        prompts = self._read_prompts(request, self._encoders(), loras)
         if request.negative_prompt is None and self.pipeline.config.force_zeros_for_empty_prompt:
             prompts = [prompt.without_negative() for prompt in prompts]
         return by_step(prompts, lambda each: self._conditioning(request, each.rows))
 
     def _encoders(self) -> tuple[ClipEncoder, ...]:
         pipe = self.pipeline
-        pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
-        return tuple(ClipEncoder(tokenizer, network, penultimate=True) for tokenizer, network in pairs)
+        return (
+            ClipEncoder(pipe.tokenizer, pipe.text_encoder, penultimate=True),
+            ClipEncoder(pipe.tokenizer_2, pipe.text_encoder_2, penultimate=True, part=CLIP_G),
+        )
 
 
 def _stacked(rows: Sequence[ClipText]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraph
 from stable_diffusion_server.pipelines.acceleration.onednn import linear
 from stable_diffusion_server.pipelines.catalog import MODELS, with_quantization, with_weights
 from stable_diffusion_server.pipelines.conditioning.controlnet import check_grid
+from stable_diffusion_server.pipelines.conditioning.embedding_folder import EmbeddingFolder
 from stable_diffusion_server.pipelines.conditioning.lora import LoraManager, add_to_controlnet
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import LIMIT_BYTES
@@ -59,9 +60,10 @@ class LoadOptions:
 
     `digests` identify weights, and `cpu_dtypes` chooses the dtype on a CPU. With `mapped`, weights stay memory-mapped,
     those of 16 bits also where fp32 is computed. `lora_dir`, or the shared `loras`, holds the LoRAs that requests may
-    name. `controlnet_lora` is added to the ControlNet and `dfloat11` are compressed weights, for models that take them.
-    `offload` and `quantize` override what free memory decides; `performance` names the optimizations of resident,
-    unquantized weights. `attention_slicing`, `vae_slicing` and `vae_tiling` save memory and change images slightly.
+    name, `embeddings` what their prompts may name. `controlnet_lora` is added to the ControlNet and `dfloat11` are
+    compressed weights, for models that take them. `offload` and `quantize` override what free memory decides;
+    `performance` names the optimizations of resident, unquantized weights. `attention_slicing`, `vae_slicing` and
+    `vae_tiling` save memory and change images slightly.
     Each model caches up to `prompt_cache_bytes` of prompt embeddings.
 
     `on_demand` names the models that are loaded when a request needs them; `pinned` ones are not unloaded for others.
@@ -79,6 +81,7 @@ class LoadOptions:
     mapped: bool = False
     lora_dir: Path | None = None
     loras: LoraFolder | None = None
+    embeddings: EmbeddingFolder | None = None
     controlnet_lora: str = ""
     dfloat11: str = ""
     offload: Offload = "auto"
