@@ -1,13 +1,11 @@
-"""Paths of the OpenAI routes: slips in a client's base URL are mended, and unknown paths get a hint."""
+"""Paths of the OpenAI routes: which errors have OpenAI's format, and a hint for unknown paths."""
 
 from __future__ import annotations
 
 import re
 
-# A path longer than this is no slip of a base URL.
+# A longer path is none of them.
 _LONGEST = 1000
-# The dot matches line breaks, so that no path is tried twice.
-_SLIP = re.compile(r"/*(?:(?:api/+)?v1/+)?(images/+(?:generations|edits|variations)|models(?:/.*)?)/*", re.DOTALL)
 _SLASHES = re.compile(r"/{2,}")
 _IMAGES = ("/images/generations", "/images/edits", "/images/variations")
 # Ends of OpenAI's paths that this server does not have.
@@ -24,17 +22,6 @@ _OTHER_ENDS = (
 _NATIVE = "/v1/replay"
 # Below these, other parts of the server answer in their own format.
 _OTHER_DIALECTS = ("/sdapi/", "/internal/", "/controlnet/", "/ui/", "/files/", "/jobs/", "/history/")
-
-
-def canonical_path(path: str) -> str:
-    """Return the path of the OpenAI route that a path means: without `/v1`, with `/api/v1`, or with further slashes.
-
-    Returns every other path unchanged.
-    """
-    match = _SLIP.fullmatch(path) if len(path) <= _LONGEST else None
-    if match is None:
-        return path
-    return "/v1/" + _SLASHES.sub("/", match[1]).rstrip("/")
 
 
 def is_openai_path(path: str) -> bool:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from stable_diffusion_server.generation.executor import SubmissionContext
 from stable_diffusion_server.generation.expansion import STYLES_MAX, PromptExpander, image_seed
-from stable_diffusion_server.generation.image_options import check_tiling, extension_fields, extension_of
 from stable_diffusion_server.generation.interfaces import DecodeImage
 from stable_diffusion_server.generation.library import ImageLibrary
-from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX, RequestLimits, parse_int, range_sentence
+from stable_diffusion_server.generation.limits import (
+    NAME_MAX,
+    TEXT_MAX,
+    RequestLimits,
+    extension_fields,
+    extension_of,
+    parse_int,
+    range_sentence,
+)
 from stable_diffusion_server.generation.permissions import Ownership, able, not_permitted, permitted_models
 from stable_diffusion_server.generation.prompt_files import PromptFiles
 from stable_diffusion_server.generation.prompts import load_stop_words
@@ -16,6 +23,7 @@ from stable_diffusion_server.generation.replay import IMAGE_FIELD, EmbeddedProve
 from stable_diffusion_server.generation.resolved_output import DEFAULT_QUALITY
 from stable_diffusion_server.generation.resolver import GenerationOptions
 from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.generation.tiling import check_tiling
 from stable_diffusion_server.generation.upscaled_images import NO_UPSCALER, ChosenUpscaler, ImageUpscaler
 from stable_diffusion_server.generation.upscaling import DEFAULT_UPSCALER, UpscaleStopped
 

@@ -11,10 +11,11 @@ import numpy as np
 
 from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.image_options import check_extended_size, tiling_lack
 from stable_diffusion_server.generation.interfaces import DecodeImage, FetchImage
+from stable_diffusion_server.generation.limits import check_extended_size
 from stable_diffusion_server.generation.resolver import ResolvedRequest, prompts_for_model
 from stable_diffusion_server.generation.single_flight import SingleFlight
+from stable_diffusion_server.generation.tiling import tiling_lack
 from stable_diffusion_server.imaging import (
     Canvas,
     CropBox,
@@ -206,18 +207,15 @@ def _image_on_canvas(
 
 
 def _mask_on_canvas(request: GenerationRequest, mask: Pixels | None, canvas: Canvas) -> ImageArray | None:
-    """Return what the model repaints, with whole latents where the image is extended.
-
-    Black and white, or, for a soft mask, with its levels and those of its feather.
-    """
+    """Return what the model repaints: black and white, or a soft mask's levels; whole latents of extended sides."""
     if mask is None:
         return None
     soft = request.mask_mode is MaskMode.SOFT
-    levels = to_canvas(feather_mask(mask, request.feather) if soft else binarize_mask(mask), canvas, fill=0)
+    levels = to_canvas(feather_mask(mask, request.feather) if soft else mask, canvas, fill=0)
     levels = levels if soft else binarize_mask(levels)
-    if request.extend is None:
-        return ImageArray(levels)
-    return ImageArray(np.maximum(levels, cover_cells(np.where(levels == 255, levels, np.uint8(0)))))
+    if request.extend is not None:
+        levels = np.maximum(levels, cover_cells(np.where(levels == 255, levels, np.uint8(0))))
+    return ImageArray(levels)
 
 
 def _blend(request: GenerationRequest, mask: Pixels) -> Pixels:

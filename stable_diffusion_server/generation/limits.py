@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from secrets import randbelow
@@ -10,9 +10,18 @@ from typing import Any
 from uuid import NAMESPACE_OID, uuid5
 
 from stable_diffusion_server.errors import InvalidInput, number_text
-from stable_diffusion_server.generation.image_options import extension_fields
 from stable_diffusion_server.pipelines import SAMPLING_NUMBERS
-from stable_diffusion_server.types import LORA_WEIGHT_MAX, NOISE_SEEDS, SEED_MAX, Format, GenerationRequest
+from stable_diffusion_server.types import (
+    LORA_WEIGHT_MAX,
+    NOISE_SEEDS,
+    SEED_MAX,
+    Extension,
+    Fill,
+    Fit,
+    Format,
+    GenerationRequest,
+    MaskMode,
+)
 
 # Maximum characters of a text and of a name, checked before any parsing; the settings allow no longer prompts.
 TEXT_MAX, NAME_MAX = 32_000, 200
@@ -151,3 +160,44 @@ def seed_of(request: GenerationRequest, request_digest: str) -> int:
     if request.seed == "random":
         return randbelow(NOISE_SEEDS)  # exact in every JSON reader
     return int(request_digest[:8], 16) if request.seed is None else (request.seed + request.variation) % (SEED_MAX + 1)
+
+
+def image_options_identity(request: GenerationRequest) -> dict[str, object]:
+    """Return the options that identify the picture; none at its default, so that older digests are valid."""
+    resized = request.image is not None and request.width is not None
+    hires = (request.hires_width, request.hires_height, request.hires_steps, request.hires_strength)
+    return {
+        **({"fit": request.fit} if resized and request.fit != Fit.CROP else {}),
+        **({"hires": hires} if any(part is not None for part in hires) else {}),
+        **({"fill": request.fill} if request.fill is not Fill.ORIGINAL else {}),
+        **({"only_masked": request.only_masked} if request.only_masked is not None else {}),
+        **({"mask_mode": request.mask_mode} if request.mask_mode is not MaskMode.HARD else {}),
+        **({"extend": request.extend} if request.extend is not None else {}),
+        **({"tiling": request.tiling} if request.tiling is not None else {}),
+        **({"by": "transparency"} if request.mask is not None and request.mask.transparency else {}),
+        **({"mask_inverted": True} if request.mask is not None and request.mask.inverted else {}),
+    }
+
+
+def extension_of(values: Mapping[str, int]) -> Extension | None:
+    """Return the extension that parameters such as `extend_left` ask for; `None` if all of them are 0."""
+    extension = Extension(**{name.removeprefix("extend_"): value for name, value in values.items()})
+    return extension if any(extension) else None
+
+
+def extension_fields(extension: Extension | None) -> dict[str, int]:
+    """Return an extension by the names of its parameters."""
+    return {} if extension is None else {f"extend_{name}": value for name, value in extension._asdict().items()}
+
+
+def check_extended_size(extension: Extension, width: int, height: int, max_side: int) -> None:
+    """Raise `InvalidInput` if an image of `width` × `height` pixels becomes larger than `max_side` by its new sides."""
+    sides = (("left", "right", width), ("top", "bottom", height))
+    given = extension._asdict()
+    faults = []
+    for one, other, side in sides:
+        if given[one] + given[other] and side + given[one] + given[other] > max_side:
+            sentence = f"The image has {side} pixels on this side; extended it must not have more than {max_side}."
+            faults += [(f"extend_{name}", sentence) for name in (one, other) if given[name]]
+    if faults:
+        raise InvalidInput.from_faults(faults)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from stable_diffusion_server.errors import Forbidden, InvalidInput, ModelLoadError
-from stable_diffusion_server.generation.image_options import check_mask_mode, check_tiling
 from stable_diffusion_server.generation.limits import range_sentence
+from stable_diffusion_server.generation.tiling import check_tiling
 from stable_diffusion_server.pipelines import TRUE_GUIDANCE, ModelSpec, check_class_extra, known_names, spec_of
-from stable_diffusion_server.types import Caller, ExtraValue, GenerationRequest, StoredObject, Task
+from stable_diffusion_server.types import Caller, ExtraValue, GenerationRequest, MaskMode, StoredObject, Task
 
 _OWNER = "owner"
 # Models that a sentence names at most.
@@ -271,8 +271,12 @@ def check_abilities(request: GenerationRequest, spec: ModelSpec) -> None:
     if request.canny_low > request.canny_high:
         sentence = "canny_low must not be above canny_high."
         raise InvalidInput.from_faults([("canny_low", sentence), ("canny_high", sentence)])
-    check_tiling(request, spec)
-    check_mask_mode(request, spec)
+    if request.tiling is not None:
+        check_tiling(request, spec)
+    if request.mask_mode is MaskMode.SOFT and request.mask is None and request.extend is None:
+        raise InvalidInput("mask_mode is for requests with a mask.", field="mask_mode")
+    if request.mask_mode is MaskMode.SOFT and spec.any_extra:
+        raise InvalidInput(f"{spec.name} is drawn by its diffusers class, which has no soft masks.", field="mask_mode")
     if request.clip_skip is not None and not spec.usual_clip_skip:
         raise InvalidInput(f"{spec.name} has no CLIP whose layers can be left out.", field="clip_skip")
     if request.prompt_2 is not None and not spec.takes_prompt_2:

@@ -29,7 +29,7 @@ class RequestResolver:
         `expands` is false for a stored request, whose prompts were expanded before. Raises `InvalidInput`, `Forbidden`.
         """
         request = permitted_request(request, caller, self._options)
-        if expands and self._expander.changes(request):
+        if expands and self._may_expand(request):
             return await asyncio.to_thread(self._expander.expand, request)
         return request
 
@@ -44,12 +44,17 @@ class RequestResolver:
         """Admit and resolve a request without I/O; `None` if that cannot be. Raises `InvalidInput`, `Forbidden`."""
         if self._reads_files(request) or request.seed == "random" or is_long(request):
             return None
-        if self._expander.changes(request):
+        if self._may_expand(request):
             return None
         return self._resolve_words(permitted_request(request, caller, self._options))
 
     def _reads_files(self, request: GenerationRequest) -> bool:
         return bool(request.sources or request.loras) or self._options.embeddings.is_offered
+
+    def _may_expand(self, request: GenerationRequest) -> bool:
+        """Whether the request asks for styles or wildcards, and has any. Reads no file."""
+        wildcards = self._expander.by_default if request.wildcards is None else request.wildcards
+        return bool(request.styles or wildcards) and self._expander.changes(request)
 
     def _resolve_words(self, request: GenerationRequest) -> ResolvedRequest:
         """Resolve a request that reads no files, from the cache if possible."""

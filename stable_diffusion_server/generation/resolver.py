@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.image_options import image_options_identity
-from stable_diffusion_server.generation.limits import RequestLimits, seed_of
+from stable_diffusion_server.generation.limits import RequestLimits, image_options_identity, seed_of
 from stable_diffusion_server.generation.permissions import (
     Ownership,
     adapters_for,
@@ -37,7 +36,6 @@ from stable_diffusion_server.pipelines import (
 )
 from stable_diffusion_server.types import (
     ExtraValue,
-    Fit,
     GenerationRequest,
     PromptSyntax,
     RequestWarning,
@@ -233,8 +231,6 @@ def _identity_fields(
     stop_words: StopWords,
 ) -> dict[str, object]:
     """Return the fields that identify the image, except the seed and the input images."""
-    resized = request.image is not None and request.width is not None
-    hires = (request.hires_width, request.hires_height, request.hires_steps, request.hires_strength)
     return {
         "task": request.task,
         "model": parameters.spec.name,
@@ -251,12 +247,8 @@ def _identity_fields(
         "feather": request.feather,
         "control": (parameters.control_scale, request.canny_low, request.canny_high) if parameters.canny else None,
         # Only if they differ from the defaults, so that digests of earlier versions stay valid.
-        **({"fit": request.fit} if resized and request.fit != Fit.CROP else {}),
         **image_options_identity(request),
-        **({"by": "transparency"} if request.mask is not None and request.mask.transparency else {}),
         **({"stop_words": stop_words.identity} if stop_words.identity else {}),
-        **({"hires": hires} if any(part is not None for part in hires) else {}),
-        **({"mask_inverted": True} if request.mask is not None and request.mask.inverted else {}),
         **({"extra": sorted(request.extra)} if request.extra else {}),
         **({"prompt_syntax": parameters.prompt_syntax} if parameters.is_marked else {}),
         **({"prompt_2": parameters.prompt_2} if parameters.prompt_2 is not None else {}),

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from stable_diffusion_server.generation.executor import GenerationExecutor, SubmissionContext
-from stable_diffusion_server.generation.image_options import SECOND_PASS_AREAS
 from stable_diffusion_server.generation.layout import ImageLayout, lay_out_images
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
 from stable_diffusion_server.generation.seeds import one_later, wrapped
 from stable_diffusion_server.generation.single_flight import ProgressListener
+from stable_diffusion_server.generation.tiling import SECOND_PASS_AREAS
 from stable_diffusion_server.imaging import Pixels
 from stable_diffusion_server.types import DiffusionRequest, Fit, GenerationProgress, GenerationRequest, MaskMode, Task
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.types.callers import Caller
-from stable_diffusion_server.types.choices import Extension, Fill, Fit, MaskMode, PromptSyntax, Task, Tiling
-from stable_diffusion_server.types.requests import (
+from stable_diffusion_server.types.choices import (
     LORA_NAME_PATTERN,
     LORA_WEIGHT_MAX,
     NOISE_SEEDS,
     SEED_MAX,
-    DiffusionRequest,
+    Extension,
     ExtraValue,
+    Fill,
+    Fit,
+    ImageInput,
+    MaskMode,
+    PromptSyntax,
+    Seed,
+    Task,
+    Tiling,
+)
+from stable_diffusion_server.types.requests import (
+    Caller,
+    DiffusionRequest,
     Format,
     GenerationRequest,
     ImageArray,
-    ImageInput,
-    Seed,
     diffusion_request_fields,
     digest,
     image_digest,

@@ -1,9 +1,21 @@
-"""Choices of a request: its task and prompt syntax, and how images are fitted, filled and extended."""
+"""What requests are made of: task, prompt syntax, seed, LoRAs, input images, and how those are fitted and extended."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+SEED_MAX = 2**64 - 1
+# The noise depends on the lower 32 bits of a seed, as that of torch's CPU generator does.
+NOISE_SEEDS = 2**32
+LORA_WEIGHT_MAX = 8.0
+# A LoRA name: the stem of its file, also with folders before it, at most 100 characters. Texts name several with commas
+# and weights with colons.
+_IN_NAME = r'[^,:<>"\\\x00-\x1f\x7f'
+LORA_NAME_PATTERN = rf"(?![./])(?!.*/[./]){_IN_NAME}\s](?:{_IN_NAME}]{{0,98}}{_IN_NAME}\s])?"
+Seed = int | Literal["random"] | None
+ExtraValue = bool | int | float | str
 
 
 class Task(StrEnum):
@@ -85,3 +97,22 @@ class Extension(NamedTuple):
     def has_sides(self) -> bool:
         """Whether any side is extended."""
         return any((self.left, self.right, self.top, self.bottom))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInput:
+    """An input image: the bytes of a file, or its URL.
+
+    Attributes:
+        parameter: Name of the request parameter that it came in.
+        url: URL of the file, or `None`.
+        data: Bytes of the file, or `None`.
+        transparency: Whether a mask's transparent pixels are repainted instead of its white ones.
+        inverted: Whether the mask is inverted.
+    """
+
+    parameter: str
+    url: str | None = None
+    data: bytes | None = field(default=None, repr=False)
+    transparency: bool = False
+    inverted: bool = False

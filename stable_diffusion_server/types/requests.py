@@ -7,27 +7,29 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server.types.choices import Extension, Fill, Fit, MaskMode, PromptSyntax, Task, Tiling
+from stable_diffusion_server.types.choices import (
+    Extension,
+    ExtraValue,
+    Fill,
+    Fit,
+    ImageInput,
+    MaskMode,
+    PromptSyntax,
+    Seed,
+    Task,
+    Tiling,
+)
 
-SEED_MAX = 2**64 - 1
-# The noise depends on the lower 32 bits of a seed, as that of torch's CPU generator does.
-NOISE_SEEDS = 2**32
-LORA_WEIGHT_MAX = 8.0
-# A LoRA name: the stem of its file, also with folders before it, at most 100 characters. Texts name several with commas
-# and weights with colons.
-_IN_NAME = r'[^,:<>"\\\x00-\x1f\x7f'
-LORA_NAME_PATTERN = rf"(?![./])(?!.*/[./]){_IN_NAME}\s](?:{_IN_NAME}]{{0,98}}{_IN_NAME}\s])?"
-Seed = int | Literal["random"] | None
-ExtraValue = bool | int | float | str
 # Fields that few requests have.
 _RARE = ("references", "extra", "weighted", "clip_skip", "sampling", "prompt_2", "tiling", "soft", "embeddings")
 # Schedulers of second order: two forward passes a step.
 _TWO_PASSES = frozenset({"heun", "kdpm2", "kdpm2_a", "dpm_sde", "dpm_2s_a", "flow_heun"})
+# Ends with a space, which no key name contains.
+_ANONYMOUS = "anonymous "
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,25 +152,6 @@ class Format(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class ImageInput:
-    """An input image: the bytes of a file, or its URL.
-
-    Attributes:
-        parameter: Name of the request parameter that it came in.
-        url: URL of the file, or `None`.
-        data: Bytes of the file, or `None`.
-        transparency: Whether a mask's transparent pixels are repainted instead of its white ones.
-        inverted: Whether the mask is inverted.
-    """
-
-    parameter: str
-    url: str | None = None
-    data: bytes | None = field(default=None, repr=False)
-    transparency: bool = False
-    inverted: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A request as the caller sent it; `None` means that the server chooses.
 
@@ -272,3 +255,61 @@ class GenerationRequest:
     def sources(self) -> tuple[ImageInput, ...]:
         """The input images of the request."""
         return (*(source for source in (self.image, self.mask) if source is not None), *self.references)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The caller of a request.
+
+    Attributes:
+        name: Name of the API key; empty if no key is required.
+        prefix: Object keys that the caller may write, delete and list start with this; empty for all.
+        admin: Whether the API key may read and change what belongs to others.
+        anonymous: Whether this is a client without a key under ALLOW_ANONYMOUS.
+        address: The client's IPv4 address, or its IPv6 /64 network.
+        models: Names of the models that the API key may use; empty for all.
+    """
+
+    name: str = ""
+    prefix: str = ""
+    admin: bool = False
+    anonymous: bool = False
+    address: str = ""
+    models: tuple[str, ...] = ()
+
+    @property
+    def uses_all_models(self) -> bool:
+        """Whether the caller may use every model."""
+        return not self.models or self.has_full_access
+
+    @property
+    def has_full_access(self) -> bool:
+        """Whether the caller may read and change everything: an admin key, or the operator of a local server."""
+        return self.admin or not (self.name or self.anonymous)
+
+    def may_access_jobs_of(self, owner: Caller) -> bool:
+        """Whether the caller may see and cancel those jobs of `owner` whose ids it knows.
+
+        Anyone who knows the id may access an anonymous client's job, because such clients have no other credential.
+        """
+        return self.has_full_access or owner.anonymous or owner.owner == self.owner
+
+    @property
+    def share(self) -> str:
+        """Identifies the caller where capacity is shared fairly: by API key, or by address without one."""
+        return f"key {self.name}" if self.name else f"address {self.address}"
+
+    @property
+    def owner(self) -> str:
+        """Identifies the owner of jobs, idempotency keys and options: the key name, or an anonymous client's address.
+
+        It is empty for the operator, and no key name equals an anonymous client's owner string.
+        """
+        return f"{_ANONYMOUS}{self.address}" if self.anonymous else self.name
+
+    @classmethod
+    def from_owner(cls, owner: str, prefix: str = "") -> Caller:
+        """The caller with this stored `owner`; `admin` is false, since it depends on the current keys."""
+        if owner.startswith(_ANONYMOUS):
+            return cls(anonymous=True, address=owner.removeprefix(_ANONYMOUS))
+        return cls(owner, prefix)

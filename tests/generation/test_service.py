@@ -23,7 +23,14 @@ from stable_diffusion_server.generation.resolver import resolve_request
 from stable_diffusion_server.imaging import read_record
 from stable_diffusion_server.pipelines import SAMPLING_NUMBERS
 from stable_diffusion_server.storage.local import LocalBucket
-from stable_diffusion_server.types import EngineEventKind, Format, GenerationProgress, GenerationRequest, PromptSyntax
+from stable_diffusion_server.types import (
+    EngineEventKind,
+    Extension,
+    Format,
+    GenerationProgress,
+    GenerationRequest,
+    PromptSyntax,
+)
 
 HarnessOf = Callable[..., ServiceHarness]
 
@@ -417,6 +424,9 @@ def test_every_bound_holds_on_both_sides_of_its_edge(name: str, low: float, high
     limits = RequestLimits()
 
     def asked(value: float) -> GenerationRequest:
+        if name.startswith("extend_"):
+            other = "right" if name == "extend_left" else "left"
+            return order(extend=Extension(**{other: 64, name.removeprefix("extend_"): value}))
         return order(sampling=((name, value),)) if name in SAMPLING_NUMBERS else order(**{name: value})
 
     for inside in (low, high):

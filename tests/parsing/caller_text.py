@@ -589,7 +589,7 @@ PARSERS = [
     ),
     Parser("a bare key", HEADER, api_keys._authorized, refuses=False),
     Parser("names of a preflight request", 4096, lambda text: cors._preflight_response("a", asking(text))),
-    Parser("a path", 1000, dialect_paths.canonical_path, lambda text: f"/models/{text}"),
+    Parser("a path", 1000, access.canonical_path, lambda text: f"/models/{text}"),
     Parser(
         "a path without a route",
         1000,

@@ -13,7 +13,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion_server.api.dialect_paths import canonical_path
 from stable_diffusion_server.api.http_responses import add_security_headers
 from stable_diffusion_server.api.middleware.access_policy import PAGE_BYTES, AccessPolicy
 from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
@@ -26,6 +25,10 @@ from stable_diffusion_server.types import Caller
 _log = structlog.get_logger("access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# The dot matches line breaks, so that no path is tried twice. A longer path is no slip.
+_SLIP = re.compile(r"/*(?:(?:api/+)?v1/+)?(images/+(?:generations|edits|variations)|models(?:/.*)?)/*", re.DOTALL)
+_SLASHES = re.compile(r"/{2,}")
+_LONGEST_SLIP = 1000
 _QUIET = ("/healthz", "/health", "/ping", "/readyz", "/metrics")
 # uvicorn's h11 limits all headers to 64 KiB; its httptools, where installed, and other servers have no limit.
 _HEAD_MAX_BYTES, _MAX_HEADERS, _HEADER_MAX_BYTES = 65_536, 128, 16_384
@@ -40,6 +43,17 @@ def check_header_limits(scope: Scope) -> None:
         raise HeadersTooLarge(f"The head of a request may have {_HEAD_MAX_BYTES} bytes and {_MAX_HEADERS} headers.")
     if max(sizes, default=0) > _HEADER_MAX_BYTES:
         raise HeadersTooLarge(f"A header may have {_HEADER_MAX_BYTES} bytes.")
+
+
+def canonical_path(path: str) -> str:
+    """Return the path of the OpenAI route that a path means: without `/v1`, with `/api/v1`, or with further slashes.
+
+    Returns every other path unchanged.
+    """
+    match = _SLIP.fullmatch(path) if len(path) <= _LONGEST_SLIP else None
+    if match is None:
+        return path
+    return "/v1/" + _SLASHES.sub("/", match[1]).rstrip("/")
 
 
 class AccessMiddleware:
