@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stable_diffusion_server.pipelines.upscaling.network import load_network
 from training import __main__ as command
-from training import control, evaluate, flux, flux_vae, latent_cache, loop, lora, package, sdxl, text, vae
+from training import control, evaluate, flux, flux_vae, latent_cache, loop, lora, package, sdxl, text, upscaler, vae
 from training.captions import draw_scene
 from training.tokenization import make_clip, make_t5
 
@@ -89,6 +90,16 @@ def test_noise_is_drawn_where_four_steps_look() -> None:
     assert (steps == 999).float().mean() == pytest.approx(0.88 * sdxl.SHARES[0], abs=0.03)
     assert 0 <= times.min() <= times.max() == 1
     assert (times == 1).float().mean() == pytest.approx(0.84 * flux.SHARES[0], abs=0.03)
+
+
+def test_the_upscaler_is_made_and_packaged(monkeypatch: pytest.MonkeyPatch, runs: Path, tmp_path: Path) -> None:
+    """Its file in half precision is a network that the server reads, and its figures name every filter."""
+    monkeypatch.setattr(upscaler, "measure", lambda enlarge, resampling: 1.0)
+    run(monkeypatch, "upscaler", "package-upscaler")
+    file = tmp_path / "embedded-upscaler" / upscaler.NAME
+    assert load_network(file, torch.device("cpu")).scale == upscaler.SCALE
+    figures = (loop.RUNS / "upscaler" / "figures.txt").read_text()
+    assert all(resampling.name in figures for resampling in upscaler.FILTERS)
 
 
 def test_loose_scenes_and_outlines_are_what_their_stages_want() -> None:
