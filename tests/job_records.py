@@ -75,6 +75,8 @@ WHOLE = GenerationRequest(
     styles=("anime", "night"),
     wildcards=True,
     expanded=True,
+    upscaler="embedded-2x",
+    scale=2.5,
 )
 WORK = JobPayload(WHOLE, {"image_url": b"image", "image[1]": b"other"})
 RECEIPT = GenerationResult(
