@@ -134,8 +134,11 @@ class ImagesParams(GenerationParams):
     def to_requests(self, context: DialectContext) -> list[GenerationRequest]:
         """Return a request for each image. Raises `InvalidInput`."""
         spec = context.model(self.model)
+        base = self.base(context)
+        if self.true_cfg_scale is not None:
+            base = with_true_guidance(base, self.true_cfg_scale, spec)
         base = replace(
-            with_true_guidance(self.base(context), self.true_cfg_scale, spec),
+            base,
             model=spec.name if self.model else None,
             at_least_one_step=True,
             seed="random" if self.seed in (None, -1) else self.seed,
@@ -150,8 +153,10 @@ class ImagesParams(GenerationParams):
         ignored = [f"{name}: {why}" for name, why in _IGNORED.items() if getattr(self, name)]
         if self.background == "transparent":
             ignored.append("background: the image is opaque; no model here draws transparency.")
-        twice = guidance_warnings(self.true_cfg_scale, self.guidance_scale, context.model(self.model))
-        return [*(RequestWarning("not-honoured", sentence) for sentence in ignored), *twice]
+        warnings = [RequestWarning("not-honoured", sentence) for sentence in ignored]
+        if self.true_cfg_scale is not None:
+            warnings += guidance_warnings(self.true_cfg_scale, self.guidance_scale, context.model(self.model))
+        return warnings
 
     def pixels(self) -> tuple[int | None, int | None]:
         """Return width and height in pixels, `None` for `auto`. Raises `InvalidInput`."""
@@ -171,7 +176,8 @@ class ImagesParams(GenerationParams):
         values = {**self.to_request_fields(), "seed": None if self.seed == -1 else self.seed}
         values |= dict.fromkeys(("width", "height", "quality"))
         faults = [*context.limits.faults(values.get), *self._own_faults(context), *self._size_faults(context)]
-        faults += true_guidance_faults(self.true_cfg_scale, self.extra or {}, spec, context.limits)
+        if self.true_cfg_scale is not None:
+            faults += true_guidance_faults(self.true_cfg_scale, self.extra or {}, spec, context.limits)
         if spec is None:
             faults.append(("model", context.unknown_model(self.model)))
         elif self.scheduler is not None:
