@@ -40,6 +40,7 @@ from stable_diffusion_server.api.middleware import access, access_policy, api_ke
 from stable_diffusion_server.api.openai import image_sources
 from stable_diffusion_server.api.openai import protocol as openai_parameters
 from stable_diffusion_server.api.schemas import params, validation
+from stable_diffusion_server.app.upscalers import Upscalers
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.generation import limits, prompt_fitting, prompts, replay
 from stable_diffusion_server.generation.limits import RequestLimits
@@ -48,10 +49,13 @@ from stable_diffusion_server.jobs.events import JobEventLog
 from stable_diffusion_server.net import url_policy
 from stable_diffusion_server.parsing import strict_json, unicode_text
 from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.storage import object_headers
 from stable_diffusion_server.storage.keys import KEY_MAX_BYTES, object_key
 from stable_diffusion_server.types import Caller, StoredObject
 
+# The embedded upscaler and the filters.
+UPSCALERS = Upscalers(Settings())
 STOP_WORDS = prompts.BUILTIN_STOP_WORDS
 A_LIST = parsing.parse_wildcard_lines("a {b|c}\n__a__")
 PACKAGE = Path(strict_json.__file__).parent.parent
@@ -483,7 +487,9 @@ PARSERS = [
     Parser(
         "upscaler of /sdapi",
         limits.NAME_MAX,
-        lambda text: upscale_routes.ExtrasParams.model_validate({"upscaler_1": text, "upscaler_2": text}).report(),
+        lambda text: upscale_routes.ExtrasParams.model_validate({"upscaler_1": text, "upscaler_2": text}).choose(
+            UPSCALERS
+        ),
     ),
     Parser(
         "numbers as text of /sdapi",

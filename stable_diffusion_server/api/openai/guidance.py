@@ -14,9 +14,11 @@ from stable_diffusion_server.types import ExtraValue, GenerationRequest, Request
 
 
 def true_guidance_faults(
-    scale: float, extra: dict[str, ExtraValue], spec: ModelSpec | None, limits: RequestLimits
+    scale: float | None, extra: dict[str, ExtraValue], spec: ModelSpec | None, limits: RequestLimits
 ) -> list[tuple[str, str]]:
     """Return (parameter, sentence) of a value out of the model's range, and of two different ones."""
+    if scale is None:
+        return []
     if TRUE_GUIDANCE in extra and extra[TRUE_GUIDANCE] != scale:
         return [(TRUE_GUIDANCE, f"{TRUE_GUIDANCE} and extra.{TRUE_GUIDANCE} differ; send one of them.")]
     own = _own_parameter(spec)
@@ -24,12 +26,14 @@ def true_guidance_faults(
     return [] if low <= scale <= high else [(TRUE_GUIDANCE, range_sentence(TRUE_GUIDANCE, low, high))]
 
 
-def with_true_guidance(request: GenerationRequest, scale: float, spec: ModelSpec) -> GenerationRequest:
+def with_true_guidance(request: GenerationRequest, scale: float | None, spec: ModelSpec) -> GenerationRequest:
     """Return the request with `true_cfg_scale` as the model takes it.
 
     That is a parameter of the model's own beside its guidance, the guidance of models whose class calls it so, and
     otherwise the guidance if the request has none.
     """
+    if scale is None:
+        return request
     if _own_parameter(spec) is not None:
         return replace(request, extra=tuple({**dict(request.extra), TRUE_GUIDANCE: scale}.items()))
     if spec.guidance_name == TRUE_GUIDANCE or request.guidance_scale is None:
@@ -37,9 +41,9 @@ def with_true_guidance(request: GenerationRequest, scale: float, spec: ModelSpec
     return request
 
 
-def guidance_warnings(scale: float, guidance: float | None, spec: ModelSpec) -> list[RequestWarning]:
+def guidance_warnings(scale: float | None, guidance: float | None, spec: ModelSpec) -> list[RequestWarning]:
     """Return a warning if a model with one guidance was given two: which of them had no effect."""
-    if guidance is None or scale == guidance or _own_parameter(spec) is not None:
+    if scale is None or guidance is None or scale == guidance or _own_parameter(spec) is not None:
         return []
     used, unused = TRUE_GUIDANCE, "guidance_scale"
     if spec.guidance_name != TRUE_GUIDANCE:
