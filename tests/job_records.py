@@ -52,6 +52,7 @@ WHOLE = GenerationRequest(
     control_scale=0.7,
     refine=True,
     loras=(("pastel", 0.5),),
+    lora_parts=(("style", "te=0.5:lbw=1,0"),),
     named_by_content=True,
     folder="ann/",
     variation=1,

@@ -133,6 +133,7 @@ def lay_out_images(
         control_scale=parameters.control_scale,
         refine=request.refine and parameters.num_inference_steps > 1,  # a single step leaves nothing to refine
         loras=request.loras,
+        lora_parts=request.lora_parts,
         alone=request.alone,
         lora_digests=resolved.lora_digests,
         references=tuple(ImageArray(shrink_to_area(pixels, spec.reference_pixels)) for pixels in references),

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import NAMESPACE_OID, uuid5
 
 from stable_diffusion_server.errors import InvalidInput, number_text
+from stable_diffusion_server.parsing import read_lora_parts
 from stable_diffusion_server.pipelines import SAMPLING_NUMBERS
 from stable_diffusion_server.types import (
     LORA_WEIGHT_MAX,
@@ -30,6 +31,17 @@ _EXTENSIONS = {"webp": Format.WEBP, "png": Format.PNG, "jpg": Format.JPEG, "jpeg
 _OTHER_IMAGE_EXTENSIONS = frozenset("gif svg bmp tif tiff avif heic heif jxl ico pdf psd jp2 ppm tga".split())
 # Maximum digits of an integer in a text: Python's `int` refuses thousands, and is slow for hundreds.
 _MOST_DIGITS = 20
+
+
+def _parts_fault(text: str) -> str:
+    """Return why a LoRA's weights by parts are none; empty if they are."""
+    try:
+        parts = read_lora_parts(text)
+    except ValueError as error:
+        return f"lora: {error}"
+    weights = (*parts.blocks, *(() if parts.encoders is None else (parts.encoders,)))
+    within = all(-LORA_WEIGHT_MAX <= weight <= LORA_WEIGHT_MAX for weight in weights)
+    return "" if within else range_sentence("lora weights by parts", -LORA_WEIGHT_MAX, LORA_WEIGHT_MAX)
 
 
 def parse_int(text: str) -> int | None:
@@ -131,6 +143,7 @@ class RequestLimits:
             faults.append(("lora", f"lora must not name more than {self.max_loras}."))
         if not all(-LORA_WEIGHT_MAX <= weight <= LORA_WEIGHT_MAX for _, weight in loras):
             faults.append(("lora", range_sentence("lora weights", -LORA_WEIGHT_MAX, LORA_WEIGHT_MAX)))
+        faults += [("lora", fault) for _, text in value_of("lora_parts") or () if (fault := _parts_fault(text))]
         return faults
 
 

@@ -117,7 +117,7 @@ def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
     # As files of older versions are read.
     absent = ("clip_skip", "prompt_2", "extend", "tiling", "upscaler", "scale")
     usual = {**dict.fromkeys(absent), "prompt_syntax": PromptSyntax.PLAIN}
-    usual |= {"mask_mode": MaskMode.HARD, "extra": (), "sampling": ()}
+    usual |= {"mask_mode": MaskMode.HARD, "extra": (), "sampling": (), "lora_parts": ()}
     return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 
 

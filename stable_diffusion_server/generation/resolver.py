@@ -250,6 +250,7 @@ def _identity_fields(
         **image_options_identity(request),
         **({"stop_words": stop_words.identity} if stop_words.identity else {}),
         **({"extra": sorted(request.extra)} if request.extra else {}),
+        **({"lora_parts": sorted(request.lora_parts)} if request.lora_parts else {}),
         **({"prompt_syntax": parameters.prompt_syntax} if parameters.is_marked else {}),
         **({"prompt_2": parameters.prompt_2} if parameters.prompt_2 is not None else {}),
         **({"clip_skip": parameters.clip_skip} if parameters.clip_skip is not None else {}),

@@ -68,7 +68,9 @@ def parameters_text(record: Mapping[str, object]) -> str:
     `record` has the fields of a `DiffusionRequest`; `hires` in it has `from` (the size of the first pass), `to`,
     `steps` and `strength`.
     """
-    prompt = " ".join([str(record.get("prompt", "")), *_lora_tags(record.get("loras"))]).strip()
+    prompt = " ".join(
+        [str(record.get("prompt", "")), *_lora_tags(record.get("loras"), record.get("lora_parts"))]
+    ).strip()
     lines = [prompt]
     if record.get("negative_prompt"):
         lines.append(f"{_NEGATIVE} {record['negative_prompt']}")
@@ -153,9 +155,19 @@ def _embedding_hashes(embeddings: object) -> str | None:
     return ", ".join(hashes) or None
 
 
-def _lora_tags(loras: object) -> list[str]:
+def _lora_tags(loras: object, parts: object) -> list[str]:
     pairs = loras if isinstance(loras, list | tuple) else ()
-    return [f"<lora:{pair[0]}:{pair[1]:g}>" for pair in pairs if _is_lora(pair)]
+    by_part = parts if isinstance(parts, list | tuple) else ()
+    texts = {pair[0]: pair[1] for pair in by_part if isinstance(pair, list | tuple) and len(pair) == 2}
+    return [_lora_tag(pair[0], pair[1], str(texts.get(pair[0], ""))) for pair in pairs if _is_lora(pair)]
+
+
+def _lora_tag(name: str, weight: float, parts: str) -> str:
+    """Return a tag as AUTOMATIC1111 reads it: the weight in the text encoders, and in the denoiser if it is another."""
+    encoders = next((part.removeprefix("te=") for part in parts.split(":") if part.startswith("te=")), None)
+    blocks = [part for part in parts.split(":") if part.startswith("lbw=")]
+    weights = [f"{weight:g}"] if encoders is None else [encoders, f"{weight:g}"]
+    return f"<lora:{':'.join([name, *weights, *blocks])}>"
 
 
 def _is_lora(pair: object) -> bool:

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from stable_diffusion_server.parsing.compel_prompts import from_compel, has_functions
+from stable_diffusion_server.parsing.lora_parts import (
+    LoraParts,
+    canonical_lora_parts,
+    number_of,
+    read_blocks,
+    read_lora_parts,
+)
 from stable_diffusion_server.parsing.prompt_names import NamedText, NameIndex
 from stable_diffusion_server.parsing.prompt_schedules import longest_text, scheduled_texts
 from stable_diffusion_server.parsing.prompt_styles import PromptStyle, parse_styles, styled
@@ -30,6 +37,7 @@ __all__ = [
     "BREAK",
     "ExpandedText",
     "JsonLimits",
+    "LoraParts",
     "NameIndex",
     "NamedText",
     "PromptStyle",
@@ -37,6 +45,7 @@ __all__ = [
     "WeightedText",
     "WildcardLimits",
     "WildcardLines",
+    "canonical_lora_parts",
     "dumps",
     "expand_wildcards",
     "from_compel",
@@ -45,10 +54,13 @@ __all__ = [
     "has_wildcards",
     "longest_text",
     "nfc",
+    "number_of",
     "parse_object",
     "parse_styles",
     "parse_weights",
     "parse_wildcard_lines",
+    "read_blocks",
+    "read_lora_parts",
     "render_weights",
     "scheduled_texts",
     "strip_marks",

@@ -54,7 +54,7 @@ class NativeFamily(DiffusersFamily, Generic[C]):
             raise InvalidInput(f"{self.spec.name} has no ControlNet here to follow edges with.", field="canny")
         with translate_torch_errors():
             skipped = steps_skipped(self.spec, request.num_inference_steps, request.strength) if request.image else 0
-            loras = self.loras.use(request.loras, request.lora_digests)
+            loras = self.loras.use(request.loras, request.lora_digests, request.lora_parts)
             with self.loras.applied(loras), wrapping(request.tiling):
                 state = self._state_of(request, skipped, loras)
         if request.soft and state.inpaint is None:

@@ -25,7 +25,7 @@ from stable_diffusion_server.types.choices import (
 )
 
 # Fields that few requests have.
-_RARE = ("references", "extra", "weighted", "clip_skip", "sampling", "prompt_2", "tiling", "soft", "embeddings")
+_RARE = "references extra weighted clip_skip sampling prompt_2 tiling soft embeddings lora_parts".split()
 # Schedulers of second order: two forward passes a step.
 _TWO_PASSES = frozenset({"heun", "kdpm2", "kdpm2_a", "dpm_sde", "dpm_2s_a", "flow_heun"})
 # Ends with a space, which no key name contains.
@@ -66,6 +66,7 @@ class DiffusionRequest:
         prompt_2: What the second text encoder reads in place of `prompt`.
         strength: Share of the denoising steps applied to the input image, 0..1.
         loras: Name and weight of each LoRA.
+        lora_parts: Weights of LoRAs by parts of the model, by name, as `read_lora_parts` reads them.
         alone: Whether the request must not share forward passes, so that it can be reproduced bit for bit.
         lora_digests: SHA-256 of each LoRA's file; if empty, the current content of the files is used.
         sampling: Options of the sampler that are not its defaults, by name, sorted.
@@ -92,6 +93,7 @@ class DiffusionRequest:
     control_scale: float = 0.5
     refine: bool = False
     loras: tuple[tuple[str, float], ...] = ()
+    lora_parts: tuple[tuple[str, str], ...] = ()
     alone: bool = False
     lora_digests: tuple[str, ...] = ()
     references: tuple[ImageArray, ...] = ()
@@ -165,6 +167,7 @@ class GenerationRequest:
         feather: Width in pixels over which the edge of the mask is softened inwards.
         canny: Whether Canny edges of the input image guide the result, with the two thresholds.
         loras: Name and weight of each LoRA.
+        lora_parts: Weights of LoRAs by parts of the model, by name, as `read_lora_parts` reads them.
         named_by_content: Whether the request's digest is put before the file name, which makes it unique.
         webhook_url: URL that is called when the job ends.
         folder: Where an image without `save_path` is stored, with a slash at the end.
@@ -221,6 +224,7 @@ class GenerationRequest:
     control_scale: float | None = None
     refine: bool = False
     loras: tuple[tuple[str, float], ...] = ()
+    lora_parts: tuple[tuple[str, str], ...] = ()
     named_by_content: bool = False
     webhook_url: str | None = None
     folder: str = ""

@@ -189,5 +189,16 @@ def test_every_field_of_a_request_is_recorded_or_known_not_to_matter(app: Runnin
     """Fails if a new request field is neither recorded nor listed as irrelevant."""
     record = read_record(made(app, CREATE)) or {}
     # Few requests have these, so they are recorded only where they are given.
-    rare = {"extra", "sampling", "clip_skip", "prompt_2", "extend", "tiling", "mask_mode", "upscaler", "scale"}
+    rare = {
+        "extra",
+        "sampling",
+        "clip_skip",
+        "prompt_2",
+        "extend",
+        "tiling",
+        "mask_mode",
+        "upscaler",
+        "scale",
+        "lora_parts",
+    }
     assert {*record["asked"], *rare} == {part.name for part in fields(GenerationRequest)} - NOT_RECORDED  # type: ignore[call-overload]  # a mapping

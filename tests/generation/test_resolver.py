@@ -73,6 +73,7 @@ CHANGED: dict[str, Any] = {
     "extra": (("cfg_truncation", 0.5),),
     "clip_skip": 1,
     "sampling": (("schedule", "karras"),),
+    "lora_parts": (("style", "te=0.5"),),
     "prompt_2": "a blue wall",
     "tiling": Tiling.X,
     "mask_mode": MaskMode.SOFT,

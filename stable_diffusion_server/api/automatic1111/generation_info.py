@@ -157,6 +157,7 @@ def _facts(generation: GenerationRequest, result: GenerationResult | None, spec:
         "negative_prompt": generation.negative_prompt,
         "revision": spec.revision_for(edges=bool(generation.canny)),
         "loras": generation.loras,
+        "lora_parts": generation.lora_parts,
         "image": generation.image and generation.image.parameter,
         "strength": generation.strength,
         **asked,

@@ -89,7 +89,12 @@ def read_texts(
     ignored = [*positive.ignored, *about_loras, *negative.ignored]
     if negative.loras:
         ignored.append("negative_prompt: <lora:…> has no effect there.")
-    fields = {"prompt": positive.words, "negative_prompt": negative.words or None, "loras": loras}
+    fields = {
+        "prompt": positive.words,
+        "negative_prompt": negative.words or None,
+        "loras": tuple((lora.name, lora.weight) for lora in loras),
+        "lora_parts": tuple({lora.name: lora.parts for lora in loras if lora.parts}.items()),
+    }
     return fields, ignored
 
 

@@ -6,11 +6,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
-Lora = tuple[str, float]
+from stable_diffusion_server.parsing import LoraParts, number_of, read_blocks
 
 _TAG = re.compile(r"<([^<>]*)>")
-_NAME_AND_WEIGHT = re.compile(r"(?P<name>[^:]+)(:(?P<weight>[+-]?[0-9]{0,3}(\.[0-9]{1,6})?))?(:.*)?", re.DOTALL)
+# What the numbers after a LoRA's name are for, and the most arguments of a tag.
+_PLACES = {0: "te", 1: "unet"}
+_MOST_ARGUMENTS = 8
 _OTHER_NETWORKS = ("lyco:", "hypernet:")
 # Escaped characters, syntax, the words of syntax, and text between them.
 _TOKEN = re.compile(r"\\.|[\\()\[\]:|]|\b(?:BREAK|AND)\b|\w+|[^\\()\[\]:|\w]+", re.DOTALL)
@@ -21,6 +24,14 @@ _WEIGHT_CHARACTERS = 30
 _BLANKS = re.compile(r"\s{2,}")
 _DEFAULT_STEPS = 20
 _NUMBER_LENGTH = 20
+
+
+class Lora(NamedTuple):
+    """A LoRA's name, its weight, and its weights by parts of the model, as `read_lora_parts` reads them."""
+
+    name: str
+    weight: float
+    parts: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +49,8 @@ def read_prompt(prompt: str, parameter: str, steps: int | None, *, weighted: boo
     If the model reads prompts that are `weighted`, they stay as they are, but for tags and AND. Otherwise the words
     stay: of `[a:b:when]` the part that is drawn in more of the `steps`, of `[a|b]` the first.
     """
-    tagless, loras, others = _extract_tags(prompt)
+    tagless, loras, others, ignored = _extract_tags(prompt)
     words, changed = (tagless, False) if weighted else _drop_syntax(tagless, steps or _DEFAULT_STEPS)
-    ignored = []
     if weighted and _AND.search(words):
         words = ", ".join(_without_weight(part) for part in _AND.split(words))
         ignored.append(f"{parameter}: prompts are not composed by AND here; its parts are one prompt.")
@@ -69,19 +79,23 @@ def resolve_loras(loras: Sequence[Lora], known: Callable[[], Sequence[str]]) -> 
     names = {name.lower(): name for name in reversed(known())}
     found: list[Lora] = []
     ignored = []
-    for name, weight in loras:
+    for name, weight, parts in loras:
         wanted = name.lower()
         here = names.get(wanted) or names.get(wanted.removesuffix(".safetensors"))
         if here is None:
             ignored.append(f"prompt: there is no adapter {name[:50]!r} here; it is left out.")
         else:
-            found.append((here, weight))
+            found.append(Lora(here, weight, parts))
     return tuple(found), list(dict.fromkeys(ignored))
 
 
-def _extract_tags(prompt: str) -> tuple[str, list[Lora], bool]:
-    """Return the prompt without tags of networks, the LoRAs, and whether there were networks of other kinds."""
+def _extract_tags(prompt: str) -> tuple[str, list[Lora], bool, list[str]]:
+    """Return the prompt without tags of networks, the LoRAs, and whether there were networks of other kinds.
+
+    The last value is sentences about what in the tags has no effect.
+    """
     loras: list[Lora] = []
+    ignored: list[str] = []
     others = False
 
     def extract(tag: re.Match[str]) -> str:
@@ -89,20 +103,41 @@ def _extract_tags(prompt: str) -> tuple[str, list[Lora], bool]:
         if tag[1].startswith(_OTHER_NETWORKS):
             others = True
             return ""
-        match = _NAME_AND_WEIGHT.fullmatch(tag[1].removeprefix("lora:")) if tag[1].startswith("lora:") else None
-        if match is None:
+        name, *given = tag[1].removeprefix("lora:").split(":", _MOST_ARGUMENTS)
+        if not tag[1].startswith("lora:") or not name.strip():
             return tag[0]
-        loras.append((match["name"].strip(), _weight(match["weight"])))
+        weight, parts, faults = _weights(given)
+        loras.append(Lora(name.strip(), weight, parts))
+        ignored.extend(f"prompt: of <lora:{name.strip()[:50]}:…> {fault}" for fault in faults)
         return ""
 
-    return _TAG.sub(extract, prompt), loras, others
+    return _TAG.sub(extract, prompt), loras, others, list(dict.fromkeys(ignored))
 
 
-def _weight(text: str | None) -> float:
-    try:
-        return float(text or 1)
-    except ValueError:
-        return 1.0
+def _weights(given: Sequence[str]) -> tuple[float, str, list[str]]:
+    """Return the weight in the denoiser, the text of weights by parts, and sentences on what has no effect.
+
+    The first number is for the text encoders, and for the denoiser if it has none of its own.
+    """
+    numbers: dict[str, float] = {}
+    blocks: tuple[float, ...] = ()
+    faults = []
+    for place, text in enumerate(given):
+        name, equals, value = text.strip().partition("=")
+        name, value = (name, value) if equals else (_PLACES.get(place, ""), name)
+        try:
+            if name == "lbw" or (not equals and value and not _NUMBER.fullmatch(value)):
+                blocks = read_blocks(value)
+            elif name in _PLACES.values():
+                numbers |= {name: number_of(value)} if value else {}
+            else:
+                faults.append(f"{text[:50]!r} has no effect.")
+        except ValueError:
+            faults.append(f"{text[:50]!r} is not understood.")
+    encoders = numbers.get("te", 1.0)
+    weight = numbers.get("unet", encoders)
+    parts = LoraParts(encoders if encoders != weight and "te" in numbers else None, blocks)
+    return weight, str(parts), faults
 
 
 @dataclass(slots=True)

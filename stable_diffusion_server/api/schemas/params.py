@@ -21,6 +21,7 @@ from stable_diffusion_server.api.schemas.sampling_params import SamplingParams
 from stable_diffusion_server.api.schemas.validation import FaultsOf, RequestedGeneration, RequestParams, validated
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, RequestLimits
+from stable_diffusion_server.parsing import canonical_lora_parts
 from stable_diffusion_server.pipelines import SAMPLING_OPTIONS
 from stable_diffusion_server.types import LORA_NAME_PATTERN, Format, GenerationRequest, ImageInput, Task, Tiling
 
@@ -33,7 +34,9 @@ _NUMBERS = frozenset(
 _BOOLEANS = frozenset("overwrite refine canny stream zero_snr wildcards".split())
 # Maximum characters of `lora`: far more than MAX_LORAS entries need, and short enough to split before counting.
 _LORA_TEXT_MAX = 2000
-_LORA = re.compile(rf"(?P<name>{LORA_NAME_PATTERN})(:(?P<weight>[+-]?[0-9]{{1,3}}(\.[0-9]{{1,6}})?))?")
+_LORA = re.compile(
+    rf"(?P<name>{LORA_NAME_PATTERN})(:(?P<weight>[+-]?[0-9]{{1,3}}(\.[0-9]{{1,6}})?))?(:(?P<parts>(te|lbw)=[^,]*))?"
+)
 # Maximum bytes of a query string whose parsed request is cached.
 _CACHED_QUERY_MAX = 1024
 
@@ -68,7 +71,10 @@ class GenerationParams(SamplingParams, PromptParams):
     lora: str | None = Field(
         None,
         max_length=_LORA_TEXT_MAX,
-        description="LoRAs to apply, `name` or `name:weight`, separated by commas.",
+        description=(
+            "LoRAs to apply, `name` or `name:weight`, separated by commas; `:te=0.5` after that is the weight in the "
+            "text encoders, `:lbw=1/0/0.5` multiplies the weight block by block."
+        ),
         examples=["pastel:0.8"],
     )
     clip_skip: int | None = Field(
@@ -88,7 +94,7 @@ class GenerationParams(SamplingParams, PromptParams):
     @classmethod
     def _check_loras(cls, value: str | None) -> str | None:
         if value is not None and not all(_LORA.fullmatch(part.strip()) for part in value.split(",")):
-            raise ValueError("is not a name or name:weight")
+            raise ValueError("is not a name, name:weight or name:weight:te=weight:lbw=weights")
         return value
 
     @field_validator("extra", mode="before")
@@ -101,13 +107,15 @@ class GenerationParams(SamplingParams, PromptParams):
         images = {"image_url", "image_file", "mask_url", "mask_file", "image", "images", "mask"}
         matches = [_LORA.fullmatch(part.strip()) for part in self.lora.split(",")] if self.lora is not None else []
         loras = tuple((match["name"], float(match["weight"] or 1)) for match in matches if match)
+        parts = {match["name"]: canonical_lora_parts(match["parts"]) for match in matches if match and match["parts"]}
         values = self.model_dump(exclude={"lora", "batch", *images})
         values["extra"] = tuple((self.extra or {}).items())
         sampling = {name: values.pop(name) for name in SAMPLING_OPTIONS}
         values["sampling"] = tuple((name, value) for name, value in sampling.items() if value is not None)
         # A default strength must not refuse a request of few steps.
         chosen = "strength" in self.model_fields_set and getattr(self, "strength", None) is not None
-        return {**values, "loras": loras, "alone": self.batch == "alone", "at_least_one_step": not chosen}
+        values |= {"loras": loras, "lora_parts": tuple((name, text) for name, text in parts.items() if text)}
+        return {**values, "alone": self.batch == "alone", "at_least_one_step": not chosen}
 
     @classmethod
     def type_faults(cls, parameters: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ VERSION = 1
 DECODE_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 _PICTURES, _REFERENCES = ("image", "mask"), "references"
 # Fields of pairs, which JSON has as lists.
-_PAIRS = ("loras", "extra", "sampling")
+_PAIRS = ("loras", "lora_parts", "extra", "sampling")
 _CHOICES: dict[str, type[StrEnum]] = {
     **{"task": Task, "format": Format, "fit": Fit, "fill": Fill},
     "prompt_syntax": PromptSyntax,

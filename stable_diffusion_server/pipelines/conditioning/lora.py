@@ -20,6 +20,8 @@ from cachetools import LRUCache
 from safetensors.torch import load
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
+from stable_diffusion_server.parsing import LoraParts, read_lora_parts
+from stable_diffusion_server.pipelines.adapters.lora_blocks import weights_by_block
 from stable_diffusion_server.pipelines.adapters.lora_hooks import LayerHook, applied
 from stable_diffusion_server.pipelines.adapters.lora_rows import Adapter, RowAdapters, RowPlan, WeightedAdapter
 from stable_diffusion_server.pipelines.adapters.lora_targets import LayerTable
@@ -63,14 +65,15 @@ class LoadedLora:
 
 
 class Strength(NamedTuple):
-    """The weights of a LoRA in the denoiser and in the text encoders."""
+    """The weights of a LoRA in the denoiser and in the text encoders; `blocks` multiply both (`weights_by_block`)."""
 
     denoiser: float
     encoders: float
+    blocks: tuple[float, ...] = ()
 
     def plus(self, other: Strength) -> Strength:
-        """Both together."""
-        return Strength(self.denoiser + other.denoiser, self.encoders + other.encoders)
+        """Both together, with the same `blocks`."""
+        return self._replace(denoiser=self.denoiser + other.denoiser, encoders=self.encoders + other.encoders)
 
 
 ActiveLoras = tuple[tuple[LoadedLora, Strength], ...]
@@ -127,16 +130,22 @@ class LoraManager:
             for layer in loaded.adapter.changes:
                 self._hooks[layer].always += (self._weighted(loaded, Strength(weight, weight)),)
 
-    def use(self, loras: Loras, digests: Sequence[str] = ()) -> ActiveLoras:
+    def use(self, loras: Loras, digests: Sequence[str] = (), parts: Sequence[tuple[str, str]] = ()) -> ActiveLoras:
         """These LoRAs by name and weight, loaded if necessary; `applied` and `applied_by_row` run passes with them.
 
-        `digests`, one each, say which content is meant under a name; without them it is the present one. Raises
-        `InvalidInput` with the reason for an unknown name, a file that does not fit, and one that was replaced.
+        `digests`, one each, say which content is meant under a name; without them it is the present one. `parts` are
+        weights by parts of the model, by name, as `read_lora_parts` reads them. Raises `InvalidInput` with the reason
+        for an unknown name, a file that does not fit, one that was replaced, and another number of blocks.
         """
         wanted: dict[LoadedLora, Strength] = {}
+        by_part = {name: read_lora_parts(text) for name, text in parts}
         for number, (name, weight) in enumerate(loras):
             digest = digests[number] if digests else self._folder.digest(name)
-            held, strength = self._hold(name, digest), Strength(weight, weight)
+            own = by_part.get(name, LoraParts())
+            strength = Strength(weight, weight if own.encoders is None else own.encoders, own.blocks)
+            if strength.blocks:
+                weights_by_block(self._table.parts[self._table.denoiser], strength.blocks)
+            held = self._hold(name, digest)
             wanted[held] = wanted[held].plus(strength) if held in wanted else strength
         return tuple(wanted.items())
 
@@ -165,7 +174,11 @@ class LoraManager:
 
     def _weighted(self, loaded: LoadedLora, strength: Strength) -> WeightedAdapter:
         weights = dict.fromkeys(self._table.parts, strength.encoders) | {self._table.denoiser: strength.denoiser}
-        return WeightedAdapter(loaded.adapter, weights)
+        if not strength.blocks:
+            return WeightedAdapter(loaded.adapter, weights)
+        encoders, layers = weights_by_block(self._table.parts[self._table.denoiser], strength.blocks)
+        weights = {name: weight * encoders.get(name, 1.0) for name, weight in weights.items()}
+        return WeightedAdapter(loaded.adapter, weights, layers)
 
     def _hold(self, name: str, digest: str) -> LoadedLora:
         """The loaded LoRA of that digest."""
