@@ -143,7 +143,10 @@ class RequestLimits:
             faults.append(("lora", f"lora must not name more than {self.max_loras}."))
         if not all(-LORA_WEIGHT_MAX <= weight <= LORA_WEIGHT_MAX for _, weight in loras):
             faults.append(("lora", range_sentence("lora weights", -LORA_WEIGHT_MAX, LORA_WEIGHT_MAX)))
-        faults += [("lora", fault) for _, text in value_of("lora_parts") or () if (fault := _parts_fault(text))]
+        names = [name for name, _ in loras]
+        for name, text in value_of("lora_parts") or ():
+            fault = f"lora {name} has weights by parts, so it is named once." if names.count(name) > 1 else ""
+            faults += [("lora", fault)] if (fault := fault or _parts_fault(text)) else []
         return faults
 
 

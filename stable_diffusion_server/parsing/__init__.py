@@ -6,8 +6,8 @@ from stable_diffusion_server.parsing.compel_prompts import from_compel, has_func
 from stable_diffusion_server.parsing.lora_parts import (
     LoraParts,
     canonical_lora_parts,
-    number_of,
-    read_blocks,
+    lora_weight_of,
+    read_lora_blocks,
     read_lora_parts,
 )
 from stable_diffusion_server.parsing.prompt_names import NamedText, NameIndex
@@ -53,13 +53,13 @@ __all__ = [
     "has_weights",
     "has_wildcards",
     "longest_text",
+    "lora_weight_of",
     "nfc",
-    "number_of",
     "parse_object",
     "parse_styles",
     "parse_weights",
     "parse_wildcard_lines",
-    "read_blocks",
+    "read_lora_blocks",
     "read_lora_parts",
     "render_weights",
     "scheduled_texts",

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 # Characters of a text, and weights by block: FLUX.1 has 61.
-LORA_PARTS_LENGTH, _MOST_BLOCKS = 1000, 100
+_LONGEST, _MOST_BLOCKS = 1000, 100
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:\.[0-9]{0,6})?|\.[0-9]{1,6})")
 # The extension's lists for the 17 blocks of SD 1.5; these three fit every model.
-LORA_BLOCK_PRESETS: Mapping[str, tuple[float, ...]] = {
+_PRESETS: Mapping[str, tuple[float, ...]] = {
     "NONE": (0,),
     "ALL": (1,),
     "ALL0.5": (0.5,),
@@ -46,31 +46,31 @@ class LoraParts(NamedTuple):
 
 def read_lora_parts(text: str) -> LoraParts:
     """Read the text. Raises `ValueError` with a sentence for what is none. Takes linear time."""
-    if len(text) > LORA_PARTS_LENGTH:
-        raise ValueError(f"weights by parts may have {LORA_PARTS_LENGTH} characters.")
+    if len(text) > _LONGEST:
+        raise ValueError(f"weights by parts may have {_LONGEST} characters.")
     parts = LoraParts()
     for part in text.split(":") if text else ():
         name, _, value = part.partition("=")
         if name == "te":
-            parts = parts._replace(encoders=number_of(value))
+            parts = parts._replace(encoders=lora_weight_of(value))
         elif name == "lbw":
-            parts = parts._replace(blocks=read_blocks(value))
+            parts = parts._replace(blocks=read_lora_blocks(value))
         else:
             raise ValueError(f"{part[:50]!r} is no weight by parts; there are te= and lbw=.")
     return parts
 
 
-def read_blocks(text: str) -> tuple[float, ...]:
+def read_lora_blocks(text: str) -> tuple[float, ...]:
     """Read weights by block: the name of a preset, or numbers with commas or slashes. Raises `ValueError`."""
-    if text.strip().upper() in LORA_BLOCK_PRESETS:
-        return LORA_BLOCK_PRESETS[text.strip().upper()]
-    blocks = tuple(number_of(weight) for weight in text.replace("/", ",").split(",", _MOST_BLOCKS))
+    if text.strip().upper() in _PRESETS:
+        return _PRESETS[text.strip().upper()]
+    blocks = tuple(lora_weight_of(weight) for weight in text.replace("/", ",").split(",", _MOST_BLOCKS))
     if len(blocks) > _MOST_BLOCKS:
         raise ValueError(f"at most {_MOST_BLOCKS} blocks have a weight.")
     return blocks
 
 
-def number_of(text: str) -> float:
+def lora_weight_of(text: str) -> float:
     """Read a weight. Raises `ValueError` with a sentence."""
     if not _NUMBER.fullmatch(text.strip()):
         raise ValueError(f"{text[:50]!r} is no weight.")

@@ -56,6 +56,7 @@ def test_our_parameter_has_weights_by_parts(running: RunningApp, lora: str, weig
     [
         *("ink:1:te=8.01", "ink:1:te=-9", "ink:1:te=", "ink:1:te=x", "ink:1:te=nan", "ink:1:te=1e3", "ink:1:lbw="),
         *("ink:1:lbw=1//1", "ink:1:lbw=9", "ink:1:lbw=MIDDLE", "ink:1:lbw=" + "/".join(["0"] * 101), "ink:1:x=1"),
+        *("ink:1:te=0.5,ink:0.5", "ink:0.5,ink:1:lbw=0"),
         *("ink:1:te=1:te", "ink:1:te=1:unet=2", "ink:1:te=" + "1" * 1500, "ink:1:lbw=../../etc/passwd"),
     ],
 )
@@ -73,6 +74,8 @@ def test_wrong_weights_are_refused_by_name(running: RunningApp, lora: str) -> No
         ("<lora:ink:0.5>", 0.5, "", ""),
         ("<lora:ink:0.5:0.8>", 0.8, "te=0.5", ""),
         ("<lora:ink:te=0.5:unet=0.8>", 0.8, "te=0.5", ""),
+        ("<lora:ink:unet=0.8>", 0.8, "te=1", ""),
+        ("<lora:ink:te=0.8>", 0.8, "", ""),
         ("<lora:ink:0.5:lbw=1,0,0.5>", 0.5, "lbw=1,0,0.5", ""),
         ("<lora:ink:0.5:0.8:lbw=OUTD>", 0.8, "te=0.5:lbw=1,0,0,0,0,0,0,0,1,1,1,1,0,0,0,0,0", ""),
         ("<lora:ink:0.5:MIDD>", 0.5, "lbw=1,0,0,0,1,1,1,1,1,1,1,1,0,0,0,0,0", ""),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -337,3 +338,20 @@ TRAINED: dict[str, dict[str, Trained]] = {
         "DoRA": Trained(flat("lora_unet_"), PLAIN_BFL, dora="rows", swapped=_TURNED),
     },
 }  # fmt: skip
+
+
+@contextmanager
+def merging(pipeline: Any, layers: dict[Any, Any], weight_of: Callable[[str, str], float]) -> Iterator[None]:
+    """Add a file's changes to a pipeline's weights, each with the weight of its part and path; then take them out."""
+    before = []
+    try:
+        for (part, path), at in layers.items():
+            module = getattr(pipeline, part).get_submodule(path)
+            for name, value in at(weight_of(part, path)).items():
+                parameter = getattr(module, name)
+                before.append((parameter, parameter.detach().clone()))
+                parameter.data.copy_(value)
+        yield
+    finally:
+        for parameter, value in reversed(before):
+            parameter.data.copy_(value)

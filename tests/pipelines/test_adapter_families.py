@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 import tiny_families
 import torch
-from adapter_files import Layers, Trained, dotted, flat, loha, peft
+from adapter_files import Layers, Trained, dotted, flat, loha, merging, peft
 from drawing import draw, draw_together, largest_difference
 from lora_layouts import write
 from tiny_drawing import tiny_request, tiny_row
@@ -126,21 +124,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     return {name: made(name, tmp_path_factory.mktemp(name)) for name in KINDS}
 
 
-@contextmanager
-def merging(pipeline: Any, layers: dict[Any, Callable[[float], Any]], weight: float) -> Iterator[None]:
-    """The layers' weights replaced by the merged ones, then put back."""
-    before = []
-    try:
-        for (part, path), at in layers.items():
-            parameter = getattr(pipeline, part).get_submodule(path).weight
-            before.append((parameter, parameter.detach().clone()))
-            parameter.data.copy_(at(weight)["weight"])
-        yield
-    finally:
-        for parameter, value in before:
-            parameter.data.copy_(value)
-
-
 @pytest.mark.parametrize(("family", "trainer"), [(family, name) for family in TRAINED for name in TRAINED[family]])
 def test_a_trainers_file_is_drawn_as_its_weights_merged_by_hand(
     family: str, trainer: str, pairs: dict[str, Pair]
@@ -152,7 +135,7 @@ def test_a_trainers_file_is_drawn_as_its_weights_merged_by_hand(
     plain = draw(pair.merged, tiny_request(pair.merged.spec))
     effects = []
     for weight in (2.0, -1.5):
-        with merging(pair.merged.pipeline, layers, weight):
+        with merging(pair.merged.pipeline, layers, lambda *_, weight=weight: weight):
             expected = draw(pair.merged, tiny_request(pair.merged.spec))
         drawn = draw(pair.ours, tiny_request(pair.ours.spec, loras=(("style", weight),)))
         assert largest_difference(drawn, expected) <= 1
@@ -190,7 +173,7 @@ def test_a_lora_on_quantized_weights_is_drawn_as_merged_into_what_they_stand_for
     assert largest_difference(plain, draw(pair.merged, tiny_request(pair.merged.spec))) <= 4
     tensors, layers = TRAINED["klein"][trainer].file(pair.merged.pipeline)
     write(pair.folder / "style.safetensors", tensors)
-    with merging(pair.merged.pipeline, layers, 2.0):
+    with merging(pair.merged.pipeline, layers, lambda *_: 2.0):
         expected = draw(pair.merged, tiny_request(pair.merged.spec))
     drawn = draw(pair.ours, tiny_request(pair.ours.spec, loras=(("style", 2.0),)))
     assert largest_difference(drawn, expected) <= 4

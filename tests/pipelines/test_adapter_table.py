@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_files import TRAINED
+from adapter_files import TRAINED, merging
 from drawing import MODELS_DIR, draw, job_for
 from lora_layouts import write
 
@@ -54,23 +52,6 @@ def quick(family: str, **changes: Any) -> Any:
     return job_for(family, **{"width": 64, "height": 64, "num_inference_steps": 2, **changes})
 
 
-@contextmanager
-def merging(pipeline: Any, layers: dict[Any, Any], weight: float) -> Iterator[None]:
-    """The layers' weights replaced by the merged ones, then put back."""
-    before = []
-    try:
-        for (part, path), at in layers.items():
-            module = getattr(pipeline, part).get_submodule(path)
-            for name, value in at(weight).items():
-                parameter = getattr(module, name)
-                before.append((parameter, parameter.detach().clone()))
-                parameter.data.copy_(value)
-        yield
-    finally:
-        for parameter, value in reversed(before):
-            parameter.data.copy_(value)
-
-
 @pytest.mark.parametrize(("family", "trainer"), [(family, name) for family in TRAINED for name in TRAINED[family]])
 def test_a_trainers_file_is_drawn_as_its_weights_merged_by_hand(
     family: str, trainer: str, pairs: dict[str, Pair]
@@ -82,7 +63,7 @@ def test_a_trainers_file_is_drawn_as_its_weights_merged_by_hand(
     plain = draw(pair.merged, quick(family)).astype(int)
     effects = []
     for weight in WEIGHTS[family]:
-        with merging(pair.merged.pipeline, layers, weight):
+        with merging(pair.merged.pipeline, layers, lambda *_, weight=weight: weight):
             expected = draw(pair.merged, quick(family)).astype(int)
         drawn = draw(pair.ours, quick(family, loras=(("style", weight),))).astype(int)
         assert abs(drawn - expected).max() <= 1

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from adapter_files import TRAINED
+from adapter_files import TRAINED, merging
 from drawing import MODELS_DIR, draw, draw_together, job_for
 from lora_layouts import write
 
@@ -135,23 +133,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return ours, KINDS[name](pipelines[1], MODELS[name], prompt_cache=PromptCache(0)), changed
 
 
-@contextmanager
-def merged(pipeline: Any, layers: dict[Any, Any], weight_of: Callable[[str, str], float]) -> Iterator[None]:
-    """Add a file's changes to a pipeline's weights, each times its own weight, and take them out afterwards."""
-    before = []
-    try:
-        for (part, path), at in layers.items():
-            module = getattr(pipeline, part).get_submodule(path)
-            for name, value in at(weight_of(part, path)).items():
-                parameter = getattr(module, name)
-                before.append((parameter, parameter.detach().clone()))
-                parameter.data.copy_(value)
-        yield
-    finally:
-        for parameter, value in reversed(before):
-            parameter.data.copy_(value)
-
-
 def request_of(family: Any, **changes: Any) -> Any:
     quick = {"width": 64, "height": 64, "num_inference_steps": 2}
     return job_for(family.spec.name, **quick, **changes)
@@ -178,7 +159,7 @@ def test_parts_have_their_weights(pair: tuple[Any, Any, Any]) -> None:
 
             job = request_of(ours, loras=((style, scale),), lora_parts=((style, parts),))
             drawn = draw(ours, job).astype(int)
-            with merged(theirs.pipeline, changes, weight_of):
+            with merging(theirs.pipeline, changes, weight_of):
                 expected = draw(theirs, request_of(theirs)).astype(int)
             assert abs(drawn - expected).max() <= 1, (style, parts)
             whole = draw(ours, request_of(ours, loras=((style, scale),))).astype(int)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
-from stable_diffusion_server.parsing import LoraParts, number_of, read_blocks
+from stable_diffusion_server.parsing import LoraParts, lora_weight_of, read_lora_blocks
 
 _TAG = re.compile(r"<([^<>]*)>")
 # What the numbers after a LoRA's name are for, and the most arguments of a tag.
@@ -117,7 +117,7 @@ def _extract_tags(prompt: str) -> tuple[str, list[Lora], bool, list[str]]:
 def _weights(given: Sequence[str]) -> tuple[float, str, list[str]]:
     """Return the weight in the denoiser, the text of weights by parts, and sentences on what has no effect.
 
-    The first number is for the text encoders, and for the denoiser if it has none of its own.
+    The first number is for the text encoders, by default 1, and for the denoiser if it has none of its own.
     """
     numbers: dict[str, float] = {}
     blocks: tuple[float, ...] = ()
@@ -127,16 +127,16 @@ def _weights(given: Sequence[str]) -> tuple[float, str, list[str]]:
         name, value = (name, value) if equals else (_PLACES.get(place, ""), name)
         try:
             if name == "lbw" or (not equals and value and not _NUMBER.fullmatch(value)):
-                blocks = read_blocks(value)
+                blocks = read_lora_blocks(value)
             elif name in _PLACES.values():
-                numbers |= {name: number_of(value)} if value else {}
+                numbers |= {name: lora_weight_of(value)} if value else {}
             else:
                 faults.append(f"{text[:50]!r} has no effect.")
         except ValueError:
             faults.append(f"{text[:50]!r} is not understood.")
     encoders = numbers.get("te", 1.0)
     weight = numbers.get("unet", encoders)
-    parts = LoraParts(encoders if encoders != weight and "te" in numbers else None, blocks)
+    parts = LoraParts(encoders if encoders != weight else None, blocks)
     return weight, str(parts), faults
 
 

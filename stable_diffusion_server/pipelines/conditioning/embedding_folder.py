@@ -44,7 +44,7 @@ class EmbeddingFolder:
     """A folder of embeddings. Thread-safe; its methods read files, and a list of names is up to a second old.
 
     Files are named as LoRAs are: subfolders are searched and links followed. Only safetensors files are read; pickles
-    have names too, so that a prompt with one is told why it has no effect. Contents are cached by a file's device,
+    have names too, so that a prompt with one gets a warning with the reason. Contents are cached by a file's device,
     inode, size and times.
     """
 

@@ -146,6 +146,8 @@ class LoraManager:
             if strength.blocks:
                 weights_by_block(self._table.parts[self._table.denoiser], strength.blocks)
             held = self._hold(name, digest)
+            if held in wanted and wanted[held].blocks != strength.blocks:
+                raise InvalidInput(f"{name} is named twice, with other weights by block.", field="lora")
             wanted[held] = wanted[held].plus(strength) if held in wanted else strength
         return tuple(wanted.items())
 

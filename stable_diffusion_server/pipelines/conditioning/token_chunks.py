@@ -50,7 +50,7 @@ def chunks_of(
 def _added(
     chunk: TokenChunk, group: tuple[int, ...], weight: float, ended: list[TokenChunk], *, is_comma: bool
 ) -> TokenChunk:
-    """Add a group of tokens; a chunk without room is appended to `ended` first. Returns the chunk that goes on."""
+    """Add a group of tokens; a chunk without room is appended to `ended` first. Returns the chunk to continue."""
     length = len(chunk.tokens)
     if is_comma:
         chunk.last_comma = length

@@ -92,14 +92,14 @@ class UpscalerFiles:
 
 
 def _is_upscaler(model: LibraryModel) -> bool:
-    """Whether a file is an upscaler, or one that is unusable in a folder of upscalers: its reason should be told."""
+    """Whether a file is an upscaler, or an unusable file in a folder of upscalers, whose reason is in the answer."""
     if model.role == _ROLE:
         return True
     return model.identity.kind is Kind.UNKNOWN and model.found.folder.lower() in _FOLDERS
 
 
 def _factor_of(file: Path) -> float:
-    """The factor that a file's header tells; the usual 4 for networks whose header tells nothing."""
+    """The factor by a file's header; the usual 4 for networks whose header does not show it."""
     try:
         shapes = read_safetensors(file).shapes
     except UnreadableModel:
