@@ -5,6 +5,11 @@ from __future__ import annotations
 from stable_diffusion_server.jobs.store.records import IdempotencyClaim, JobPayload, JobRecord
 from stable_diffusion_server.types import (
     Caller,
+    ControlKind,
+    ControlMode,
+    ControlResize,
+    ControlUnit,
+    DetailRepair,
     Extension,
     Fill,
     Fit,
@@ -12,6 +17,7 @@ from stable_diffusion_server.types import (
     GenerationRequest,
     GenerationResult,
     ImageInput,
+    ImagePrompt,
     MaskMode,
     PromptSyntax,
     RequestWarning,
@@ -40,6 +46,31 @@ WHOLE = GenerationRequest(
     hires_height=192,
     hires_steps=7,
     hires_strength=0.4,
+    hires_upscaler="embedded-2x",
+    hires_scheduler="euler",
+    hires_prompt="a red square, sharp",
+    hires_negative_prompt="soft",
+    controls=(
+        ControlUnit(
+            kind=ControlKind.DEPTH,
+            model="depth-sdxl",
+            image=ImageInput("controls[0].image", data=b"depth"),
+            mask=ImageInput("controls[0].mask", url="https://pictures.example/m.png"),
+            weight=0.8,
+            start=0.1,
+            end=0.9,
+            preprocess="none",
+            options=(("low", 80),),
+            mode=ControlMode.PROMPT,
+            resize=ControlResize.PAD,
+            resolution=512,
+        ),
+        ControlUnit(model="canny-sdxl"),
+    ),
+    image_prompts=(
+        ImagePrompt(ImageInput("image_prompts[0].image", data=b"style"), "plus", weight=0.6, start=0.2, end=0.7),
+    ),
+    repairs=(DetailRepair("faces", prompt="a face", confidence=0.5, most=2, width=512),),
     allow_empty_prompt=True,
     at_least_one_step=True,
     image=ImageInput("image_url", url="https://pictures.example/a.png"),
@@ -79,7 +110,7 @@ WHOLE = GenerationRequest(
     upscaler="embedded-2x",
     scale=2.5,
 )
-WORK = JobPayload(WHOLE, {"image_url": b"image", "image[1]": b"other"})
+WORK = JobPayload(WHOLE, {"image_url": b"image", "image[1]": b"other", "controls[0].mask": b"where"})
 RECEIPT = GenerationResult(
     *("static/uploads/a.png", True, False, False, "inpaint", "sdxl", 7, 96, 80, 5, 1.5, "ddim"),
     warnings=(RequestWarning("bumpy", "It is."),),

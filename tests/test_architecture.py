@@ -225,7 +225,7 @@ PURE = (
     "imaging/formats.py imaging/metadata.py generation/layout.py generation/resolver.py "
     "generation/prompts.py generation/single_flight.py generation/provenance.py generation/results.py "
     "storage/object_headers.py storage/history/entries.py net/public_ip.py net/url_policy.py "
-    "pipelines/catalog.py types/requests.py types/results.py"
+    "pipelines/catalog.py types/generation.py types/guidance.py types/requests.py types/results.py"
 ).split()
 IO_MODULES = {"os", "pathlib", "socket", "subprocess", "shutil", "tempfile", "sqlite3", "httpx", "requests", "boto3"}
 

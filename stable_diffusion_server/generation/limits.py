@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from secrets import randbelow
 from typing import Any
@@ -16,11 +16,14 @@ from stable_diffusion_server.types import (
     LORA_WEIGHT_MAX,
     NOISE_SEEDS,
     SEED_MAX,
+    ControlUnit,
+    DetailRepair,
     Extension,
     Fill,
     Fit,
     Format,
     GenerationRequest,
+    ImagePrompt,
     MaskMode,
 )
 
@@ -29,6 +32,8 @@ TEXT_MAX, NAME_MAX = 32_000, 200
 _EXTENSIONS = {"webp": Format.WEBP, "png": Format.PNG, "jpg": Format.JPEG, "jpeg": Format.JPEG}
 # Extensions of image files that this server does not produce.
 _OTHER_IMAGE_EXTENSIONS = frozenset("gif svg bmp tif tiff avif heic heif jxl ico pdf psd jp2 ppm tga".split())
+_HIRES_CHOICES = ("hires_upscaler", "hires_scheduler", "hires_prompt", "hires_negative_prompt")
+_PARTS = ("controls", "image_prompts", "repairs")
 # Maximum digits of an integer in a text: Python's `int` refuses thousands, and is slow for hundreds.
 _MOST_DIGITS = 20
 
@@ -182,7 +187,11 @@ def image_options_identity(request: GenerationRequest) -> dict[str, object]:
     """Return the options that identify the picture; none at its default, so that older digests are valid."""
     resized = request.image is not None and request.width is not None
     hires = (request.hires_width, request.hires_height, request.hires_steps, request.hires_strength)
+    second = {name: getattr(request, name) for name in _HIRES_CHOICES if getattr(request, name) is not None}
+    parts = {name: getattr(request, name) for name in _PARTS if getattr(request, name)}
     return {
+        **second,
+        **{name: [_part_identity(part) for part in found] for name, found in parts.items()},
         **({"fit": request.fit} if resized and request.fit != Fit.CROP else {}),
         **({"hires": hires} if any(part is not None for part in hires) else {}),
         **({"fill": request.fill} if request.fill is not Fill.ORIGINAL else {}),
@@ -192,6 +201,16 @@ def image_options_identity(request: GenerationRequest) -> dict[str, object]:
         **({"tiling": request.tiling} if request.tiling is not None else {}),
         **({"by": "transparency"} if request.mask is not None and request.mask.transparency else {}),
         **({"mask_inverted": True} if request.mask is not None and request.mask.inverted else {}),
+    }
+
+
+def _part_identity(part: ControlUnit | ImagePrompt | DetailRepair) -> dict[str, object]:
+    """Return the options of a part that are not at their defaults; images are identified beside them."""
+    values = {field.name: getattr(part, field.name) for field in fields(part) if field.name not in ("image", "mask")}
+    return {
+        field.name: values[field.name]
+        for field in fields(part)
+        if values.get(field.name, field.default) != field.default
     }
 
 

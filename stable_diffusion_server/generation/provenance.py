@@ -15,8 +15,8 @@ from stable_diffusion_server.types import DiffusionRequest, MaskMode, PromptSynt
 
 # Request fields that a replay does not need: input images, where and when the result is stored, how prompts came about.
 NOT_RECORDED = frozenset(
-    "image mask references save_path named_by_content folder overwrite timeout alone webhook_url named_for "
-    "styles wildcards expanded".split()
+    "image mask references controls image_prompts save_path named_by_content folder overwrite timeout alone "
+    "webhook_url named_for styles wildcards expanded".split()
 )
 # Generation warnings that are recorded with the object, so that later cache hits repeat them.
 RECORDED_WARNINGS = {
@@ -115,9 +115,10 @@ def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
     requested = {part.name: getattr(request, part.name) for part in fields(request) if part.name not in NOT_RECORDED}
     values = {name: resolved_fields.get(name, value) for name, value in requested.items()}
     # As files of older versions are read.
-    absent = ("clip_skip", "prompt_2", "extend", "tiling", "upscaler", "scale")
+    absent = "clip_skip prompt_2 extend tiling upscaler scale".split()
+    absent += "hires_upscaler hires_scheduler hires_prompt hires_negative_prompt".split()
     usual = {**dict.fromkeys(absent), "prompt_syntax": PromptSyntax.PLAIN}
-    usual |= {"mask_mode": MaskMode.HARD, "extra": (), "sampling": (), "lora_parts": ()}
+    usual |= {"mask_mode": MaskMode.HARD, "extra": (), "sampling": (), "lora_parts": (), "repairs": ()}
     return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 
 

@@ -1,4 +1,4 @@
-"""Requests: what the caller asks for (GenerationRequest), and what the model draws (DiffusionRequest)."""
+"""What the model draws (DiffusionRequest) with its digest, the images that a request came with, and its caller."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stable_diffusion_server.types.choices import (
-    Extension,
     ExtraValue,
-    Fill,
-    Fit,
     ImageInput,
-    MaskMode,
-    PromptSyntax,
-    Seed,
     Task,
     Tiling,
 )
+from stable_diffusion_server.types.guidance import ControlKind, ControlMode, ControlUnit, ImagePrompt
 
 # Fields that few requests have.
-_RARE = "references extra weighted clip_skip sampling prompt_2 tiling soft embeddings lora_parts".split()
+_RARE = (
+    "references extra weighted clip_skip sampling prompt_2 tiling soft embeddings lora_parts controls image_prompts"
+).split()
 # Schedulers of second order: two forward passes a step.
 _TWO_PASSES = frozenset({"heun", "kdpm2", "kdpm2_a", "dpm_sde", "dpm_2s_a", "flow_heun"})
 # Ends with a space, which no key name contains.
@@ -47,6 +44,45 @@ class ImageArray:
         content = hashlib.sha256(repr(self.pixels.shape).encode())
         content.update(np.ascontiguousarray(self.pixels).data)
         object.__setattr__(self, "digest", content.hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class ControlImage:
+    """A control image of the canvas size, and how a network follows it.
+
+    Attributes:
+        network: Name of the network.
+        revision: SHA-256 of its weights, 16 digits or more.
+        kind: What the image shows.
+        image: The control image, ready-made.
+        mask: Where the network is followed, levels of 0..255; everywhere without one.
+        weight: Factor of its residuals.
+        start: Share of the steps before it takes effect.
+        end: Share of the steps after which it has none.
+        mode: Whether prompt or control image counts more.
+    """
+
+    network: str
+    revision: str
+    kind: ControlKind
+    image: ImageArray
+    mask: ImageArray | None = None
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mode: ControlMode = ControlMode.BALANCED
+
+
+@dataclass(frozen=True, slots=True)
+class PromptImage:
+    """An image that is read as a prompt is, of any size, by the adapter `name` with the SHA-256 `revision`."""
+
+    name: str
+    revision: str
+    image: ImageArray
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +109,8 @@ class DiffusionRequest:
         tiling: Borders that meet when the image is repeated.
         soft: Whether the mask's levels say in which share of the steps a pixel is repainted; otherwise it is binary.
         embeddings: Name and digest of each textual inversion embedding that a prompt names.
+        controls: Control images with their networks, beside `control`.
+        image_prompts: Images that are read as a prompt is, with what reads them.
     """
 
     task: Task
@@ -105,6 +143,8 @@ class DiffusionRequest:
     tiling: Tiling | None = None
     soft: bool = False
     embeddings: tuple[tuple[str, str], ...] = ()
+    controls: tuple[ControlImage, ...] = ()
+    image_prompts: tuple[PromptImage, ...] = ()
 
     @property
     def passes_per_step(self) -> int:
@@ -124,6 +164,15 @@ def digest(value: Mapping[str, object]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def written(value: object) -> object:
+    """A field of a request as a JSON value: images by their digests, values within values by their fields."""
+    if isinstance(value, ImageArray):
+        return value.digest
+    if isinstance(value, ControlImage | PromptImage):
+        return {part.name: written(getattr(value, part.name)) for part in fields(value)}
+    return [written(part) for part in value] if isinstance(value, tuple) else value
+
+
 def image_digest(request: DiffusionRequest) -> str:
     """Digest of a request, which identifies the pixels it gives; file format, quality and key are not part of it."""
     return digest(diffusion_request_fields(request))
@@ -134,7 +183,7 @@ def diffusion_request_fields(request: DiffusionRequest) -> dict[str, object]:
     values = {part.name: getattr(request, part.name) for part in fields(request)}
     values["references"] = [image.digest for image in request.references]
     return {
-        name: value.digest if isinstance(value, ImageArray) else value
+        name: written(value)
         for name, value in values.items()
         if name not in _RARE or not (value is None or value is False or value in ((), []))
     }
@@ -153,112 +202,31 @@ class Format(StrEnum):
         return f"image/{self.value}"
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """A request as the caller sent it; `None` means that the server chooses.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputImages:
+    """The images that a request came with, each the bytes of a file or a URL.
 
     Attributes:
-        width: Width in pixels; by default that of `image`, or of the model.
-        height: Height in pixels, likewise.
-        save_path: Object key to store the image under; by default it is derived from the request.
-        overwrite: Whether to generate and store even if the object exists.
-        timeout: Seconds until the request fails with `DeadlineExceeded`.
-        strength: Share of the denoising steps applied to the input image, 0..1.
-        feather: Width in pixels over which the edge of the mask is softened inwards.
-        canny: Whether Canny edges of the input image guide the result, with the two thresholds.
-        loras: Name and weight of each LoRA.
-        lora_parts: Weights of LoRAs by parts of the model, by name, as `read_lora_parts` reads them.
-        named_by_content: Whether the request's digest is put before the file name, which makes it unique.
-        webhook_url: URL that is called when the job ends.
-        folder: Where an image without `save_path` is stored, with a slash at the end.
-        variation: Index of the image in a batch; it is added to the seed.
-        fit: How `image` is brought to the requested size.
-        fill: What replaces the masked part before it is repainted.
-        only_masked: If set, the area around the mask with this margin in pixels is repainted at the requested size.
-        mask_mode: How grey parts of the mask are read.
-        extend: How far `image` is extended; its new sides are inpainted, beside what `mask` covers.
-        alone: Whether the request must not share forward passes, so that it can be reproduced bit for bit.
-        named_for: Caller that a derived object key belongs to.
-        hires_width: Width in pixels of a second pass over the enlarged image; without one `None`.
-        hires_height: Its height in pixels, likewise.
-        hires_steps: Its denoising steps; by default as many as in the first pass.
-        hires_strength: Share of its denoising steps that is applied, 0..1; by default 0.75.
-        allow_empty_prompt: Whether the prompt may be empty.
-        at_least_one_step: Whether a `strength` that would leave no step draws one, instead of being refused.
+        image: Input image.
+        mask: What of it is repainted.
         references: Images that an edit by instruction looks at, in order.
-        extra: Parameters that only some models have, by name.
-        prompt_syntax: How the prompts are written; by default as the model's users write them.
-        clip_skip: Last layers of CLIP that are left out, more than usual; `None` for the model's own.
-        sampling: Options of the sampler by name: its `schedule`, `eta` and so on.
-        prompt_2: What the second text encoder reads in place of `prompt`.
-        styles: Names of the styles that the prompts are put in.
-        wildcards: Whether wildcards in the prompts are expanded; by default as the server's settings say.
-        expanded: Whether the prompts were changed by styles or wildcards.
-        tiling: Borders that meet when the image is repeated.
-        upscaler: Name of the upscaler of `Task.UPSCALE`.
-        scale: Factor of both sides, in place of `width` and `height`.
+        controls: Units that guide the result by images of their own or the input image.
+        image_prompts: Images that are read as a prompt is.
     """
 
-    task: Task
-    prompt: str
-    width: int | None = None
-    height: int | None = None
-    save_path: str | None = None
-    model: str | None = None
-    negative_prompt: str | None = None
-    seed: Seed = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    scheduler: str | None = None
-    format: Format | None = None
-    quality: int | None = None
-    overwrite: bool = False
-    timeout: float | None = None
     image: ImageInput | None = None
     mask: ImageInput | None = None
-    strength: float | None = None
-    feather: int = 0
-    canny: bool | None = False
-    canny_low: int = 100
-    canny_high: int = 200
-    control_scale: float | None = None
-    refine: bool = False
-    loras: tuple[tuple[str, float], ...] = ()
-    lora_parts: tuple[tuple[str, str], ...] = ()
-    named_by_content: bool = False
-    webhook_url: str | None = None
-    folder: str = ""
-    variation: int = 0
-    fit: Fit = Fit.CROP
-    fill: Fill = Fill.ORIGINAL
-    only_masked: int | None = None
-    mask_mode: MaskMode = MaskMode.HARD
-    extend: Extension | None = None
-    alone: bool = False
-    named_for: str = ""
-    hires_width: int | None = None
-    hires_height: int | None = None
-    hires_steps: int | None = None
-    hires_strength: float | None = None
-    allow_empty_prompt: bool = False
-    at_least_one_step: bool = False
     references: tuple[ImageInput, ...] = ()
-    extra: tuple[tuple[str, ExtraValue], ...] = ()
-    prompt_syntax: PromptSyntax | None = None
-    clip_skip: int | None = None
-    sampling: tuple[tuple[str, ExtraValue], ...] = ()
-    prompt_2: str | None = None
-    styles: tuple[str, ...] = ()
-    wildcards: bool | None = None
-    expanded: bool = False
-    tiling: Tiling | None = None
-    upscaler: str | None = None
-    scale: float | None = None
+    controls: tuple[ControlUnit, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
     @property
     def sources(self) -> tuple[ImageInput, ...]:
-        """The input images of the request."""
-        return (*(source for source in (self.image, self.mask) if source is not None), *self.references)
+        """All of them; each has a `parameter` of its own."""
+        guiding = (source for unit in self.controls for source in (unit.image, unit.mask))
+        prompts = (prompt.image for prompt in self.image_prompts)
+        found = (self.image, self.mask, *self.references, *guiding, *prompts)
+        return tuple(source for source in found if source is not None)
 
 
 @dataclass(frozen=True, slots=True)

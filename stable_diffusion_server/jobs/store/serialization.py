@@ -16,6 +16,11 @@ from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.jobs.store.records import JobPayload, JobRecord, JobState, RecordedResponse, StoredProblem
 from stable_diffusion_server.types import (
     Caller,
+    ControlKind,
+    ControlMode,
+    ControlResize,
+    ControlUnit,
+    DetailRepair,
     Extension,
     Fill,
     Fit,
@@ -23,6 +28,7 @@ from stable_diffusion_server.types import (
     GenerationRequest,
     GenerationResult,
     ImageInput,
+    ImagePrompt,
     MaskMode,
     PromptSyntax,
     RequestWarning,
@@ -43,6 +49,8 @@ _CHOICES: dict[str, type[StrEnum]] = {
     "tiling": Tiling,
     "mask_mode": MaskMode,
 }
+_PARTS = {"controls": ControlUnit, "image_prompts": ImagePrompt, "repairs": DetailRepair}
+_CONTROL_CHOICES: dict[str, type[StrEnum]] = {"kind": ControlKind, "mode": ControlMode, "resize": ControlResize}
 # Problem types that earlier versions stored under another name.
 _RENAMED_KINDS = {"ends-the-server": "poison-job"}
 _log = structlog.get_logger(__name__)
@@ -66,8 +74,25 @@ def dump_request(request: GenerationRequest) -> str:
             continue
         if part.name == _REFERENCES:
             value = [_written_source(source) for source in value]
+        elif part.name in _PARTS:
+            value = [_written_part(one) for one in value]
         values[part.name] = _written_source(value) if part.name in _PICTURES else value
     return json.dumps(values)
+
+
+def _written_part(part: ControlUnit | ImagePrompt | DetailRepair) -> dict[str, object]:
+    """Encode a part of a request without fields that have their default."""
+    values = {field.name: getattr(part, field.name) for field in fields(part)}
+    values = {field.name: values[field.name] for field in fields(part) if values[field.name] != field.default}
+    return {name: _written_source(value) if isinstance(value, ImageInput) else value for name, value in values.items()}
+
+
+def _read_part(name: str, written: Mapping[str, Any], files: Mapping[str, bytes]) -> Any:
+    values = {**written}
+    values |= {field: choice(values[field]) for field, choice in _CONTROL_CHOICES.items() if field in values}
+    values |= {field: _read_source(values[field], files) for field in _PICTURES if field in values}
+    values |= {"options": tuple((key, value) for key, value in values["options"])} if "options" in values else {}
+    return _PARTS[name](**values)
 
 
 def _written_source(source: ImageInput) -> dict[str, object]:
@@ -111,6 +136,8 @@ def load_payload(text: str, files: Mapping[str, bytes]) -> JobPayload:
     values |= {"extend": Extension(*values["extend"])} if "extend" in values else {}
     if _REFERENCES in values:
         values[_REFERENCES] = tuple(_read_source(source, files) for source in values[_REFERENCES])
+    for name in _PARTS.keys() & values.keys():
+        values[name] = tuple(_read_part(name, part, files) for part in values[name])
     request = GenerationRequest(**values)
     remote = {source.parameter for source in request.sources if source.url is not None}
     return JobPayload(request, {name: data for name, data in files.items() if name in remote})
