@@ -16,6 +16,11 @@ from stable_diffusion_server.generation.limits import (
     range_sentence,
 )
 from stable_diffusion_server.generation.permissions import Ownership, able, not_permitted, permitted_models
+from stable_diffusion_server.generation.preprocessing import (
+    ChosenPreprocessor,
+    ImagePreprocessor,
+    InProcessPreprocessor,
+)
 from stable_diffusion_server.generation.prompt_files import PromptFiles
 from stable_diffusion_server.generation.prompts import load_stop_words
 from stable_diffusion_server.generation.quality import DecodedPixels
@@ -35,6 +40,7 @@ __all__ = [
     "NO_UPSCALER",
     "STYLES_MAX",
     "TEXT_MAX",
+    "ChosenPreprocessor",
     "ChosenUpscaler",
     "DecodeImage",
     "DecodedPixels",
@@ -42,7 +48,9 @@ __all__ = [
     "GenerationOptions",
     "GenerationService",
     "ImageLibrary",
+    "ImagePreprocessor",
     "ImageUpscaler",
+    "InProcessPreprocessor",
     "Ownership",
     "PromptExpander",
     "PromptFiles",

@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from stable_diffusion_server.imaging.artifact_detection import is_black, score_artifacts
 from stable_diffusion_server.imaging.canvas import ALIGNMENT, Canvas, crop_to_size, plan_canvas, to_canvas
+from stable_diffusion_server.imaging.control_images.preprocessor import (
+    RESOLUTION,
+    NeededFile,
+    Preprocessor,
+    PreprocessorOption,
+    control_size,
+    to_resolution,
+)
+from stable_diffusion_server.imaging.control_images.preprocessor_rows import (
+    NO_PREPROCESSOR,
+    PREPROCESSORS,
+    draw_control,
+    find_preprocessor,
+    preprocessors_of,
+)
 from stable_diffusion_server.imaging.edges import canny
 from stable_diffusion_server.imaging.encode import encode_image
 from stable_diffusion_server.imaging.extension import cover_cells, extend_image, extend_mask
@@ -42,7 +57,10 @@ from stable_diffusion_server.imaging.upscaling import Resampling, blend, crop_to
 __all__ = [
     "ALIGNMENT",
     "DEFAULT_FORMATS",
+    "NO_PREPROCESSOR",
     "OPTIONAL_FORMATS",
+    "PREPROCESSORS",
+    "RESOLUTION",
     "SAMPLER_NAMES",
     "SCHEDULE_NAMES",
     "SIGNATURE_BYTES",
@@ -50,21 +68,27 @@ __all__ = [
     "CropBox",
     "DecoderPool",
     "DigitalSourceType",
+    "NeededFile",
     "Pixels",
+    "Preprocessor",
+    "PreprocessorOption",
     "Resampling",
     "binarize_mask",
     "blend",
     "canny",
+    "control_size",
     "cover_cells",
     "crop_around",
     "crop_to_aspect",
     "crop_to_size",
     "describe_formats",
+    "draw_control",
     "encode_image",
     "extend_image",
     "extend_mask",
     "feather_mask",
     "fill_masked",
+    "find_preprocessor",
     "fit_image",
     "is_black",
     "is_complete_file",
@@ -76,6 +100,7 @@ __all__ = [
     "parse_parameters",
     "paste_back",
     "plan_canvas",
+    "preprocessors_of",
     "read_parameters_text",
     "read_record",
     "resize_image",
@@ -84,6 +109,7 @@ __all__ = [
     "source_type_of",
     "to_canvas",
     "to_mask",
+    "to_resolution",
     "upscale",
     "xmp_packet",
 ]

@@ -1,0 +1,1 @@
+"""Control images: what turns a picture into the edges, tones or tiles that a ControlNet follows."""
