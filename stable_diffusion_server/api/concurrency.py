@@ -18,6 +18,14 @@ T = TypeVar("T")
 _LARGE = 65_536
 
 
+def text_size(value: object) -> int:
+    """Return the characters of all texts in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(text_size, parts))
+
+
 async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
     """Return the result of `work`. If the client disconnects first, cancel `work` and return `None`.
 

@@ -149,6 +149,7 @@ def generation_options(settings: Settings, loaded: ModelState) -> GenerationOpti
         max_prompt_characters=settings.max_prompt_characters,
         max_timeout=settings.max_timeout,
         max_references=settings.max_references,
+        max_controls=settings.max_controls,
         max_upscaled_side=settings.max_upscaled_side,
         max_upscaled_pixels=settings.max_upscaled_pixels,
     )

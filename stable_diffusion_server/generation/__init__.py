@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stable_diffusion_server.generation.control_units import NO_CONTROLNETS, ControlNetwork, ControlNetworks
 from stable_diffusion_server.generation.executor import SubmissionContext
 from stable_diffusion_server.generation.expansion import STYLES_MAX, PromptExpander, image_seed
 from stable_diffusion_server.generation.interfaces import DecodeImage
@@ -37,11 +38,14 @@ __all__ = [
     "DEFAULT_UPSCALER",
     "IMAGE_FIELD",
     "NAME_MAX",
+    "NO_CONTROLNETS",
     "NO_UPSCALER",
     "STYLES_MAX",
     "TEXT_MAX",
     "ChosenPreprocessor",
     "ChosenUpscaler",
+    "ControlNetwork",
+    "ControlNetworks",
     "DecodeImage",
     "DecodedPixels",
     "EmbeddedProvenance",

@@ -285,29 +285,30 @@ class InputLoader:
         self, request: GenerationRequest, fetched: Mapping[str, bytes], share: str
     ) -> tuple[bytes, Pixels]:
         """Return the file of the request's image and its pixels. Raises `InvalidInput` without an image."""
-        source = request.image
-        if source is None:
+        if request.image is None:
             raise InvalidInput("image is missing.", field="image")
-        data = source.data if source.data is not None else fetched[source.parameter]
-        return data, await self._decode(data, source.parameter, share=share)
+        data = _file_of(request.image, fetched)
+        return data, await self._decode(data, request.image.parameter, share=share)
+
+    async def decode(self, source: ImageInput, fetched: Mapping[str, bytes], share: str) -> Pixels:
+        """Return the pixels of an input image (uint8, height × width × 3), a mask's transparency as its levels."""
+        data = _file_of(source, fetched)
+        return await self._decode(data, source.parameter, transparency=source.transparency, share=share)
 
     async def lay_out(self, resolved: ResolvedRequest, fetched: Mapping[str, bytes], share: str) -> ImageLayout:
         """Decode the input images and place them on the model's canvas."""
 
         async def pixels_of(source: ImageInput | None) -> Pixels | None:
-            if source is None:
-                return None
-            data = source.data if source.data is not None else fetched[source.parameter]
-            return await self._decode(data, source.parameter, transparency=source.transparency, share=share)
+            return None if source is None else await self.decode(source, fetched, share)
 
         request = resolved.request
-        image, mask, *references = await asyncio.gather(
-            *(pixels_of(source) for source in (request.image, request.mask, *request.references))
-        )
+        sources = (request.image, request.mask, *request.references)
+        image, mask, *references = await asyncio.gather(*map(pixels_of, sources))
         if request.extend is not None and image is not None:
             check_extended_size(request.extend, image.shape[1], image.shape[0], self._max_side)
         async with self._layouts.hold(share):
-            work = asyncio.ensure_future(asyncio.to_thread(lay_out_images, resolved, image, mask, _known(references)))
+            known = [pixels for pixels in references if pixels is not None]
+            work = asyncio.ensure_future(asyncio.to_thread(lay_out_images, resolved, image, mask, known))
             try:
                 return await asyncio.shield(work)
             except asyncio.CancelledError:
@@ -315,5 +316,5 @@ class InputLoader:
                 raise
 
 
-def _known(images: Sequence[Pixels | None]) -> list[Pixels]:
-    return [image for image in images if image is not None]
+def _file_of(source: ImageInput, fetched: Mapping[str, bytes]) -> bytes:
+    return source.data if source.data is not None else fetched[source.parameter]

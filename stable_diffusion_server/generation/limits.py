@@ -72,6 +72,7 @@ class RequestLimits:
     max_feather: int = 256
     max_loras: int = 4
     max_references: int = 4
+    max_controls: int = 4
     max_upscaled_side: int = 8192
     max_upscaled_pixels: int = 33_554_432
     max_scale: float = 16.0
@@ -143,6 +144,10 @@ class RequestLimits:
         if len(references) > self.max_references:
             field = references[self.max_references].parameter
             faults.append((field, f"At most {self.max_references} reference images are taken, as MAX_REFERENCES says."))
+        controls = value_of("controls") or ()
+        if len(controls) > self.max_controls:
+            sentence = f"At most {self.max_controls} control images are taken, as MAX_CONTROLS says."
+            faults.append((f"controls[{self.max_controls}]", sentence))
         loras = value_of("loras")
         if len(loras) > self.max_loras:
             faults.append(("lora", f"lora must not name more than {self.max_loras}."))

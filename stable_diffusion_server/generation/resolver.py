@@ -7,6 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.generation.control_units import (
+    NO_CONTROLNETS,
+    ControlNetworks,
+    ResolvedControl,
+    resolve_controls,
+)
 from stable_diffusion_server.generation.limits import RequestLimits, image_options_identity, seed_of
 from stable_diffusion_server.generation.permissions import (
     Ownership,
@@ -17,6 +23,7 @@ from stable_diffusion_server.generation.permissions import (
     reads_empty_negative,
     spec_for,
 )
+from stable_diffusion_server.generation.preprocessing import ImagePreprocessor, InProcessPreprocessor
 from stable_diffusion_server.generation.prompts import (
     BUILTIN_STOP_WORDS,
     StopWords,
@@ -52,7 +59,8 @@ class GenerationOptions:
     `bumpy_redraws` is the number of retries of a bumpy image, `None` for the value in the model's spec.
     `models` are the specs of the usable models by name, at least one; the default model may be missing. `loras` returns
     the usable LoRAs: name → digest of the current content. A lookup may read the LoRA's file, and raises `InvalidInput`
-    with the reason if the LoRA cannot be used. `unusable` are the configured models that could not be loaded, by name.
+    with the reason if the LoRA cannot be used. `controlnets` finds the networks of control units, `preprocessor` what
+    makes their images. `unusable` are the configured models that could not be loaded, by name.
     """
 
     limits: RequestLimits
@@ -66,6 +74,8 @@ class GenerationOptions:
     ownership: Ownership = field(default_factory=Ownership)
     stop_words: StopWords = BUILTIN_STOP_WORDS
     unusable: Mapping[str, str] = field(default_factory=dict)
+    controlnets: ControlNetworks = NO_CONTROLNETS
+    preprocessor: ImagePreprocessor = field(default_factory=InProcessPreprocessor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +102,7 @@ class ResolvedParameters:
     warnings: tuple[RequestWarning, ...]
     sampling: tuple[tuple[str, ExtraValue], ...] = ()
     embeddings: tuple[tuple[str, str], ...] = ()
+    controls: tuple[ResolvedControl, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,11 +183,9 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
     read_second = None if second is None else read_prompts(second, None, request.prompt_syntax, spec, steps)
     read_texts = (read.prompt, read.negative_prompt, read_second.prompt if read_second else None)
     named = embeddings_for(read_texts, request.prompt_syntax, spec, options.embeddings)
-    follows = spec.control_folder is not None if request.canny is None else request.canny
-    if request.canny is None and not follows:
-        warnings.append(
-            RequestWarning("canny-unavailable", f"{spec.name} has no ControlNet; the edges are not followed.")
-        )
+    follows, about_edges = _edges(request, spec)
+    controls, about_controls = _controls(request, spec, options)
+    warnings += [*about_edges, *about_controls]
     scheduler = _or_default(request.scheduler, spec.default_scheduler)
     hires_steps = request.hires_steps or steps
     parameters = ResolvedParameters(
@@ -196,12 +205,31 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         warnings=(*warnings, *read.warnings, *(read_second.warnings if read_second else ()), *named.warnings),
         sampling=request.sampling and resolve_sampling(spec, scheduler, max(steps, hires_steps), request.sampling),
         embeddings=named.used,
+        controls=controls,
     )
     scheduler_of(spec, scheduler, steps)
     scheduler_of(spec, scheduler, hires_steps)
     if not request.at_least_one_step:
         check_strength(spec, steps, parameters.strength)
     return parameters
+
+
+def _edges(request: GenerationRequest, spec: ModelSpec) -> tuple[bool, list[RequestWarning]]:
+    """Return whether edges are followed, and a warning if they would be where the model could."""
+    if request.canny is not None or request.controls:
+        return bool(request.canny), []
+    if spec.control_folder is not None:
+        return True, []
+    sentence = f"{spec.name} has no ControlNet; the edges are not followed."
+    return False, [RequestWarning("canny-unavailable", sentence)]
+
+
+def _controls(
+    request: GenerationRequest, spec: ModelSpec, options: GenerationOptions
+) -> tuple[tuple[ResolvedControl, ...], list[RequestWarning]]:
+    if not request.controls:
+        return (), []
+    return resolve_controls(request, spec, options.controlnets, options.preprocessor)
 
 
 def _second_prompt(request: GenerationRequest, prompt: str, spec: ModelSpec) -> str | None:
@@ -256,6 +284,7 @@ def _identity_fields(
         **({"clip_skip": parameters.clip_skip} if parameters.clip_skip is not None else {}),
         **({"sampling": parameters.sampling} if parameters.sampling else {}),
         **({"embeddings": parameters.embeddings} if parameters.embeddings else {}),
+        **({"controls": [one.identity for one in parameters.controls]} if parameters.controls else {}),
     }
 
 

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import structlog
 
 from stable_diffusion_server.concurrency import deadline
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
+from stable_diffusion_server.generation.control_images import ControlLayout
 from stable_diffusion_server.generation.executor import GenerationExecutor, SubmissionContext
 from stable_diffusion_server.generation.expansion import PromptExpander
 from stable_diffusion_server.generation.interfaces import DecodeImage, EngineQueue, FetchImage, ignore
@@ -87,6 +89,7 @@ class GenerationService:
         self._tracing = tracing or Tracing()
         self._log_prompts = log_prompts
         self._inputs = InputLoader(fetch, decode, options.limits.max_side)
+        self._control_images = ControlLayout.of(options.preprocessor)
         self._output = OutputWriter(bucket, options.embed_metadata, record, options.ownership)
         self._known = known
         self._results = ResultCache(_CACHE_SIZE)
@@ -285,6 +288,9 @@ class GenerationService:
         await self.check_capacity(context)
         with self._tracing.span("prepare"):
             layout = await self._inputs.lay_out(resolved, fetched, context.caller.share)
+            if resolved.parameters.controls:
+                decode = partial(self._inputs.decode, fetched=fetched, share=context.caller.share)
+                layout = await self._control_images.with_controls(layout, resolved, decode, context.caller.share)
             request = await asyncio.to_thread(self._executor.fit_prompts, layout.request, resolved)
         attributes: dict[str, str | int] = {"sds.model": request.model, "sds.steps": request.num_inference_steps}
         with self._tracing.span("generate", attributes) as span:

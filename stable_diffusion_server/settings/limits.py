@@ -74,6 +74,12 @@ class LimitSettings(SettingsGroup):
         le=16,
         description="Maximum number of reference images in an edit; each takes about the memory and time of an image.",
     )
+    max_controls: int = Field(
+        4,
+        ge=1,
+        le=16,
+        description="Maximum number of control images of a request; each adds the work of a ControlNet to its steps.",
+    )
     extra_image_formats: Names = Field(
         (),
         description="Input formats besides PNG, JPEG and WebP: `avif`, `bmp`, `gif`, `tiff`. The first frame is used.",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from control_networks import KnownNetworks
 from fakes import disc
 from pydantic import TypeAdapter
 
@@ -35,7 +36,9 @@ from stable_diffusion_server.types import (
     Tiling,
 )
 
-OPTIONS = GenerationOptions(RequestLimits(), "sdxl", "up", loras=lambda: {"pastel": "1a2b", "ink": "3c4d"})
+OPTIONS = GenerationOptions(
+    RequestLimits(), "sdxl", "up", loras=lambda: {"pastel": "1a2b", "ink": "3c4d"}, controlnets=KnownNetworks()
+)
 EDGELESS_FLUX = replace(OPTIONS, models={**MODELS, "flux": replace(MODELS["flux"], control_folder=None)})
 BY_URL = GenerationRequest(
     Task.INPAINT,

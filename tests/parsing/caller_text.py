@@ -22,7 +22,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from stable_diffusion_server import parsing
-from stable_diffusion_server.api import base64_images, dialect_paths, dispatch, request_parsing
+from stable_diffusion_server.api import base64_images, dialect_paths, dispatch, image_sources, request_parsing
 from stable_diffusion_server.api.automatic1111 import (
     checkpoint_names,
     controlnet_routes,
@@ -37,7 +37,6 @@ from stable_diffusion_server.api.automatic1111 import (
 from stable_diffusion_server.api.automatic1111.task_params import Txt2Img
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.api.middleware import access, access_policy, api_keys, cors, proxy_headers
-from stable_diffusion_server.api.openai import image_sources
 from stable_diffusion_server.api.openai import protocol as openai_parameters
 from stable_diffusion_server.api.schemas import params, validation
 from stable_diffusion_server.app.upscalers import Upscalers

@@ -50,6 +50,8 @@ _IMAGE_PATHS = (
     *("/inpaint_", "/style_transfer_", "/edit_", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/png-info"),
     *("/sdapi/v1/extra-single-image", "/sdapi/v1/extra-batch-images", "/sdapi/v1/interrogate", "/controlnet/detect"),
 )
+# Routes whose JSON bodies may hold control images, if they say that they are JSON.
+_CONTROL_PATHS = ("/create_and_upload_image", "/make_image", "/v1/images/generations")
 # Maximum digits of a `Content-Length`; `int` raises for more than 4300.
 _LONGEST_LENGTH = 18
 # Under a cheap path, but uploads to the UI are decoded, which costs time.
@@ -150,6 +152,7 @@ class AccessPolicy:
             return min(PAGE_BYTES, self.max_body_bytes)
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         pictures = media_type in JSON_TYPES and path.startswith(_IMAGE_PATHS)
+        pictures = pictures or (media_type == JSON_TYPES[0] and path in _CONTROL_PATHS)
         long = pictures or media_type == "multipart/form-data" or path == _UPLOAD_PATH
         return self.max_upload_bytes if long else self.max_body_bytes
 

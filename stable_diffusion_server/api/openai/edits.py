@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from stable_diffusion_server.api.dependencies import DialectContext
-from stable_diffusion_server.api.openai.image_sources import ImageSource, OptionalSource, Source
+from stable_diffusion_server.api.image_sources import ImageSource, OptionalSource, Source
 from stable_diffusion_server.api.openai.protocol import ImagesParams
 from stable_diffusion_server.api.schemas.params import File
 from stable_diffusion_server.generation import TEXT_MAX, able
@@ -24,9 +24,9 @@ _OF_EDGES = frozenset({"canny", "canny_low", "canny_high", "control_scale", "fea
 class FromImageParams(ImagesParams):
     """Parameters of the routes that start from an image."""
 
-    files: ClassVar[frozenset[str]] = frozenset({"image", "images"})
+    files: ClassVar[frozenset[str]] = ImagesParams.files | {"image", "images"}
     lists: ClassVar[frozenset[str]] = ImagesParams.lists | {"image", "images"}
-    pictures: ClassVar[frozenset[str]] = frozenset({"image", "images"})
+    pictures: ClassVar[frozenset[str]] = ImagesParams.pictures | {"image", "images"}
     other_names: ClassVar[Mapping[str, str]] = {**ImagesParams.other_names, "denoising_strength": "strength"}
     own: ClassVar[frozenset[str]] = ImagesParams.own | {"images"}
 

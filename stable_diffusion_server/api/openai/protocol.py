@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from fastapi import Request
 from pydantic import Field
 
-from stable_diffusion_server.api.concurrency import run_if_large
+from stable_diffusion_server.api.concurrency import run_if_large, text_size
 from stable_diffusion_server.api.dependencies import DialectContext, caller_of
 from stable_diffusion_server.api.openai.guidance import guidance_warnings, true_guidance_faults, with_true_guidance
 from stable_diffusion_server.api.request_parsing import read_parameters
@@ -252,7 +252,7 @@ def read_images_params(schema: type[P], every: DialectContext) -> Callable[[Requ
         context = every.for_caller(caller_of(request))
         sent = await read_parameters(request, schema.files, schema.lists, schema.pictures, schema.ignored)
         try:
-            size = _text_size({name: sent.get(name) for name in schema.pictures})  # base64 is decoded here
+            size = text_size({name: sent.get(name) for name in schema.pictures})  # base64 is decoded here
             params: P = await run_if_large(size, validated, schema, sent, lambda params: params.faults(context))
         except InvalidInput as error:
             name = sent.get("model")
@@ -264,11 +264,3 @@ def read_images_params(schema: type[P], every: DialectContext) -> Callable[[Requ
         return params.model_copy(update={"response_format": params.default_format(context)})
 
     return read
-
-
-def _text_size(value: object) -> int:
-    """Return the characters of all texts in a JSON value."""
-    if isinstance(value, str):
-        return len(value)
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return sum(map(_text_size, parts))

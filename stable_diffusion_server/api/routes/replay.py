@@ -13,7 +13,8 @@ from stable_diffusion_server.api.concurrency import cancel_on_disconnect
 from stable_diffusion_server.api.dependencies import UrlOf, caller_of, scope_to_caller
 from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
 from stable_diffusion_server.api.openapi.document import parameters_openapi
-from stable_diffusion_server.api.schemas.params import File, ListedFile, params_from_request
+from stable_diffusion_server.api.schemas.control_params import ListedFile
+from stable_diffusion_server.api.schemas.params import File, params_from_request
 from stable_diffusion_server.api.schemas.responses import ReplayComparisonBody, ReplayResultBody, described, result_body
 from stable_diffusion_server.api.schemas.validation import RequestParams
 from stable_diffusion_server.errors import InvalidInput

@@ -16,8 +16,8 @@ class InpaintParams(NativeParams):
     """Parameters of inpainting and outpainting: white parts of the mask and new sides are repainted, the rest stays."""
 
     numbers: ClassVar[frozenset[str]] = NativeParams.numbers | frozenset(extension_fields(Extension()))
-    files: ClassVar[frozenset[str]] = frozenset({"image_file", "mask_file"})
-    pictures: ClassVar[frozenset[str]] = frozenset({"image_url", "mask_url"})
+    files: ClassVar[frozenset[str]] = NativeParams.files | {"image_file", "mask_file"}
+    pictures: ClassVar[frozenset[str]] = NativeParams.pictures | {"image_url", "mask_url"}
 
     image_url: str | None = Field(None, description="URL of the image to repaint, or a data URL; or send `image_file`.")
     image_file: File = Field(None, description="The image to repaint, a PNG, JPEG or WebP file.")

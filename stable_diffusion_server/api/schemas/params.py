@@ -6,15 +6,23 @@ import re
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from fastapi import Request
-from pydantic import Field, WithJsonSchema, field_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from stable_diffusion_server.api.base64_images import image_at, input_images
-from stable_diffusion_server.api.concurrency import run_if_large
+from stable_diffusion_server.api.concurrency import run_if_large, text_size
 from stable_diffusion_server.api.dependencies import caller_of, scope_to_caller
 from stable_diffusion_server.api.request_parsing import RawJson, UploadedFile, read_parameters, read_query
+from stable_diffusion_server.api.schemas.control_params import (
+    BINARY,
+    CONTROL_FILES,
+    ControlParams,
+    ListedFile,
+    check_controls,
+    control_units,
+)
 from stable_diffusion_server.api.schemas.extra_parameters import read_extra
 from stable_diffusion_server.api.schemas.prompt_params import PromptParams
 from stable_diffusion_server.api.schemas.sampling_params import SamplingParams
@@ -25,7 +33,6 @@ from stable_diffusion_server.parsing import canonical_lora_parts
 from stable_diffusion_server.pipelines import SAMPLING_OPTIONS
 from stable_diffusion_server.types import LORA_NAME_PATTERN, Format, GenerationRequest, ImageInput, Task, Tiling
 
-_BINARY = {"type": "string", "format": "binary"}
 _NUMBERS = frozenset(
     "seed num_inference_steps guidance_scale quality timeout width height strength feather canny_low canny_high "
     "control_scale n output_compression partial_images clip_skip eta s_churn s_tmin s_tmax s_noise "
@@ -40,14 +47,14 @@ _LORA = re.compile(
 # Maximum bytes of a query string whose parsed request is cached.
 _CACHED_QUERY_MAX = 1024
 
-File = Annotated[UploadedFile | None, WithJsonSchema(_BINARY)]
-ListedFile = Annotated[UploadedFile, WithJsonSchema(_BINARY)]
+File = Annotated[UploadedFile | None, WithJsonSchema(BINARY)]
 P = TypeVar("P", bound=RequestParams)
 
 
-class GenerationParams(SamplingParams, PromptParams):
+class GenerationParams(SamplingParams, PromptParams, ControlParams):
     """Parameters that every dialect takes. `RequestLimits` checks their bounds, which are settings."""
 
+    lists: ClassVar[frozenset[str]] = PromptParams.lists | ControlParams.lists
     numbers: ClassVar[frozenset[str]] = _NUMBERS
 
     save_path: str | None = Field(
@@ -102,9 +109,25 @@ class GenerationParams(SamplingParams, PromptParams):
     def _read_extra(cls, value: object) -> object:
         return read_extra(value)
 
+    @model_validator(mode="after")
+    def _check_controls(self) -> Self:
+        if self.controls or self.control_file:
+            check_controls(self.controls, self.control_file)
+        return self
+
     def to_request_fields(self) -> dict[str, Any]:
-        """Return the fields of a `GenerationRequest`, without the images."""
-        images = {"image_url", "image_file", "mask_url", "mask_file", "image", "images", "mask"}
+        """Return the fields of a `GenerationRequest`, without the images except those of `controls`."""
+        images = {
+            "controls",
+            CONTROL_FILES,
+            "image_url",
+            "image_file",
+            "mask_url",
+            "mask_file",
+            "image",
+            "images",
+            "mask",
+        }
         matches = [_LORA.fullmatch(part.strip()) for part in self.lora.split(",")] if self.lora is not None else []
         loras = tuple((match["name"], float(match["weight"] or 1)) for match in matches if match)
         parts = {match["name"]: canonical_lora_parts(match["parts"]) for match in matches if match and match["parts"]}
@@ -114,6 +137,8 @@ class GenerationParams(SamplingParams, PromptParams):
         values["sampling"] = tuple((name, value) for name, value in sampling.items() if value is not None)
         # A default strength must not refuse a request of few steps.
         chosen = "strength" in self.model_fields_set and getattr(self, "strength", None) is not None
+        if self.controls:
+            values["controls"] = control_units(self.controls, self.control_file)
         values |= {"loras": loras, "lora_parts": tuple((name, text) for name, text in parts.items() if text)}
         return {**values, "alone": self.batch == "alone", "at_least_one_step": not chosen}
 
@@ -163,8 +188,8 @@ class TextToImageParams(NativeParams):
 class ImageToImageParams(NativeParams):
     """Parameters of image to image. The defaults are the original server's."""
 
-    files: ClassVar[frozenset[str]] = frozenset({"image_file"})
-    pictures: ClassVar[frozenset[str]] = frozenset({"image_url"})
+    files: ClassVar[frozenset[str]] = NativeParams.files | {"image_file"}
+    pictures: ClassVar[frozenset[str]] = NativeParams.pictures | {"image_url"}
 
     image_url: str | None = Field(
         None, description="URL of the input image, or the image in a data URL; or send `image_file`."
@@ -199,9 +224,9 @@ class ImageToImageUploadParams(ImageToImageParams):
 class EditParams(NativeParams):
     """Parameters of an edit by instruction, for models that look at reference images."""
 
-    files: ClassVar[frozenset[str]] = frozenset({"image_file"})
+    files: ClassVar[frozenset[str]] = NativeParams.files | {"image_file"}
     lists: ClassVar[frozenset[str]] = NativeParams.lists | {"image_file", "image_url"}
-    pictures: ClassVar[frozenset[str]] = frozenset({"image_url"})
+    pictures: ClassVar[frozenset[str]] = NativeParams.pictures | {"image_url"}
 
     image_url: tuple[str, ...] = Field(
         (), description="URLs of the images, in the order in which the prompt counts them, or data URLs."
@@ -228,7 +253,8 @@ def params_from_request(schema: type[P], faults_of: FaultsOf[P] | None = None) -
 
     async def read(request: Request) -> P:
         sent = await read_parameters(request, schema.files, schema.lists, schema.pictures, schema.ignored)
-        return validated(schema, sent, faults_of)
+        size = text_size({name: sent.get(name) for name in schema.pictures})  # base64 in `controls` is decoded here
+        return await run_if_large(size, validated, schema, sent, faults_of)
 
     return read
 
@@ -255,11 +281,7 @@ def generation_from_request(
         if request.method == "GET" and len(query) <= _CACHED_QUERY_MAX:
             return scope_to_caller(caller_of(request), parse_query(query))
         params = await read_params(request)
-        size = sum(_characters(getattr(params, name)) for name in schema.pictures)
+        size = text_size({name: getattr(params, name) for name in schema.pictures})
         return scope_to_caller(caller_of(request), await run_if_large(size, params.to_request))
 
     return read
-
-
-def _characters(value: str | Sequence[str] | None) -> int:
-    return len(value) if isinstance(value, str) else sum(map(len, value or ()))

@@ -15,6 +15,8 @@ from stable_diffusion_server.errors import InvalidInput, number_text
 from stable_diffusion_server.types import GenerationRequest
 
 _NAME_SHOWN = 100
+# Type of an error that holds the faults within the entries of a list, by their names.
+NESTED = "nested_faults"
 # What a parameter must be, by Pydantic's error types; `_expected` has those that depend on a value.
 _EXPECTED = {
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
@@ -115,8 +117,9 @@ def _with_own_names(
 
 def _without_faults(schema: type[P], given: Mapping[str, Any], faults: Mapping[str, str]) -> P | None:
     """Return the parameters without those that have faults; required ones get a text in their place."""
-    required = {name: "-" for name, field in schema.model_fields.items() if field.is_required() and name in faults}
-    valid = {name: value for name, value in given.items() if name not in faults}
+    faulty = {name.partition("[")[0] for name in faults}
+    required = {name: "-" for name, field in schema.model_fields.items() if field.is_required() and name in faulty}
+    valid = {name: value for name, value in given.items() if name not in faulty}
     try:
         return schema.model_validate({**valid, **required})
     except ValidationError:
@@ -142,6 +145,9 @@ def faults_in(error: ValidationError, schema: type[BaseModel] | None = None) -> 
     sentences: dict[str, str] = {}
     expected: dict[str, list[str]] = {}
     for fault in error.errors(include_url=False, include_input=False):
+        if fault["type"] == NESTED:
+            sentences |= fault["ctx"]["faults"]
+            continue
         name = str(fault["loc"][0] if fault["loc"] else "body")[:_NAME_SHOWN]
         words = _expected(fault["type"], fault.get("ctx", {}), _range_in(schema, name))
         if words is None:
