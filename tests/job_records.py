@@ -70,7 +70,7 @@ WHOLE = GenerationRequest(
     image_prompts=(
         ImagePrompt(ImageInput("image_prompts[0].image", data=b"style"), "plus", weight=0.6, start=0.2, end=0.7),
     ),
-    repairs=(DetailRepair("faces", prompt="a face", confidence=0.5, most=2, width=512),),
+    repairs=(DetailRepair("faces", prompts=("a face", "another"), confidence=0.5, most=2, width=512),),
     allow_empty_prompt=True,
     at_least_one_step=True,
     image=ImageInput("image_url", url="https://pictures.example/a.png"),

@@ -11,7 +11,9 @@ from fastapi import Request
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound, ServerError
 from stable_diffusion_server.generation import (
     NO_UPSCALER,
+    DetailDetector,
     ImageUpscaler,
+    NoDetector,
     PromptExpander,
     RequestLimits,
     not_permitted,
@@ -80,7 +82,7 @@ class DialectContext:
     `status_of` returns family, size and place of a model by its name.
     `response_format` is what the OpenAI endpoints answer if a request does not say it: url, b64_json or auto.
     `limited`: the caller may use these models only, of more. `expander` knows the styles and wildcards, `upscaler` the
-    upscalers.
+    upscalers, `detector` the detectors of details.
     """
 
     limits: RequestLimits
@@ -97,6 +99,7 @@ class DialectContext:
     limited: bool = False
     expander: PromptExpander = field(default_factory=PromptExpander)
     upscaler: ImageUpscaler = NO_UPSCALER
+    detector: DetailDetector = field(default_factory=NoDetector)
 
     def for_caller(self, caller: Caller) -> DialectContext:
         """Return the context with the models that a caller may use, and with no others in lists and sentences."""

@@ -21,7 +21,7 @@ _OTHER_ENDS = (
 # A path of this server's own API with the prefix of OpenAI's.
 _NATIVE = "/v1/replay"
 # Below these, other parts of the server answer in their own format.
-_OTHER_DIALECTS = ("/sdapi/", "/internal/", "/controlnet/", "/ui/", "/files/", "/jobs/", "/history/")
+_OTHER_DIALECTS = ("/sdapi/", "/internal/", "/controlnet/", "/adetailer/", "/ui/", "/files/", "/jobs/", "/history/")
 
 
 def is_openai_path(path: str) -> bool:

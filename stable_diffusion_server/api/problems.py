@@ -29,7 +29,7 @@ _log = structlog.get_logger(__name__)
 
 _PROBLEM = "application/problem+json"
 # Paths of AUTOMATIC1111's API, of its ControlNet extension, and of the Gradio page below it.
-_AUTOMATIC1111_ROOTS = ("/sdapi/", "/internal/", "/controlnet/")
+_AUTOMATIC1111_ROOTS = ("/sdapi/", "/internal/", "/controlnet/", "/adetailer/")
 _AUTOMATIC1111_PATHS = ("/config", "/user", "/app_id")
 # Default `Retry-After` of temporary errors, in seconds.
 _RETRY_SECONDS = 5

@@ -151,4 +151,5 @@ def build_dialect_context(
         status_of=models.status_of,
         response_format=settings.openai_response_format,
         expander=expander,
+        detector=options.detector,
     )

@@ -25,6 +25,15 @@ from stable_diffusion_server.generation.preprocessing import (
 from stable_diffusion_server.generation.prompt_files import PromptFiles
 from stable_diffusion_server.generation.prompts import load_stop_words
 from stable_diffusion_server.generation.quality import DecodedPixels
+from stable_diffusion_server.generation.repair_requests import (
+    MOST_PART_PROMPTS,
+    MOST_REPAIRS,
+    REPAIR_BOUNDS,
+    ChosenDetector,
+    DetailDetector,
+    DetectedPart,
+    NoDetector,
+)
 from stable_diffusion_server.generation.replay import IMAGE_FIELD, EmbeddedProvenance, ReplayService, with_sources
 from stable_diffusion_server.generation.resolved_output import DEFAULT_QUALITY
 from stable_diffusion_server.generation.resolver import GenerationOptions
@@ -37,17 +46,23 @@ __all__ = [
     "DEFAULT_QUALITY",
     "DEFAULT_UPSCALER",
     "IMAGE_FIELD",
+    "MOST_PART_PROMPTS",
+    "MOST_REPAIRS",
     "NAME_MAX",
     "NO_CONTROLNETS",
     "NO_UPSCALER",
+    "REPAIR_BOUNDS",
     "STYLES_MAX",
     "TEXT_MAX",
+    "ChosenDetector",
     "ChosenPreprocessor",
     "ChosenUpscaler",
     "ControlNetwork",
     "ControlNetworks",
     "DecodeImage",
     "DecodedPixels",
+    "DetailDetector",
+    "DetectedPart",
     "EmbeddedProvenance",
     "GenerationOptions",
     "GenerationService",
@@ -55,6 +70,7 @@ __all__ = [
     "ImagePreprocessor",
     "ImageUpscaler",
     "InProcessPreprocessor",
+    "NoDetector",
     "Ownership",
     "PromptExpander",
     "PromptFiles",

@@ -196,7 +196,7 @@ def image_options_identity(request: GenerationRequest) -> dict[str, object]:
     parts = {name: getattr(request, name) for name in _PARTS if getattr(request, name)}
     return {
         **second,
-        **{name: [_part_identity(part) for part in found] for name, found in parts.items()},
+        **{name: [changed_fields(part) for part in found] for name, found in parts.items()},
         **({"fit": request.fit} if resized and request.fit != Fit.CROP else {}),
         **({"hires": hires} if any(part is not None for part in hires) else {}),
         **({"fill": request.fill} if request.fill is not Fill.ORIGINAL else {}),
@@ -209,7 +209,7 @@ def image_options_identity(request: GenerationRequest) -> dict[str, object]:
     }
 
 
-def _part_identity(part: ControlUnit | ImagePrompt | DetailRepair) -> dict[str, object]:
+def changed_fields(part: ControlUnit | ImagePrompt | DetailRepair) -> dict[str, object]:
     """Return the options of a part that are not at their defaults; images are identified beside them."""
     values = {field.name: getattr(part, field.name) for field in fields(part) if field.name not in ("image", "mask")}
     return {

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from stable_diffusion_server.generation.layout import ImageLayout
+from stable_diffusion_server.generation.limits import changed_fields
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
 from stable_diffusion_server.generation.second_pass import has_second_pass, second_pass_parameters
@@ -114,6 +115,8 @@ def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
     }
     requested = {part.name: getattr(request, part.name) for part in fields(request) if part.name not in NOT_RECORDED}
     values = {name: resolved_fields.get(name, value) for name, value in requested.items()}
+    if request.repairs:
+        values["repairs"] = [changed_fields(repair) for repair in request.repairs]
     # As files of older versions are read.
     absent = "clip_skip prompt_2 extend tiling upscaler scale".split()
     absent += "hires_upscaler hires_scheduler hires_prompt hires_negative_prompt".split()

@@ -49,7 +49,8 @@ class RequestResolver:
         return self._resolve_words(permitted_request(request, caller, self._options))
 
     def _reads_files(self, request: GenerationRequest) -> bool:
-        return bool(request.sources or request.loras or request.controls) or self._options.embeddings.is_offered
+        reads = request.sources or request.loras or request.controls or request.repairs
+        return bool(reads) or self._options.embeddings.is_offered
 
     def _may_expand(self, request: GenerationRequest) -> bool:
         """Whether the request asks for styles or wildcards, and has any. Reads no file."""

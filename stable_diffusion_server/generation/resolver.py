@@ -31,6 +31,12 @@ from stable_diffusion_server.generation.prompts import (
     embeddings_for,
     read_prompts,
 )
+from stable_diffusion_server.generation.repair_requests import (
+    DetailDetector,
+    NoDetector,
+    check_repairs,
+    repair_identity,
+)
 from stable_diffusion_server.generation.resolved_output import ResolvedOutput, place_of, source_identities
 from stable_diffusion_server.generation.seeds import with_subseed
 from stable_diffusion_server.pipelines import (
@@ -76,6 +82,7 @@ class GenerationOptions:
     unusable: Mapping[str, str] = field(default_factory=dict)
     controlnets: ControlNetworks = NO_CONTROLNETS
     preprocessor: ImagePreprocessor = field(default_factory=InProcessPreprocessor)
+    detector: DetailDetector = field(default_factory=NoDetector)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +137,9 @@ def resolve_request(
     pictures = source_identities(request, fetched)
     adapters = adapters_for(request, options.loras)
     spec = _identity_fields(request, parameters, adapters, options.stop_words)
+    if request.repairs:
+        _check_repairs(request, parameters.spec, options)
+        spec["detectors"] = repair_identity(request.repairs, options.detector)
     seed_asked = {"seed": request.seed, **({"variation": request.variation} if request.variation else {})}
     request_digest = digest({**spec, **pictures, **seed_asked})
     if parameters.sampling:
@@ -230,6 +240,16 @@ def _controls(
     if not request.controls:
         return (), []
     return resolve_controls(request, spec, options.controlnets, options.preprocessor)
+
+
+def _check_repairs(request: GenerationRequest, spec: ModelSpec, options: GenerationOptions) -> None:
+    """Raise `InvalidInput` for repairs that cannot be drawn, before anything is."""
+
+    def check(part: GenerationRequest) -> None:
+        options.limits.check(part)
+        _resolve_parameters(part, options)
+
+    check_repairs(request, spec, check)
 
 
 def _second_prompt(request: GenerationRequest, prompt: str, spec: ModelSpec) -> str | None:

@@ -15,6 +15,7 @@ import structlog
 from stable_diffusion_server.concurrency import deadline
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.generation.control_images import ControlLayout
+from stable_diffusion_server.generation.detail_repair import DetailRepairer
 from stable_diffusion_server.generation.executor import GenerationExecutor, SubmissionContext
 from stable_diffusion_server.generation.expansion import PromptExpander
 from stable_diffusion_server.generation.interfaces import DecodeImage, EngineQueue, FetchImage, ignore
@@ -96,6 +97,7 @@ class GenerationService:
         self._requests = RequestResolver(options, expander)
         self._generations: SingleFlight[GenerationOutcome] = SingleFlight()
         self._executor = GenerationExecutor(queue, count_tokens, options)
+        self._repairer = DetailRepairer(self._executor, options)
         self._upscales = UpscaleRunner(upscaler, options, self._inputs, self._output, self._find, bucket)
 
     async def generate(
@@ -295,6 +297,8 @@ class GenerationService:
         attributes: dict[str, str | int] = {"sds.model": request.model, "sds.steps": request.num_inference_steps}
         with self._tracing.span("generate", attributes) as span:
             drawn = await draw_passes(self._executor, resolved, layout, request, context, broadcaster)
+            if resolved.request.repairs:
+                drawn = await self._repairer.repair(resolved, drawn, context, broadcaster)
             image = drawn.image
             span.set_attributes({f"sds.seconds.{stage}": seconds for stage, seconds in image.timings.items()})
         warnings = (*drawn.layout.warnings, *image.warnings, *generation_warnings(resolved, layout, request, image))

@@ -100,10 +100,12 @@ class DetailRepair:
 
     Attributes:
         detector: Name of the detector's file.
-        prompt: What is drawn there; by default the request's prompt.
-        negative_prompt: What is not; by default the request's.
+        prompts: What is drawn there, for each part, the last one for all further ones; by default the request's prompt.
+        negative_prompts: What is not, likewise.
         confidence: Least score of a part, 0..1.
         most: How many parts are drawn again, the best first.
+        least_area: Least share of the image that a part covers, 0..1.
+        most_area: Largest share of the image that a part covers, 0..1.
         strength: Share of the denoising steps applied, 0..1.
         steps: Denoising steps; by default the request's.
         padding: Margin in pixels around a part.
@@ -114,10 +116,12 @@ class DetailRepair:
     """
 
     detector: str
-    prompt: str | None = None
-    negative_prompt: str | None = None
+    prompts: tuple[str, ...] = ()
+    negative_prompts: tuple[str, ...] = ()
     confidence: float = 0.3
     most: int = 4
+    least_area: float = 0.0
+    most_area: float = 1.0
     strength: float = 0.4
     steps: int | None = None
     padding: int = 32

@@ -132,6 +132,8 @@ def automatic1111_lists(running_app: RunningApp) -> Iterator[tuple[str, Any]]:
         ("/sdapi/v1/cmd-flags", "Automatic1111Flags"),
         ("/sdapi/v1/memory", "Automatic1111Memory"),
         ("/controlnet/version", "ControlNetVersion"),
+        ("/adetailer/v1/version", "AdetailerVersion"),
+        ("/adetailer/v1/ad_model", "AdetailerModels"),
         ("/controlnet/model_list", "ControlNetModels"),
         ("/controlnet/module_list", "ControlNetModules"),
         ("/controlnet/settings", "ControlNetSettings"),

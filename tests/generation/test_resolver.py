@@ -17,6 +17,7 @@ from stable_diffusion_server.generation.layout import lay_out_images
 from stable_diffusion_server.generation.limits import RequestLimits
 from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords
 from stable_diffusion_server.generation.provenance import requested_fields
+from stable_diffusion_server.generation.repair_requests import ChosenDetector, NoDetector
 from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.types import (
@@ -36,8 +37,21 @@ from stable_diffusion_server.types import (
     Tiling,
 )
 
+
+class AnyDetector(NoDetector):
+    """Knows every name."""
+
+    def find(self, name: str, field: str) -> ChosenDetector:
+        return ChosenDetector(name, "5e6f")
+
+
 OPTIONS = GenerationOptions(
-    RequestLimits(), "sdxl", "up", loras=lambda: {"pastel": "1a2b", "ink": "3c4d"}, controlnets=KnownNetworks()
+    RequestLimits(),
+    "sdxl",
+    "up",
+    loras=lambda: {"pastel": "1a2b", "ink": "3c4d"},
+    controlnets=KnownNetworks(),
+    detector=AnyDetector(),
 )
 EDGELESS_FLUX = replace(OPTIONS, models={**MODELS, "flux": replace(MODELS["flux"], control_folder=None)})
 BY_URL = GenerationRequest(

@@ -25,6 +25,7 @@ _IGNORED = {
 }
 # A script that the masks read.
 SOFT_INPAINTING = "soft inpainting"
+_KNOWN_SCRIPTS = ("controlnet", SOFT_INPAINTING, "adetailer")
 _LARGEST = 1_000_000
 _FLAG: TypeAdapter[bool] = TypeAdapter(bool)
 _NUMBER: TypeAdapter[float] = TypeAdapter(float, config=ConfigDict(allow_inf_nan=False))
@@ -99,7 +100,7 @@ def _units(scripts: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _is_unknown(name: str, script: object) -> bool:
     """Return whether a script is unknown and has arguments."""
     args = script.get("args") if isinstance(script, dict) else script
-    return name.lower() not in ("controlnet", SOFT_INPAINTING) and args not in ([], [False], None)
+    return name.lower() not in _KNOWN_SCRIPTS and args not in ([], [False], None)
 
 
 def _image_of(unit: Mapping[str, Any]) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
 
+from stable_diffusion_server.api.automatic1111.adetailer import ADETAILER
 from stable_diffusion_server.api.automatic1111.sampler_names import schedules_of
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.imaging import SCHEDULE_NAMES, Resampling
@@ -154,8 +155,9 @@ def _embedding(found: Embedding | None) -> dict[str, int | None]:
 
 
 def scripts_body(context: DialectContext) -> Automatic1111ScriptsBody:
-    """List the scripts: ControlNet where a model has one."""
+    """List the scripts: ControlNet where a model has one, ADetailer where there are detectors."""
     names = [CONTROLNET_SCRIPT] if has_controlnet(context) else []
+    names += [ADETAILER] if context.detector.names() else []
     return {"txt2img": names, "img2img": names}
 
 

@@ -16,6 +16,7 @@ _FIELDS = {
     "hires_strength": "denoising_strength",
     "canny": "alwayson_scripts",
     "mask_mode": "alwayson_scripts",
+    "repairs": "alwayson_scripts",
     "canny_low": "alwayson_scripts",
     "canny_high": "alwayson_scripts",
     "control_scale": "alwayson_scripts",
@@ -26,7 +27,8 @@ _FIELDS = {
     **dict.fromkeys(("extend_left", "extend_right", "extend_top", "extend_bottom", "extend_overlap"), "script_args"),
     "model": "override_settings",
 }
-_OUR_NAMES = re.compile("|".join(rf"\b{ours}\b" for ours in _FIELDS if ours not in ("model", "lora", "canny")))
+_WORDS = ("model", "lora", "canny", "repairs")
+_OUR_NAMES = re.compile("|".join(rf"\b{ours}\b" for ours in _FIELDS if ours not in _WORDS))
 
 
 # AUTOMATIC1111's parameters with bounds → the parameters of this server with the same bounds.
@@ -40,11 +42,16 @@ BOUNDED = {
 
 def renamed(error: ServerError) -> ServerError:
     """Return the error with AUTOMATIC1111's parameter names."""
-    if error.field not in _FIELDS:
+    if _base(error.field or "") not in _FIELDS:
         return error
     detail = _OUR_NAMES.sub(lambda match: _FIELDS[match[0]], error.detail)
     faults = [
-        (_FIELDS.get(field, field), _OUR_NAMES.sub(lambda m: _FIELDS[m[0]], sentence))
+        (_FIELDS.get(_base(field), field), _OUR_NAMES.sub(lambda m: _FIELDS[m[0]], sentence))
         for field, sentence in error.faults
     ]
-    return type(error)(detail, field=_FIELDS[error.field], faults=faults, retry_after=error.retry_after)
+    return type(error)(detail, field=_FIELDS[_base(error.field or "")], faults=faults, retry_after=error.retry_after)
+
+
+def _base(field: str) -> str:
+    """Return the parameter that a field is in: `repairs` of `repairs[0].steps`."""
+    return field.partition("[")[0]

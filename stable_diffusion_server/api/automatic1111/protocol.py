@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from stable_diffusion_server.api.automatic1111.adetailer import read_repairs
 from stable_diffusion_server.api.automatic1111.checkpoint_names import model_named
 from stable_diffusion_server.api.automatic1111.controlnet_units import CannyUnit, parse_units
 from stable_diffusion_server.api.automatic1111.image_inputs import with_images
@@ -104,6 +105,10 @@ def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Opt
     )
     edges, about_scripts = parse_units(params.alwayson_scripts or {})
     generations, batch, about_images = with_images(generation, params, edges, context.max_n, spec)
+    repairs, about_repairs = read_repairs(
+        params.alwayson_scripts or {}, generation, spec, context, edits=isinstance(params, Img2Img)
+    )
+    generations = [replace(one, repairs=repairs) for one in generations] if repairs else generations
     followed = edges if generations[0].canny else None
     shown = len(generations) + bool(followed and followed.shows_map)
     context.check_size(shown, *((second.width, second.height) if second else (width, height)), "batch_size")
@@ -114,6 +119,7 @@ def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Opt
         *ignored,
         *(second.ignored if second else []),
         *about_scripts,
+        *about_repairs,
         *_ignored_parameters(params, settings),
         *about_images,
     ]

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.automatic1111 import responses
+from stable_diffusion_server.api.automatic1111.adetailer_routes import add_adetailer_routes
 from stable_diffusion_server.api.automatic1111.checkpoint_routes import add_checkpoint_routes
 from stable_diffusion_server.api.automatic1111.controlnet_routes import add_controlnet_routes
 from stable_diffusion_server.api.automatic1111.generation_info import TaskImage
@@ -97,6 +98,7 @@ def automatic1111_router(
     add_png_info_route(routes)
     add_upscale_routes(routes, worker, options, images.tasks)
     add_controlnet_routes(routes, worker)
+    add_adetailer_routes(routes, context)
     add_gradio_routes(routes, context)
     return routes
 

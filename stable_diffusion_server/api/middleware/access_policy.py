@@ -42,7 +42,8 @@ _CHEAP_PATHS = (
     "/sdapi/v1/extensions /sdapi/v1/memory /sdapi/v1/artists /sdapi/v1/artist-categories /sdapi/v1/lycos "
     "/sdapi/v1/refresh-checkpoints /sdapi/v1/refresh-vae /sdapi/v1/refresh-loras /sdapi/v1/refresh-embeddings "
     "/sdapi/v1/unload-checkpoint /sdapi/v1/reload-checkpoint /internal/ping /config /user /app_id "
-    "/controlnet/version /controlnet/model_list /controlnet/module_list /controlnet/settings /controlnet/control_types"
+    "/controlnet/version /controlnet/model_list /controlnet/module_list /controlnet/settings /controlnet/control_types "
+    "/adetailer/v1/version /adetailer/v1/ad_model"
 ).split()
 # Routes whose JSON bodies hold images in base64.
 _IMAGE_PATHS = (

@@ -25,6 +25,7 @@ from stable_diffusion_server.api.schemas.control_params import (
 )
 from stable_diffusion_server.api.schemas.extra_parameters import read_extra
 from stable_diffusion_server.api.schemas.prompt_params import PromptParams
+from stable_diffusion_server.api.schemas.repair_params import RepairParams
 from stable_diffusion_server.api.schemas.sampling_params import SamplingParams
 from stable_diffusion_server.api.schemas.validation import FaultsOf, RequestedGeneration, RequestParams, validated
 from stable_diffusion_server.errors import InvalidInput
@@ -51,7 +52,7 @@ File = Annotated[UploadedFile | None, WithJsonSchema(BINARY)]
 P = TypeVar("P", bound=RequestParams)
 
 
-class GenerationParams(SamplingParams, PromptParams, ControlParams):
+class GenerationParams(RepairParams, SamplingParams, PromptParams, ControlParams):
     """Parameters that every dialect takes. `RequestLimits` checks their bounds, which are settings."""
 
     lists: ClassVar[frozenset[str]] = PromptParams.lists | ControlParams.lists
@@ -119,6 +120,7 @@ class GenerationParams(SamplingParams, PromptParams, ControlParams):
         """Return the fields of a `GenerationRequest`, without the images except those of `controls`."""
         images = {
             "controls",
+            "repairs",
             CONTROL_FILES,
             "image_url",
             "image_file",
@@ -140,7 +142,12 @@ class GenerationParams(SamplingParams, PromptParams, ControlParams):
         if self.controls:
             values["controls"] = control_units(self.controls, self.control_file)
         values |= {"loras": loras, "lora_parts": tuple((name, text) for name, text in parts.items() if text)}
-        return {**values, "alone": self.batch == "alone", "at_least_one_step": not chosen}
+        return {
+            **values,
+            "repairs": tuple(entry.to_repair() for entry in self.repairs),
+            "alone": self.batch == "alone",
+            "at_least_one_step": not chosen,
+        }
 
     @classmethod
     def type_faults(cls, parameters: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -50,6 +50,7 @@ _CHOICES: dict[str, type[StrEnum]] = {
     "mask_mode": MaskMode,
 }
 _PARTS = {"controls": ControlUnit, "image_prompts": ImagePrompt, "repairs": DetailRepair}
+_PROMPTS = ("prompts", "negative_prompts")
 _CONTROL_CHOICES: dict[str, type[StrEnum]] = {"kind": ControlKind, "mode": ControlMode, "resize": ControlResize}
 # Problem types that earlier versions stored under another name.
 _RENAMED_KINDS = {"ends-the-server": "poison-job"}
@@ -91,6 +92,7 @@ def _read_part(name: str, written: Mapping[str, Any], files: Mapping[str, bytes]
     values = {**written}
     values |= {field: choice(values[field]) for field, choice in _CONTROL_CHOICES.items() if field in values}
     values |= {field: _read_source(values[field], files) for field in _PICTURES if field in values}
+    values |= {field: tuple(values[field]) for field in _PROMPTS if field in values}
     values |= {"options": tuple((key, value) for key, value in values["options"])} if "options" in values else {}
     return _PARTS[name](**values)
 
