@@ -141,12 +141,12 @@ def check_repairs(request: GenerationRequest, spec: ModelSpec, check: Callable[[
         faults.append(("repairs", f"{spec.name} does not inpaint, so it cannot draw parts again."))
     if faults:
         raise InvalidInput.from_faults(faults)
-    for place, repair in enumerate(request.repairs):
+    for entry, repair in enumerate(request.repairs):
         for number in range(max(1, len(repair.prompts), len(repair.negative_prompts))):
             try:
                 check(part_request(request, repair, number, spec))
             except InvalidInput as error:
-                faults = [(f"repairs[{place}].{name}", sentence) for name, sentence in error.faults]
+                faults = [(f"repairs[{entry}].{name}", sentence) for name, sentence in error.faults]
                 raise InvalidInput.from_faults(faults) from error
 
 
