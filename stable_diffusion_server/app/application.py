@@ -17,8 +17,9 @@ from stable_diffusion_server.app.metrics import register_metrics
 from stable_diffusion_server.app.model_manager import ModelManager
 from stable_diffusion_server.app.model_state import ModelBackend, ModelState
 from stable_diffusion_server.app.models import build_engine, generation_options, prompt_expander
+from stable_diffusion_server.app.preprocessors import Preprocessors
 from stable_diffusion_server.app.readiness import Readiness
-from stable_diffusion_server.app.services import ImageReaders, build_jobs, build_service
+from stable_diffusion_server.app.services import ImageReaders, PictureVision, build_jobs, build_service
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.app.ui import mount_ui, visitor_key
 from stable_diffusion_server.app.upscalers import Upscalers
@@ -53,8 +54,9 @@ def create_app(
     stores = StorageStack(settings, metrics)
     readiness = Readiness(models, stores)
     engine = build_engine(settings, models, load, metrics, hooks, readiness, record)
-    options = replace(generation_options(settings, models), ownership=stores.ownership)
-    readers = ImageReaders.of(settings)
+    readers, vision = ImageReaders.of(settings), PictureVision.of(settings)
+    preprocessor = Preprocessors(vision.files, vision.worker)
+    options = replace(generation_options(settings, models), ownership=stores.ownership, preprocessor=preprocessor)
     expander, upscalers, decode = prompt_expander(settings), Upscalers(settings), readers.decoder.decode
     service = build_service(settings, engine, models, options, stores, readers, metrics, tracing, expander, upscalers)
     jobs = build_jobs(settings, service, stores, record)
@@ -76,7 +78,7 @@ def create_app(
                 grace = shutdown.seconds_left()
                 await asyncio.gather(ui.close(), asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
             service.close()
-            await readers.close()
+            await asyncio.gather(readers.close(), vision.worker.close())
             await asyncio.to_thread(stores.close)
             await asyncio.to_thread(tracing.close)
 

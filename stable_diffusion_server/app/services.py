@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Self
 
@@ -17,8 +18,12 @@ from stable_diffusion_server.jobs import JobManager, JobPolicy, JobRecord, JobSt
 from stable_diffusion_server.net import AllowedTarget, FetchLimits, ImageFetcher, WebhookClient
 from stable_diffusion_server.observability import DeviceRecord, Tracing, UsageMetrics
 from stable_diffusion_server.parsing import dumps
+from stable_diffusion_server.pipelines import PictureModelFiles, VisionWorker
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.types import Caller
+
+# Threads of the process for models, at most half of the cores: the engine needs the others.
+_VISION_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,22 @@ class ImageReaders:
         """Close connections and stop processes."""
         self.fetcher.close()
         await self.decoder.close()
+
+
+@dataclass(frozen=True, slots=True)
+class PictureVision:
+    """The models that look at pictures, and the process that runs them, which starts with the first use."""
+
+    files: PictureModelFiles
+    worker: VisionWorker
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Build both from the settings; reads and starts nothing."""
+        files = PictureModelFiles(settings.models_dir, settings.data_dir / "picture-models.json")
+        threads = max(1, min(_VISION_THREADS, (os.cpu_count() or 2) // 2))
+        worker = VisionWorker(memory=settings.vision_memory, seconds=settings.vision_timeout, threads=threads)
+        return cls(files, worker)
 
 
 def build_service(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stable_diffusion_server.imaging.artifact_detection import is_black, score_artifacts
 from stable_diffusion_server.imaging.canvas import ALIGNMENT, Canvas, crop_to_size, plan_canvas, to_canvas
+from stable_diffusion_server.imaging.control_images.line_maps import thin_lines
 from stable_diffusion_server.imaging.control_images.preprocessor import (
     RESOLUTION,
     NeededFile,
@@ -107,6 +108,7 @@ __all__ = [
     "score_artifacts",
     "shrink_to_area",
     "source_type_of",
+    "thin_lines",
     "to_canvas",
     "to_mask",
     "to_resolution",

@@ -68,6 +68,13 @@ from stable_diffusion_server.pipelines.sampling_options import (
 from stable_diffusion_server.pipelines.scheduler_rows import SCHEDULERS, SCHEDULES
 from stable_diffusion_server.pipelines.stock_classes import check_class_extra
 from stable_diffusion_server.pipelines.upscaling.upscaler_files import UPSCALER_TILES, UpscalerFiles
+from stable_diffusion_server.pipelines.vision.picture_model_files import (
+    PictureModelFile,
+    PictureModelFiles,
+    PictureModelRole,
+)
+from stable_diffusion_server.pipelines.vision.vision_messages import FoundBox
+from stable_diffusion_server.pipelines.vision.vision_worker import PictureModels, VisionWorker
 
 __all__ = [
     "CHUNK_TOKENS",
@@ -87,6 +94,7 @@ __all__ = [
     "EmbeddingList",
     "ExtraParameter",
     "FileIdentity",
+    "FoundBox",
     "HubClient",
     "HubListing",
     "Kind",
@@ -97,7 +105,12 @@ __all__ = [
     "ModelTable",
     "OwnedModels",
     "OwnerSpec",
+    "PictureModelFile",
+    "PictureModelFiles",
+    "PictureModelRole",
+    "PictureModels",
     "UpscalerFiles",
+    "VisionWorker",
     "WeightDigests",
     "WeightFileError",
     "check_class_extra",

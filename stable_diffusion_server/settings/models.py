@@ -187,6 +187,21 @@ class ModelSettings(SettingsGroup):
     prompt_cache_bytes: int = Field(
         67_108_864, ge=0, description="Maximum bytes of cached prompt embeddings per model; 0: no cache."
     )
+    vision_memory: int = Field(
+        8 * 2**30,
+        ge=2**30,
+        description=(
+            "Maximum bytes of the process that runs models of preprocessors, detectors and classifiers on the CPU, "
+            "beyond what it takes while idle."
+        ),
+    )
+    vision_timeout: float = Field(
+        120.0,
+        gt=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="Maximum seconds that such a model takes for an image, loading included; then its process ends.",
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",

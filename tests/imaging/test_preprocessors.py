@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tracemalloc
 from collections.abc import Mapping
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -223,6 +224,15 @@ def test_memory_is_a_few_copies_of_the_picture(row: Preprocessor) -> None:
     assert peak < 12 * picture.nbytes
 
 
+def test_the_page_lists_every_preprocessor() -> None:
+    """docs/controls.md names each in the first column of a table, and all of its further names."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "controls.md").read_text()
+    for row in PREPROCESSORS.values():
+        assert f"\n| `{row.name}` | {', '.join(row.kinds)} |" in page
+        assert all(f"`{alias}`" in page for alias in row.aliases)
+        assert all(f"`{option.name}` {option.low:g} to" in page for option in row.options)
+
+
 async def test_the_front_door_chooses_checks_and_draws() -> None:
     """`none` gives the picture itself; identities tell options apart; what needs a model is refused by name."""
     door, picture = InProcessPreprocessor(), noise(64, 64)
@@ -234,7 +244,7 @@ async def test_the_front_door_chooses_checks_and_draws() -> None:
     assert edges.identity != door.find("canny", {}, "controls").identity
     assert door.find("canny", {"low": 100}, "controls").identity == door.find("canny", {}, "controls").identity
     with pytest.raises(InvalidInput, match="needs Depth-Anything V2"):
-        door.find("depth", {}, "controls")
+        door.find("depth_anything_v2", {}, "controls")
     with pytest.raises(InvalidInput, match="takes no options"):
         door.find("none", {"low": 3}, "controls")
     assert {row.name for row in door.usable()} == {row.name for row in IN_PROCESS}

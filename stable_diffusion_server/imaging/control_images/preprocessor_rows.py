@@ -128,8 +128,8 @@ _IN_PROCESS = (
 )
 
 
-def _depth(name: str, what: str, *words: str, aliases: tuple[str, ...] = ()) -> Preprocessor:
-    return Preprocessor(name=name, kind="depth", aliases=aliases, needs=(NeededFile(what, words),), method="depth")
+def _depth(name: str, what: str, *words: str) -> Preprocessor:
+    return Preprocessor(name=name, kind="depth", needs=(NeededFile(what, words),), method="depth")
 
 
 def _pose(name: str, method: str, *aliases: str) -> Preprocessor:
@@ -137,8 +137,14 @@ def _pose(name: str, method: str, *aliases: str) -> Preprocessor:
 
 
 _BY_MODELS = (
-    _depth("depth_anything_v2", "Depth-Anything V2", "depthanythingv2", aliases=("depth",)),
-    _depth("depth_anything", "Depth-Anything", "depthanything"),
+    Preprocessor(name="depth", kind="depth", needs=(_DEPTH,), method="depth"),
+    _depth("depth_anything_v2", "Depth-Anything V2", "depthanythingv2"),
+    Preprocessor(
+        name="depth_anything",
+        kind="depth",
+        needs=(NeededFile("Depth-Anything", ("depthanything",), ("depthanythingv2",)),),
+        method="depth",
+    ),
     _depth("depth_midas", "MiDaS or DPT", "midas", "dpt"),
     _depth("depth_zoe", "ZoeDepth", "zoe"),
     Preprocessor(
