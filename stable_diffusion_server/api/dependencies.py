@@ -10,9 +10,13 @@ from fastapi import Request
 
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound, ServerError
 from stable_diffusion_server.generation import (
+    NO_CONTROLNETS,
     NO_UPSCALER,
+    ControlNetworks,
     DetailDetector,
+    ImagePreprocessor,
     ImageUpscaler,
+    InProcessPreprocessor,
     NoDetector,
     PromptExpander,
     RequestLimits,
@@ -82,7 +86,8 @@ class DialectContext:
     `status_of` returns family, size and place of a model by its name.
     `response_format` is what the OpenAI endpoints answer if a request does not say it: url, b64_json or auto.
     `limited`: the caller may use these models only, of more. `expander` knows the styles and wildcards, `upscaler` the
-    upscalers, `detector` the detectors of details.
+    upscalers, `detector` the detectors of details, `controlnets` the networks of control units and `preprocessor` what
+    makes their images.
     """
 
     limits: RequestLimits
@@ -100,6 +105,8 @@ class DialectContext:
     expander: PromptExpander = field(default_factory=PromptExpander)
     upscaler: ImageUpscaler = NO_UPSCALER
     detector: DetailDetector = field(default_factory=NoDetector)
+    controlnets: ControlNetworks = NO_CONTROLNETS
+    preprocessor: ImagePreprocessor = field(default_factory=InProcessPreprocessor)
 
     def for_caller(self, caller: Caller) -> DialectContext:
         """Return the context with the models that a caller may use, and with no others in lists and sentences."""

@@ -152,4 +152,6 @@ def build_dialect_context(
         response_format=settings.openai_response_format,
         expander=expander,
         detector=options.detector,
+        controlnets=options.controlnets,
+        preprocessor=options.preprocessor,
     )

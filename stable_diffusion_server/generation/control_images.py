@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.generation.control_units import ResolvedControl
-from stable_diffusion_server.generation.layout import ImageLayout
+from stable_diffusion_server.generation.layout import ImageLayout, InputLoader
 from stable_diffusion_server.generation.preprocessing import ImagePreprocessor
+from stable_diffusion_server.generation.request_resolution import RequestResolver
 from stable_diffusion_server.generation.resolver import ResolvedRequest
-from stable_diffusion_server.imaging import Pixels, fit_image, resize_image, to_canvas, to_mask
-from stable_diffusion_server.types import ControlImage, ControlKind, Fit, ImageArray, ImageInput
+from stable_diffusion_server.imaging import Pixels, crop_to_size, fit_image, resize_image, to_canvas, to_mask
+from stable_diffusion_server.types import (
+    Caller,
+    ControlImage,
+    ControlKind,
+    Fit,
+    GenerationRequest,
+    ImageArray,
+    ImageInput,
+)
 
 # Requests whose control images are made at a time; each has one decoded picture in memory.
 _CONCURRENCY = 2
@@ -27,26 +36,37 @@ DecodeSource = Callable[[ImageInput], Awaitable[Pixels]]
 class ControlLayout:
     """Makes the control images of requests, one unit after the other. For one event loop."""
 
+    inputs: InputLoader
+    requests: RequestResolver
     preprocessor: ImagePreprocessor
-    limiter: FairLimiter
+    limiter: FairLimiter = field(default_factory=lambda: FairLimiter(_CONCURRENCY))
 
-    @classmethod
-    def of(cls, preprocessor: ImagePreprocessor) -> ControlLayout:
-        """Build the part that makes control images."""
-        return cls(preprocessor, FairLimiter(_CONCURRENCY))
+    async def images(self, request: GenerationRequest, caller: Caller) -> list[Pixels]:
+        """Return the control images that a request without URLs follows, uint8, height × width × 3.
+
+        Raises the errors of resolving, decoding and preprocessing.
+        """
+        resolved = await self.requests.resolve(await self.requests.admit(request, caller))
+        layout = await self.inputs.lay_out(resolved, {}, caller.share)
+        guided = await self.with_controls(layout, resolved, {}, caller.share)
+        return [_as_drawn(control.image.pixels, layout) for control in guided.request.controls]
 
     async def with_controls(
-        self, layout: ImageLayout, resolved: ResolvedRequest, decode: DecodeSource, share: str
+        self, layout: ImageLayout, resolved: ResolvedRequest, fetched: Mapping[str, bytes], share: str
     ) -> ImageLayout:
         """Return the layout whose request has the control images. Raises `InvalidInput`, and the errors of decoding."""
         images: list[ControlImage] = []
+
+        async def decode(source: ImageInput) -> Pixels:
+            return await self.inputs.decode(source, fetched, share)
+
         async with self.limiter.hold(share):
             for number, control in enumerate(resolved.parameters.controls):
                 images.append(await self._image(layout, control, f"controls[{number}]", decode, share))
         return replace(layout, request=replace(layout.request, controls=tuple(images)))
 
     async def _image(
-        self, layout: ImageLayout, control: ResolvedControl, field: str, decode: DecodeSource, share: str
+        self, layout: ImageLayout, control: ResolvedControl, name: str, decode: DecodeSource, share: str
     ) -> ControlImage:
         unit = control.unit
         if unit.image is None:
@@ -54,7 +74,7 @@ class ControlLayout:
         else:
             given = await decode(unit.image)
             pixels = await asyncio.to_thread(_placed, given, control, layout)
-        made = await self.preprocessor.preprocess(control.preprocessor, pixels, f"{field}.preprocess", share=share)
+        made = await self.preprocessor.preprocess(control.preprocessor, pixels, f"{name}.preprocess", share=share)
         mask = None
         if unit.mask is not None:
             where = await decode(unit.mask)
@@ -101,3 +121,9 @@ def _placed_mask(pixels: Pixels, control: ResolvedControl, layout: ImageLayout) 
 
 def _on_canvas(made: Pixels, layout: ImageLayout) -> ImageArray:
     return ImageArray(resize_image(made, layout.canvas.width, layout.canvas.height))
+
+
+def _as_drawn(pixels: Pixels, layout: ImageLayout) -> Pixels:
+    """Return a control image at the size of the image that is drawn."""
+    width, height = (layout.width, layout.height) if layout.crop is None else (layout.crop.width, layout.crop.height)
+    return crop_to_size(pixels, width, height, resample=layout.canvas.resampled)

@@ -49,6 +49,18 @@ def _parts_fault(text: str) -> str:
     return "" if within else range_sentence("lora weights by parts", -LORA_WEIGHT_MAX, LORA_WEIGHT_MAX)
 
 
+def _unit_faults(unit: ControlUnit, name: str) -> list[tuple[str, str]]:
+    """Return (parameter, sentence) of each number of a control unit out of its bounds."""
+    bounds = {"weight": (0, 2), "start": (0, 1), "end": (0, 1), "resolution": (64, 2048)}
+    values = {part: value for part in bounds if (value := getattr(unit, part)) is not None}
+    faults = [
+        (f"{name}.{part}", range_sentence(f"{name}.{part}", *bounds[part]))
+        for part, value in values.items()
+        if not bounds[part][0] <= value <= bounds[part][1]
+    ]
+    return faults or ([] if unit.start < unit.end else [(f"{name}.end", f"{name}.end must be above start.")])
+
+
 def parse_int(text: str) -> int | None:
     """Parse a text of ASCII digits; `None` for any other text, and for more than 20 digits."""
     return int(text) if len(text) <= _MOST_DIGITS and text.isascii() and text.isdigit() else None
@@ -148,6 +160,7 @@ class RequestLimits:
         if len(controls) > self.max_controls:
             sentence = f"At most {self.max_controls} control images are taken, as MAX_CONTROLS says."
             faults.append((f"controls[{self.max_controls}]", sentence))
+        faults += [fault for number, unit in enumerate(controls) for fault in _unit_faults(unit, f"controls[{number}]")]
         loras = value_of("loras")
         if len(loras) > self.max_loras:
             faults.append(("lora", f"lora must not name more than {self.max_loras}."))

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import structlog
@@ -63,7 +62,7 @@ class GenerationService:
     """Answers generation requests. Concurrent equal requests share one generation; stored images are returned.
 
     `known` looks a key up in the existence cache without blocking. `record` receives history entries and must not
-    raise. With `log_prompts` the log line of a stored image contains its prompt.
+    raise. With `log_prompts` the log line of a stored image contains its prompt. `controls` makes control images.
     """
 
     def __init__(
@@ -90,11 +89,11 @@ class GenerationService:
         self._tracing = tracing or Tracing()
         self._log_prompts = log_prompts
         self._inputs = InputLoader(fetch, decode, options.limits.max_side)
-        self._control_images = ControlLayout.of(options.preprocessor)
         self._output = OutputWriter(bucket, options.embed_metadata, record, options.ownership)
         self._known = known
         self._results = ResultCache(_CACHE_SIZE)
         self._requests = RequestResolver(options, expander)
+        self.controls = ControlLayout(self._inputs, self._requests, options.preprocessor)
         self._generations: SingleFlight[GenerationOutcome] = SingleFlight()
         self._executor = GenerationExecutor(queue, count_tokens, options)
         self._repairer = DetailRepairer(self._executor, options)
@@ -291,8 +290,7 @@ class GenerationService:
         with self._tracing.span("prepare"):
             layout = await self._inputs.lay_out(resolved, fetched, context.caller.share)
             if resolved.parameters.controls:
-                decode = partial(self._inputs.decode, fetched=fetched, share=context.caller.share)
-                layout = await self._control_images.with_controls(layout, resolved, decode, context.caller.share)
+                layout = await self.controls.with_controls(layout, resolved, fetched, context.caller.share)
             request = await asyncio.to_thread(self._executor.fit_prompts, layout.request, resolved)
         attributes: dict[str, str | int] = {"sds.model": request.model, "sds.steps": request.num_inference_steps}
         with self._tracing.span("generate", attributes) as span:

@@ -127,9 +127,15 @@ def test_controlnet_lists_what_the_models_have(running_app: RunningApp) -> None:
     models = client.get("/controlnet/model_list?update=true").json()["model_list"]
     assert len(models) == 2
     assert all("canny" in name for name in models)
-    assert client.get("/controlnet/module_list?alias_names=true").json()["module_list"] == ["none", "canny"]
+    modules = client.get("/controlnet/module_list?alias_names=true").json()
+    assert (
+        {"none", "canny", "tile_resample", "inpaint_only"} <= {*modules["module_list"]} == {*modules["module_detail"]}
+    )
+    assert "openpose" not in modules["module_list"]  # its model files are not here
+    sliders = [slider["name"] for slider in modules["module_detail"]["canny"]["sliders"]]
+    assert sliders == ["Preprocessor Resolution", "Low Threshold", "High Threshold"]
     assert client.get("/controlnet/version").json()["version"] >= 2
-    assert client.get("/controlnet/settings").json() == {"control_net_unit_count": 1}
+    assert client.get("/controlnet/settings").json() == {"control_net_unit_count": 4}
     kinds = client.get("/controlnet/control_types").json()["control_types"]
     assert kinds["Canny"]["default_option"] == "canny"
     assert kinds["Canny"]["default_model"] in models
@@ -217,7 +223,7 @@ def test_the_page_has_the_lists_that_clients_read_from_it(run_app: Callable[...,
     choices = {part["props"]["elem_id"]: part["props"].get("choices") for part in config["components"]}
     assert {"None", "Lanczos"} <= set(choices["txt2img_hr_upscaler"])
     assert choices["setting_sd_lora"] == ["None"]
-    assert ["none", "canny"] in [part["props"].get("choices") for part in config["components"]]
+    assert ["none", "canny"] in [(part["props"].get("choices") or [])[:2] for part in config["components"]]
     assert len(choices["setting_sd_model_checkpoint"]) == len(MODELS)
     assert running_app.client.get("/user", headers=headers).json() == "ann"
     assert running_app.client.get("/app_id", headers=headers).json()["app_id"] == config["app_id"]

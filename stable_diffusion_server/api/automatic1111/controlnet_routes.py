@@ -1,34 +1,50 @@
-"""Routes of AUTOMATIC1111's ControlNet extension: what it has, and `detect`. This server has Canny edges."""
+"""Routes of AUTOMATIC1111's ControlNet extension: its detectors and networks, and `detect`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
 
+from stable_diffusion_server.api.automatic1111.controlnet_names import (
+    CONTROL_TYPES,
+    INPAINT_MODULE,
+    RESOLUTION_HIGH,
+    RESOLUTION_LOW,
+    USUAL_RESOLUTION,
+    networks_of,
+    numbers_of,
+    resolution_of,
+    row_of,
+    shown_name,
+)
 from stable_diffusion_server.api.automatic1111.image_work import ImageWorker, json_of, read_body
+from stable_diffusion_server.api.base64_images import bytes_of, text_of
+from stable_diffusion_server.api.concurrency import run_if_large
 from stable_diffusion_server.api.dependencies import DialectContext, caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.openapi.document import coerced_properties, json_body
 from stable_diffusion_server.api.schemas.responses import described
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation import NAME_MAX
-from stable_diffusion_server.imaging import Pixels, canny, resize_image
-from stable_diffusion_server.pipelines import ModelSpec
+from stable_diffusion_server.generation import DEFAULT_QUALITY, NAME_MAX, ChosenPreprocessor, ImagePreprocessor
+from stable_diffusion_server.imaging import (
+    NO_PREPROCESSOR,
+    RESOLUTION,
+    Pixels,
+    Preprocessor,
+    PreprocessorOption,
+    control_size,
+    encode_image,
+)
+from stable_diffusion_server.types import ControlKind, Format
 
-# The version of the extension's API, and the units that one request may have here.
-_API_VERSION, _UNITS = 2, 1
-_NONE, _CANNY = "none", "canny"
-MODULES = (_NONE, _CANNY)
-# Default, minimum and maximum: of the shorter side in pixels, and of both thresholds. The extension replaces a value
-# that is out of range by the default.
-_RESOLUTION, _LOW, _HIGH = (512, 64, 2048), (100, 1, 255), (200, 1, 255)
+_API_VERSION = 2
 _IMAGES_MAX = 32
-_HASH_CHARACTERS = 8
-_IMAGES, _OLDER_IMAGES = "controlnet_input_images", "controlnet_images"
+_IMAGES, _OLDER_IMAGES, _MODULE = "controlnet_input_images", "controlnet_images", "controlnet_module"
 
 
 class ControlNetVersionBody(TypedDict):
@@ -74,43 +90,32 @@ class DetectParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    controlnet_module: str = Field(_NONE, max_length=NAME_MAX, description="`canny`, or `none` for the image itself.")
+    controlnet_module: str = Field(
+        "none", max_length=NAME_MAX, description="A detector in `/controlnet/module_list`; `none`: the image itself."
+    )
     controlnet_input_images: list[str] = Field([], max_length=_IMAGES_MAX, description="The images in base64.")
     controlnet_images: list[str] = Field([], max_length=_IMAGES_MAX, description=f"Older name of `{_IMAGES}`.")
     controlnet_processor_res: int = Field(-1, description="Shorter side in pixels, 64 to 2048; -1: 512.")
-    controlnet_threshold_a: float = Field(-1, description="Lower threshold, 1 to 255; -1: 100.")
-    controlnet_threshold_b: float = Field(-1, description="Upper threshold, 1 to 255; -1: 200.")
+    controlnet_threshold_a: float = Field(-1, description="The detector's first number; -1: its default.")
+    controlnet_threshold_b: float = Field(-1, description="The detector's second number; -1: its default.")
 
-    @property
-    def finds_edges(self) -> bool:
-        """Whether the module is Canny. Raises `InvalidInput` for an unknown one."""
-        module = self.controlnet_module.strip().lower()
-        if module not in MODULES:
-            raise InvalidInput("Module not available: there are none and canny.", field="controlnet_module")
-        return module == _CANNY
-
-    def size_of(self, width: int, height: int) -> tuple[int, int]:
-        """Return the size of the map of an image in pixels."""
-        if not self.finds_edges:
-            return width, height
-        scale = _within(self.controlnet_processor_res, _RESOLUTION) / min(width, height)
-        return round(width * scale), round(height * scale)
-
-    def detect(self, pixels: Pixels, width: int, height: int) -> Pixels:
-        """Return the map of an image."""
-        if not self.finds_edges:
-            return pixels
-        low, high = _within(self.controlnet_threshold_a, _LOW), _within(self.controlnet_threshold_b, _HIGH)
-        return canny(resize_image(pixels, width, height), round(low), round(high))
+    def chosen(self, preprocessor: ImagePreprocessor) -> ChosenPreprocessor:
+        """Return the detector with its numbers. Reads files; blocks. Raises `InvalidInput`."""
+        row = row_of(self.controlnet_module, _MODULE)
+        if row is None:
+            return ChosenPreprocessor()
+        options = numbers_of(row, (self.controlnet_threshold_a, self.controlnet_threshold_b))
+        resolution = {} if row.keeps_size else {RESOLUTION: resolution_of(self.controlnet_processor_res)}
+        return preprocessor.find(row.name, {**options, **resolution}, _MODULE)
 
 
 def add_controlnet_routes(routes: APIRouter, worker: ImageWorker) -> None:
     """Add the routes of the extension."""
-    bodies: tuple[tuple[str, Callable[[list[str]], Any], type], ...] = (
-        ("version", lambda models: {"version": _API_VERSION}, ControlNetVersionBody),
-        ("model_list", lambda models: {"model_list": models}, ControlNetModelsBody),
-        ("module_list", lambda models: _modules_body(), ControlNetModulesBody),
-        ("settings", lambda models: {"control_net_unit_count": _UNITS}, ControlNetSettingsBody),
+    bodies: tuple[tuple[str, Callable[[DialectContext], Any], type], ...] = (
+        ("version", lambda context: {"version": _API_VERSION}, ControlNetVersionBody),
+        ("model_list", lambda context: {"model_list": controlnet_names(context)}, ControlNetModelsBody),
+        ("module_list", _modules_body, ControlNetModulesBody),
+        ("settings", lambda context: {"control_net_unit_count": context.limits.max_controls}, ControlNetSettingsBody),
         ("control_types", _types_body, ControlNetTypesBody),
     )
     for name, body_of, schema in bodies:
@@ -118,35 +123,61 @@ def add_controlnet_routes(routes: APIRouter, worker: ImageWorker) -> None:
 
     @routes.post(
         "/controlnet/detect",
-        summary="ControlNet: find edges",
+        summary="ControlNet: make control images",
         operation_id="controlnet_detect",
         openapi_extra=json_body(coerced_properties(DetectParams, worker.context.limits), _IMAGES),
         response_model=None,
         responses={200: {"model": described(ControlNetDetectBody)}},
     )
     async def detect(request: Request) -> Response:
-        """Return the edges of images."""
+        """Return what a detector makes of images."""
         params = await read_body(request, DetectParams, frozenset({_IMAGES, _OLDER_IMAGES}))
         given = params.controlnet_input_images or params.controlnet_images
-        images = await worker.change(request, given, _IMAGES, params.size_of, params.detect)
+        chosen = await run_in_threadpool(params.chosen, worker.context.preprocessor)
+        images = await _detected(request, worker, given, chosen)
         return await json_of({"images": images, "info": "Success"}, images)
 
 
+async def _detected(
+    request: Request, worker: ImageWorker, given: Sequence[str], chosen: ChosenPreprocessor
+) -> list[str]:
+    """Return the control images of images, both in base64. Raises `InvalidInput` and the errors of decoding."""
+    if not given:
+        raise InvalidInput(f"{_IMAGES} must hold an image in base64.", field=_IMAGES)
+    share, total, resolution = caller_of(request).share, 0, chosen.values.get(RESOLUTION, 0.0)
+    images: list[str] = []
+    async with worker.queue.hold(share):
+        for text in given:
+            data = await run_if_large(len(text), bytes_of, text, _IMAGES)
+            pixels = await worker.decode(data, _IMAGES, share=share)
+            width, height = control_size(pixels.shape[1], pixels.shape[0], resolution, _IMAGES)
+            total += width * height
+            worker.check_size(width, height, total, _IMAGES)
+            made = await worker.context.preprocessor.preprocess(chosen, pixels, _IMAGES, share=share)
+            images.append(await run_in_threadpool(_encoded, made))
+    return images
+
+
+def _encoded(pixels: Pixels) -> str:
+    return text_of(encode_image(pixels, Format.PNG, DEFAULT_QUALITY, None))
+
+
 def controlnet_names(context: DialectContext) -> list[str]:
-    """Return the names of the ControlNets of all models, each with the start of its hash."""
-    return list(dict.fromkeys(_controlnet_name(spec) for spec in context.models.values() if spec.control_folder))
+    """Return the names of all ControlNets, each with the start of its hash. Reads folders; blocks."""
+    return [shown_name(name, digest) for name, digest, _ in networks_of(context)]
 
 
-def _controlnet_name(spec: ModelSpec) -> str:
-    name = (spec.control_folder or "").rpartition("/")[2]
-    return f"{name} [{spec.control_weights[:_HASH_CHARACTERS]}]" if spec.control_weights else name
+def module_names(context: DialectContext) -> list[str]:
+    """Return the names of the detectors that can be used. Reads folders; blocks."""
+    return [NO_PREPROCESSOR, *(row.name for row in context.preprocessor.usable()), INPAINT_MODULE]
 
 
 def _add_list_route(
-    routes: APIRouter, name: str, body_of: Callable[[list[str]], Any], schema: type, context: DialectContext
+    routes: APIRouter, name: str, body_of: Callable[[DialectContext], Any], schema: type, context: DialectContext
 ) -> None:
     async def listed(request: Request) -> Response:
-        return JSONResponse(body_of(controlnet_names(context.for_caller(caller_of(request)))))
+        own = context.for_caller(caller_of(request))
+        return JSONResponse(await run_in_threadpool(body_of, own))
 
     routes.add_api_route(
         f"/controlnet/{name}",
@@ -160,34 +191,40 @@ def _add_list_route(
     )
 
 
-def _modules_body() -> ControlNetModulesBody:
-    sliders = [
-        _slider("Preprocessor Resolution", _RESOLUTION, 8),
-        _slider("Low Threshold", _LOW, 1),
-        _slider("High Threshold", _HIGH, 1),
+def _modules_body(context: DialectContext) -> ControlNetModulesBody:
+    rows = {row.name: row for row in context.preprocessor.usable()}
+    sliders = {name: _sliders(rows[name]) if name in rows else [] for name in module_names(context)}
+    detail = {name: {"model_free": False, "sliders": part} for name, part in sliders.items()}
+    return {"module_list": [*detail], "module_detail": dict(detail)}
+
+
+def _sliders(row: Preprocessor) -> list[dict[str, object]]:
+    resolution = PreprocessorOption(
+        RESOLUTION, "Preprocessor Resolution", USUAL_RESOLUTION, RESOLUTION_LOW, RESOLUTION_HIGH, 8
+    )
+    options = row.options if row.keeps_size else (resolution, *row.options)
+    return [
+        {"name": one.label, "value": one.default, "min": one.low, "max": one.high, "step": one.step} for one in options
     ]
-    detail = {name: {"model_free": False, "sliders": part} for name, part in ((_NONE, []), (_CANNY, sliders))}
-    return {"module_list": list(MODULES), "module_detail": dict(detail)}
 
 
-def _slider(name: str, bounds: tuple[int, int, int], step: int) -> dict[str, object]:
-    default, low, high = bounds
-    return {"name": name, "value": default, "min": low, "max": high, "step": step}
-
-
-def _types_body(models: list[str]) -> ControlNetTypesBody:
-    named = ["None", *models]
-    every = {"module_list": list(MODULES), "model_list": named}
-    first = models[0] if models else "None"
-    return {
-        "control_types": {
-            "All": {**every, "default_option": _NONE, "default_model": "None"},
-            "Canny": {**every, "default_option": _CANNY, "default_model": first},
-        }
+def _types_body(context: DialectContext) -> ControlNetTypesBody:
+    """Return detectors and networks by the names of the extension's tasks; `All` has all of them."""
+    rows, networks = context.preprocessor.usable(), networks_of(context)
+    everything = {
+        "module_list": module_names(context),
+        "model_list": ["None", *(shown_name(name, digest) for name, digest, _ in networks)],
     }
-
-
-def _within(value: float, bounds: tuple[int, int, int]) -> float:
-    """Return a value, or the default if it is out of range."""
-    default, low, high = bounds
-    return value if low <= value <= high else default
+    types: dict[str, object] = {"All": {**everything, "default_option": NO_PREPROCESSOR, "default_model": "None"}}
+    for title, kind in CONTROL_TYPES.items():
+        modules = [row.name for row in rows if kind in row.kinds]
+        modules += [INPAINT_MODULE] if kind is ControlKind.INPAINT else []
+        models = [shown_name(name, digest) for name, digest, kinds in networks if kind in kinds]
+        if modules or models:
+            types[title] = {
+                "module_list": [NO_PREPROCESSOR, *modules],
+                "model_list": ["None", *models],
+                "default_option": next((row.name for row in rows if row.kind == kind), NO_PREPROCESSOR),
+                "default_model": next(iter(models), "None"),
+            }
+    return {"control_types": types}

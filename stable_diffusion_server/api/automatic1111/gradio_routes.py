@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
 
 from stable_diffusion_server.api.automatic1111.checkpoint_names import title_of
-from stable_diffusion_server.api.automatic1111.controlnet_routes import MODULES
+from stable_diffusion_server.api.automatic1111.controlnet_routes import module_names
 from stable_diffusion_server.api.automatic1111.sampler_names import samplers_of
 from stable_diffusion_server.api.dependencies import DialectContext, caller_of
 from stable_diffusion_server.api.http_responses import JSONResponse
@@ -114,8 +114,9 @@ def _components(context: DialectContext) -> list[GradioComponentBody]:
         {"id": number, "type": "dropdown", "props": {"elem_id": name, "choices": choices, "visible": True}}
         for number, (name, choices) in enumerate(lists.items(), 1)
     ]
-    units = {"elem_id": _UNITS_ID, "value": 1, "minimum": 1, "maximum": 1, "step": 1, "visible": True}
-    detectors = {"elem_id": _DETECTORS_ID, "label": "Preprocessor", "choices": list(MODULES), "visible": True}
+    most = context.limits.max_controls
+    units = {"elem_id": _UNITS_ID, "value": most, "minimum": 1, "maximum": most, "step": 1, "visible": True}
+    detectors = {"elem_id": _DETECTORS_ID, "label": "Preprocessor", "choices": module_names(context), "visible": True}
     number = len(found) + 1
     return [
         *found,

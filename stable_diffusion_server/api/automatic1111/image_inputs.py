@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from stable_diffusion_server.api.automatic1111.controlnet_units import SOFT_INPAINTING, CannyUnit
+from stable_diffusion_server.api.automatic1111.controlnet_mapping import CannyUnit
+from stable_diffusion_server.api.automatic1111.controlnet_units import SOFT_INPAINTING
 from stable_diffusion_server.api.automatic1111.task_params import Img2Img, Txt2Img
 from stable_diffusion_server.api.base64_images import bytes_of
 from stable_diffusion_server.errors import InvalidInput

@@ -68,11 +68,11 @@ class ImageWorker:
                 pixels = await self.decode(data, parameter, share=share)
                 width, height = size_of(pixels.shape[1], pixels.shape[0])
                 total += width * height
-                self._check_size(width, height, total, parameter)
+                self.check_size(width, height, total, parameter)
                 changed.append(await run_in_threadpool(_changed, change, pixels, (width, height), data, file_format))
         return changed
 
-    def _check_size(self, width: int, height: int, total: int, parameter: str) -> None:
+    def check_size(self, width: int, height: int, total: int, parameter: str) -> None:
         """Raise `InvalidInput` for a result that is too long, and if all results have too many pixels (`total`)."""
         if max(width, height) > SIDE_MAX:
             sentence = f"The result would have {width} × {height} pixels; a side may have {SIDE_MAX}."

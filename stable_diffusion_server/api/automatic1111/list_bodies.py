@@ -221,4 +221,5 @@ def empty_list(context: DialectContext) -> list[Any]:
 
 def has_controlnet(context: DialectContext) -> bool:
     """Return whether a model has a ControlNet."""
-    return any(spec.control_folder for spec in context.models.values())
+    models = context.models.values()
+    return any(spec.control_folder or context.controlnets.usable(spec) for spec in models)

@@ -17,6 +17,7 @@ _FIELDS = {
     "canny": "alwayson_scripts",
     "mask_mode": "alwayson_scripts",
     "repairs": "alwayson_scripts",
+    "controls": "alwayson_scripts",
     "canny_low": "alwayson_scripts",
     "canny_high": "alwayson_scripts",
     "control_scale": "alwayson_scripts",
@@ -27,7 +28,7 @@ _FIELDS = {
     **dict.fromkeys(("extend_left", "extend_right", "extend_top", "extend_bottom", "extend_overlap"), "script_args"),
     "model": "override_settings",
 }
-_WORDS = ("model", "lora", "canny", "repairs")
+_WORDS = ("model", "lora", "canny", "controls", "repairs")
 _OUR_NAMES = re.compile("|".join(rf"\b{ours}\b" for ours in _FIELDS if ours not in _WORDS))
 
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from stable_diffusion_server.api.automatic1111.adetailer import read_repairs
 from stable_diffusion_server.api.automatic1111.checkpoint_names import model_named
-from stable_diffusion_server.api.automatic1111.controlnet_units import CannyUnit, parse_units
+from stable_diffusion_server.api.automatic1111.controlnet_mapping import CannyUnit, choose_units
+from stable_diffusion_server.api.automatic1111.controlnet_units import parse_units
 from stable_diffusion_server.api.automatic1111.image_inputs import with_images
 from stable_diffusion_server.api.automatic1111.options import FORMATS, Option
 from stable_diffusion_server.api.automatic1111.prompt_expansion import (
@@ -64,7 +65,8 @@ class ParsedTask:
     """A generation request for each image, and sentences about ignored parameters.
 
     `params` are those of the request, with the ones of its infotext, and the prompts in their styles. `edges` is the
-    Canny unit that is used, if any. `expanded` are the prompts whose wildcards were expanded, by the image's number.
+    plain unit of edges that is used, if any, and `maps` says of each control unit whether its control image follows the
+    generated images. `expanded` are the prompts whose wildcards were expanded, by the image's number.
     """
 
     params: Txt2Img
@@ -73,6 +75,7 @@ class ParsedTask:
     batch_size: int
     edges: CannyUnit | None
     ignored: list[str]
+    maps: tuple[bool, ...] = ()
     expanded: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
 
     @property
@@ -103,14 +106,16 @@ def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Opt
         format=_format(settings),
         **_second_pass_fields(second, generation, spec),
     )
-    edges, about_scripts = parse_units(params.alwayson_scripts or {})
-    generations, batch, about_images = with_images(generation, params, edges, context.max_n, spec)
+    units, about_scripts = parse_units(params.alwayson_scripts or {})
+    chosen = choose_units(units, params, spec, context)
+    generation = replace(generation, controls=chosen.controls)
+    generations, batch, about_images = with_images(generation, params, chosen.edges, context.max_n, spec)
     repairs, about_repairs = read_repairs(
         params.alwayson_scripts or {}, generation, spec, context, edits=isinstance(params, Img2Img)
     )
     generations = [replace(one, repairs=repairs) for one in generations] if repairs else generations
-    followed = edges if generations[0].canny else None
-    shown = len(generations) + bool(followed and followed.shows_map)
+    followed = chosen.edges if generations[0].canny else None
+    shown = len(generations) + bool(followed and followed.shows_map) + sum(chosen.maps)
     context.check_size(shown, *((second.width, second.height) if second else (width, height)), "batch_size")
     ignored = [
         *about_infotext,
@@ -120,10 +125,11 @@ def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Opt
         *(second.ignored if second else []),
         *about_scripts,
         *about_repairs,
+        *chosen.ignored,
         *_ignored_parameters(params, settings),
         *about_images,
     ]
-    return ParsedTask(params, spec, generations, batch, followed, ignored[:_MOST_IGNORED])
+    return ParsedTask(params, spec, generations, batch, followed, ignored[:_MOST_IGNORED], chosen.maps)
 
 
 def expand_task(parsed: ParsedTask, context: DialectContext) -> ParsedTask:

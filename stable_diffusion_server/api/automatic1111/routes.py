@@ -188,8 +188,12 @@ class _ImageTasks:
         return TaskImage(generation, result, self.url_of(request, result.key), file, replayed=replayed)
 
     async def _detected_maps(self, parsed: ParsedTask, caller: Caller) -> list[bytes]:
-        """Return the edges that were followed as a PNG, as the ControlNet extension does unless a unit refuses."""
+        """Return the control images that were followed as PNG, as the ControlNet extension does unless units refuse."""
         generation = parsed.generations[0]
+        if any(parsed.maps):
+            made = await self.service.controls.images(generation, caller)
+            shown = [pixels for pixels, shows in zip(made, parsed.maps, strict=True) if shows]
+            return [await run_in_threadpool(encode_image, one, Format.PNG, DEFAULT_QUALITY, None) for one in shown]
         if parsed.edges is None or not parsed.edges.shows_map or generation.image is None:
             return []
         pixels = await self.decode(generation.image.data or b"", generation.image.parameter, share=caller.share)

@@ -127,7 +127,7 @@ class Txt2Img(BaseModel):
         description="AUTOMATIC1111's parameters text; its values stand for omitted ones.",
     )
     override_settings: dict[str, Any] | None = Field(None, description="`sd_model_checkpoint` and `samples_format`.")
-    alwayson_scripts: dict[str, Any] | None = Field(None, description="A Canny unit of ControlNet.")
+    alwayson_scripts: dict[str, Any] | None = Field(None, description="Units of ControlNet, and Soft Inpainting.")
     send_images: bool | None = Field(None, description="False: the response holds no images; `info` has their URLs.")
     force_task_id: str | None = Field(
         None, max_length=200, description="Id of the task for `progress`, `interrupt` and `skip`."
