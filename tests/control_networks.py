@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import pytest
@@ -40,11 +40,11 @@ class KnownNetworks:
         KnownNetwork("promax", "0f" * 32, (ControlKind.CANNY, ControlKind.TILE, ControlKind.OPENPOSE), union=True),
     )
 
-    def usable(self, spec: ModelSpec) -> Sequence[KnownNetwork]:
-        return self.networks if spec.name == "sdxl" else ()
+    def usable(self, spec: ModelSpec) -> Mapping[str, KnownNetwork]:
+        return {one.name: replace(one, digest="") for one in self.networks} if spec.name == "sdxl" else {}
 
     def find(self, name: str | None, kind: ControlKind | None, spec: ModelSpec) -> KnownNetwork:
-        for network in self.usable(spec):
+        for network in self.networks if spec.name == "sdxl" else ():
             if network.name == name or (name is None and kind in network.kinds):
                 return network
         raise InvalidInput(f"{name or kind} is not here; there are {', '.join(one.name for one in self.networks)}.")

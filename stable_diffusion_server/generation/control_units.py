@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,7 +27,7 @@ class ControlNetwork(Protocol):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of its weights."""
+        """SHA-256 of its weights; empty in a list."""
 
     @property
     def kinds(self) -> Sequence[ControlKind]:
@@ -45,16 +45,16 @@ class ControlNetwork(Protocol):
 class ControlNetworks(Protocol):
     """The ControlNets of the server. Its methods read files, and block."""
 
-    def usable(self, spec: ModelSpec, /) -> Sequence[ControlNetwork]:
-        """Return those that guide a model, in the order in which they are taken."""
+    def usable(self, spec: ModelSpec, /) -> Mapping[str, ControlNetwork]:
+        """Return those that guide a model, by name."""
 
     def find(self, name: str | None, kind: ControlKind | None, spec: ModelSpec, /) -> ControlNetwork:
         """Return the one of a name, or the first that follows a kind. Raises `InvalidInput`."""
 
 
 class _NoNetworks:
-    def usable(self, spec: ModelSpec, /) -> Sequence[ControlNetwork]:
-        return ()
+    def usable(self, spec: ModelSpec, /) -> Mapping[str, ControlNetwork]:
+        return {}
 
     def find(self, name: str | None, kind: ControlKind | None, spec: ModelSpec, /) -> ControlNetwork:
         raise InvalidInput(f"{spec.name} has no ControlNet here.")
@@ -123,7 +123,7 @@ def _resolved(
     field: str,
     spec: ModelSpec,
     networks: ControlNetworks,
-    usable: Sequence[ControlNetwork],
+    usable: Mapping[str, ControlNetwork],
     preprocessors: ImagePreprocessor,
 ) -> ResolvedControl:
     if unit.model is None and unit.kind is None:
@@ -179,9 +179,9 @@ def _check_images(request: GenerationRequest, control: ResolvedControl, field: s
         raise InvalidInput(f"{field}.mask is missing: it says what is repainted.", field=f"{field}.mask")
 
 
-def _remarks(control: ResolvedControl, number: int, usable: Iterable[ControlNetwork]) -> list[RequestWarning]:
+def _remarks(control: ResolvedControl, number: int, usable: Mapping[str, ControlNetwork]) -> list[RequestWarning]:
     """Return warnings about a control image of another kind than the network or the preprocessor is made for."""
-    kinds = next((network.kinds for network in usable if network.name == control.network), ())
+    kinds = usable[control.network].kinds if control.network in usable else ()
     row, sentences = control.preprocessor.row, []
     if kinds and control.kind not in kinds:
         sentences.append(f"{control.network} follows {', '.join(kinds)}, and gets {control.kind}.")
@@ -190,7 +190,8 @@ def _remarks(control: ResolvedControl, number: int, usable: Iterable[ControlNetw
     return [RequestWarning("unusual-control", f"controls[{number}]: {sentence}") for sentence in sentences]
 
 
-def _offered(usable: Sequence[ControlNetwork]) -> str:
-    names = [f"{one.name} ({', '.join(one.kinds)})" if one.kinds else one.name for one in usable[:_NAMED]]
+def _offered(usable: Mapping[str, ControlNetwork]) -> str:
+    shown = [*usable.values()][:_NAMED]
+    names = [f"{one.name} ({', '.join(one.kinds)})" if one.kinds else one.name for one in shown]
     more = f" and {len(usable) - _NAMED} more" if len(usable) > _NAMED else ""
     return f"there are {', '.join(names)}{more}"

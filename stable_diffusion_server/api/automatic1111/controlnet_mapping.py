@@ -88,7 +88,7 @@ def choose_units(units: Sequence[SentUnit], params: Txt2Img, spec: ModelSpec, co
     """Return what the units ask for. Reads folders; blocks. Raises `InvalidInput` for a unit without an image."""
     if not units:
         return ChosenUnits()
-    usable = context.controlnets.usable(spec)
+    usable = [*context.controlnets.usable(spec).values()]
     if not usable:
         return _edges_alone(units)
     if len(units) == 1 and _is_plain(units[0], params, spec, usable):

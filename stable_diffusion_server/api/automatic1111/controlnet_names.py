@@ -39,7 +39,7 @@ def networks_of(context: DialectContext) -> list[tuple[str, str, tuple[ControlKi
             name = spec.control_folder.rpartition("/")[2]
             found.setdefault(base_name(name), (name, spec.control_weights, (ControlKind.CANNY,)))
     for spec in context.models.values():
-        for network in context.controlnets.usable(spec):
+        for network in context.controlnets.usable(spec).values():
             found.setdefault(base_name(network.name), (network.name, network.digest, tuple(network.kinds)))
     return [*found.values()]
 
