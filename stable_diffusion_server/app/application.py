@@ -17,7 +17,6 @@ from stable_diffusion_server.app.metrics import register_metrics
 from stable_diffusion_server.app.model_manager import ModelManager
 from stable_diffusion_server.app.model_state import ModelBackend, ModelState
 from stable_diffusion_server.app.models import build_engine, generation_options, prompt_expander
-from stable_diffusion_server.app.preprocessors import Preprocessors
 from stable_diffusion_server.app.readiness import Readiness
 from stable_diffusion_server.app.services import ImageReaders, PictureVision, build_jobs, build_service
 from stable_diffusion_server.app.storage import StorageStack
@@ -55,8 +54,7 @@ def create_app(
     readiness = Readiness(models, stores)
     engine = build_engine(settings, models, load, metrics, hooks, readiness, record)
     readers, vision = ImageReaders.of(settings), PictureVision.of(settings)
-    preprocessor = Preprocessors(vision.files, vision.worker)
-    options = replace(generation_options(settings, models), ownership=stores.ownership, preprocessor=preprocessor)
+    options = vision.offered(replace(generation_options(settings, models), ownership=stores.ownership))
     expander, upscalers, decode = prompt_expander(settings), Upscalers(settings), readers.decoder.decode
     service = build_service(settings, engine, models, options, stores, readers, metrics, tracing, expander, upscalers)
     jobs = build_jobs(settings, service, stores, record)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from stable_diffusion_server.api import job_body
+from stable_diffusion_server.app.detectors import Detectors
 from stable_diffusion_server.app.key_callers import callers_of_keys
 from stable_diffusion_server.app.model_state import ModelState
+from stable_diffusion_server.app.preprocessors import Preprocessors
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.app.upscalers import Upscalers
 from stable_diffusion_server.engine import Engine
@@ -72,6 +74,11 @@ class PictureVision:
         threads = max(1, min(_VISION_THREADS, (os.cpu_count() or 2) // 2))
         worker = VisionWorker(memory=settings.vision_memory, seconds=settings.vision_timeout, threads=threads)
         return cls(files, worker)
+
+    def offered(self, options: GenerationOptions) -> GenerationOptions:
+        """Return the options with what these models offer to requests: preprocessors and detectors."""
+        found = self.files, self.worker
+        return replace(options, preprocessor=Preprocessors(*found), detector=Detectors(*found))
 
 
 def build_service(

@@ -110,7 +110,13 @@ def test_detectors_and_classifiers_are_found_by_any_of_their_names(tmp_path: Pat
     touch(tmp_path / "ultralytics" / "bbox" / "face_yolov8n.onnx")
     touch(tmp_path / "classifiers" / "nsfw.onnx")
     files = PictureModelFiles([tmp_path, tmp_path / "missing"])
-    for name in ("face_yolov8n", "Face_YOLOv8n.onnx", "bbox/face_yolov8n", " bbox/face_yolov8n.onnx "):
+    for name in (
+        "face_yolov8n",
+        "Face_YOLOv8n.onnx",
+        "face_yolov8n.pt",
+        "bbox/face_yolov8n",
+        " bbox/face_yolov8n.onnx ",
+    ):
         assert files.find(name, PictureModelRole.DETECTOR, "detector").name == "bbox/face_yolov8n"
     assert files.find("nsfw", PictureModelRole.CLASSIFIER, "x").path.name == "nsfw.onnx"
     for name in ("nsfw", "../classifiers/nsfw", "/etc/passwd", "", "x" * 9000, str(tmp_path / "classifiers/nsfw.onnx")):

@@ -276,8 +276,10 @@ LIES: list[dict[str, object]] = [
 async def test_a_process_that_answers_nonsense_is_not_believed(tmp_path: Path, lie: dict[str, object]) -> None:
     """Lengths, JSON and sizes are checked, sentences are cut and printable, and no memory is taken for a claim."""
     program = tmp_path / "liar.py"
-    program.write_text(LIAR.replace("{body}", str(lie.get("body", "{}"))).replace("{pixels}", "x")
-        .replace("{length}", str(lie.get("length", 0))).replace("{size}", str(lie.get("size", 0))))  # fmt: skip
+    text = LIAR
+    for part, usual in {"body": "{}", "pixels": "x", "length": 0, "size": 0}.items():
+        text = text.replace(f"{{{part}}}", str(lie.get(part, usual)))
+    program.write_text(text)
     worker = VisionWorker(seconds=10, program=program)
     try:
         with pytest.raises(ModelLoadError) as caught:

@@ -18,6 +18,8 @@ from stable_diffusion_server.pipelines.model_spec import known_names
 
 # Seconds within which the folders are not read again.
 _FRESH = 2.0
+# Endings that names may have; ADetailer names files of PyTorch, which here were exported.
+_ENDINGS = (".onnx", ".pt", ".pth")
 # Of a folder of transformers, what decides its answers.
 _FOLDER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
@@ -72,9 +74,11 @@ class PictureModelFiles:
         """
         files = self.files(role)
         asked = name.strip().lower()
+        for ending in _ENDINGS:
+            asked = asked.removesuffix(ending)
         for file in files:
             own = file.name.lower()
-            if asked in (own, own.rpartition("/")[2], f"{own}.onnx", f"{own.rpartition('/')[2]}.onnx"):
+            if asked in (own, own.rpartition("/")[2]):
                 return file
         there = known_names(name, [file.name for file in files])
         raise InvalidInput(f"{shown(name)!r} is not a {role} here; {there}.", field=field)
