@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.generation.limits import changed_fields
 from stable_diffusion_server.generation.preprocessing import ChosenPreprocessor, ImagePreprocessor
 from stable_diffusion_server.imaging import NO_PREPROCESSOR, RESOLUTION, preprocessors_of
 from stable_diffusion_server.pipelines import ModelSpec
-from stable_diffusion_server.types import ControlKind, ControlUnit, GenerationRequest, RequestWarning, Task
+from stable_diffusion_server.types import (
+    ControlImage,
+    ControlKind,
+    ControlUnit,
+    GenerationRequest,
+    RequestWarning,
+    Task,
+    written,
+)
 
 # Kinds whose control image is the picture itself.
 _READY = (ControlKind.INPAINT, ControlKind.SEGMENTATION, ControlKind.LOW_QUALITY)
@@ -87,6 +96,33 @@ class ResolvedControl:
             "preprocess": self.preprocessor.identity,
             "own": (self.unit.image is not None, self.unit.mask is not None),
         }
+
+
+def recorded_units(controls: Sequence[ResolvedControl]) -> list[dict[str, object]]:
+    """Return the units as JSON types with all defaults, without their images: what a replay asks for."""
+    return [
+        {
+            **changed_fields(control.unit),
+            "kind": control.kind,
+            "model": control.network,
+            "weight": control.weight,
+            "preprocess": control.preprocessor.name,
+        }
+        for control in controls
+    ]
+
+
+def shown_controls(controls: Sequence[ResolvedControl], drawn: Sequence[ControlImage]) -> list[dict[str, object]]:
+    """Return what a record says of the control images that guided a picture."""
+    return [
+        {
+            **{part.name: written(getattr(image, part.name)) for part in fields(image)},
+            "preprocess": control.preprocessor.name,
+            "options": dict(control.preprocessor.values),
+            "resize": control.unit.resize,
+        }
+        for control, image in zip(controls, drawn, strict=True)
+    ]
 
 
 def resolve_controls(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -58,6 +59,8 @@ def _unit_faults(unit: ControlUnit, name: str) -> list[tuple[str, str]]:
         for part, value in values.items()
         if not bounds[part][0] <= value <= bounds[part][1]
     ]
+    if any(isinstance(value, bool | str) or not math.isfinite(value) for _, value in unit.options):
+        faults.append((f"{name}.options", f"{name}.options must be numbers."))
     return faults or ([] if unit.start < unit.end else [(f"{name}.end", f"{name}.end must be above start.")])
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import fields
 
+from stable_diffusion_server.generation.control_units import recorded_units, shown_controls
 from stable_diffusion_server.generation.layout import ImageLayout
 from stable_diffusion_server.generation.limits import changed_fields
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
@@ -16,7 +17,7 @@ from stable_diffusion_server.types import DiffusionRequest, MaskMode, PromptSynt
 
 # Request fields that a replay does not need: input images, where and when the result is stored, how prompts came about.
 NOT_RECORDED = frozenset(
-    "image mask references controls image_prompts save_path named_by_content folder overwrite timeout alone "
+    "image mask references image_prompts save_path named_by_content folder overwrite timeout alone "
     "webhook_url named_for styles wildcards expanded".split()
 )
 # Generation warnings that are recorded with the object, so that later cache hits repeat them.
@@ -75,10 +76,16 @@ def embedded_metadata(
         "batched": image.batched,
         **({"warnings": [*image.product.warnings]} if image.product.warnings else {}),
         **_hires_fields(resolved),
+        **_control_fields(resolved, image.request),
         "asked": requested_fields(resolved),
         "sources": {name: digest for name, digest in resolved.source_digests.items() if digest is not None},
         **({"transparency": True} if resolved.request.mask is not None and resolved.request.mask.transparency else {}),
     }
+
+
+def _control_fields(resolved: ResolvedRequest, drawn: DiffusionRequest) -> dict[str, object]:
+    controls = resolved.parameters.controls
+    return {"controls": shown_controls(controls, drawn.controls)} if controls and drawn.controls else {}
 
 
 def _hires_fields(resolved: ResolvedRequest) -> dict[str, object]:
@@ -115,6 +122,8 @@ def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
     }
     requested = {part.name: getattr(request, part.name) for part in fields(request) if part.name not in NOT_RECORDED}
     values = {name: resolved_fields.get(name, value) for name, value in requested.items()}
+    if parameters.controls:
+        values["controls"] = recorded_units(parameters.controls)
     if request.repairs:
         values["repairs"] = [changed_fields(repair) for repair in request.repairs]
     # As files of older versions are read.
@@ -122,6 +131,7 @@ def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
     absent += "hires_upscaler hires_scheduler hires_prompt hires_negative_prompt".split()
     usual = {**dict.fromkeys(absent), "prompt_syntax": PromptSyntax.PLAIN}
     usual |= {"mask_mode": MaskMode.HARD, "extra": (), "sampling": (), "lora_parts": (), "repairs": ()}
+    usual["controls"] = ()
     return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 
 

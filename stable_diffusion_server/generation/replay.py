@@ -14,10 +14,11 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.generation.control_replay import CONTROL_FILES, control_names, with_control_files
 from stable_diffusion_server.generation.interfaces import DecodeImage
 from stable_diffusion_server.generation.permissions import permitted_request
 from stable_diffusion_server.generation.provenance import NOT_RECORDED
-from stable_diffusion_server.generation.resolved_output import reference_name
+from stable_diffusion_server.generation.resolved_output import guiding_images, reference_name
 from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.generation.service import GenerationService
 from stable_diffusion_server.imaging import Pixels, read_record
@@ -125,8 +126,13 @@ class ReplayService:
         return record
 
 
-def with_sources(provenance: EmbeddedProvenance, images: Sequence[bytes], mask: bytes | None) -> GenerationRequest:
-    """Return the request of a provenance with its input images. Raises `InvalidInput` for several where one belongs."""
+def with_sources(
+    provenance: EmbeddedProvenance, images: Sequence[bytes], mask: bytes | None, controls: Sequence[bytes] = ()
+) -> GenerationRequest:
+    """Return the request of a provenance with its input images, and those of its control units in their order.
+
+    Raises `InvalidInput` for several where one belongs.
+    """
     edits = provenance.request.task is Task.EDIT
     if len(images) > 1 and not edits:
         raise InvalidInput("image_file is one file: the picture was made from one at most.", field="image_file")
@@ -137,6 +143,7 @@ def with_sources(provenance: EmbeddedProvenance, images: Sequence[bytes], mask: 
         references=inputs if edits else (),
         image=inputs[0] if inputs and not edits else None,
         mask=ImageInput("mask_file", data=mask, transparency=provenance.transparency) if mask is not None else None,
+        controls=with_control_files(provenance.request.controls, provenance.sources, controls),
     )
 
 
@@ -163,26 +170,31 @@ def _request_of(requested: Mapping[str, object]) -> GenerationRequest:
         raise _refused("names an adapter that is none")
     if request.only_masked is not None and not 0 <= request.only_masked <= _MAX_MARGIN:
         raise _refused("has a margin around its mask that is none")
+    if any(unit.image is not None or unit.mask is not None for unit in request.controls):
+        raise _refused("names images of control units, which are given as files")
     if request.task is Task.TEXT_TO_IMAGE and (request.width is None or request.height is None):
         raise _refused("has no size")
     return request
 
 
 def _check_sources(provenance: EmbeddedProvenance, request: GenerationRequest) -> None:
+    guiding = control_names(request.controls, provenance.sources)
     wanted_names = _SOURCES.get(request.task, set())
     if request.task is Task.EDIT:  # as many as there are, without a gap
-        wanted_names = {reference_name(number) for number in range(max(1, len(provenance.sources)))}
+        wanted_names = {reference_name(number) for number in range(max(1, len(provenance.sources) - len(guiding)))}
     if request.task is Task.INPAINT and request.extend is not None:  # its new sides are a mask
         wanted_names = {"image", *({"mask"} & set(provenance.sources))}
+    wanted_names = wanted_names | set(guiding)
     if set(provenance.sources) != wanted_names:
         raise _refused("was made from other files than its task needs")
     given = {reference_name(number): source for number, source in enumerate(request.references)}
     given |= {name: source for name, source in (("image", request.image), ("mask", request.mask)) if source is not None}
+    given |= guiding_images(request)
     for name in dict.fromkeys([*sorted(wanted_names), *given]):
         source, wanted = given.get(name), provenance.sources.get(name)
         if wanted == (hashlib.sha256(source.data or b"").hexdigest() if source is not None else None):
             continue
-        field = "mask_file" if name == "mask" else "image_file"
+        field = "mask_file" if name == "mask" else CONTROL_FILES if name in guiding else "image_file"
         if wanted is None:
             raise InvalidInput(f"{field} is not needed: the picture was made without it.", field=field)
         raise InvalidInput(f"{field} has to be the file the picture was made from (SHA-256 {wanted}).", field=field)

@@ -92,14 +92,19 @@ def source_identities(request: GenerationRequest, fetched: Mapping[str, bytes] |
         return hashlib.sha256(known).hexdigest() if isinstance(known, bytes) else known
 
     references = {reference_name(number): identity(source) for number, source in enumerate(request.references)}
-    guiding = {
-        f"{name}[{number}].{kind}": identity(source)
+    guiding = {name: identity(source) for name, source in guiding_images(request).items()}
+    return {"image": identity(request.image), "mask": identity(request.mask), **references, **guiding}
+
+
+def guiding_images(request: GenerationRequest) -> dict[str, ImageInput]:
+    """Return the images of control units and image prompts by their names among the input images of a request."""
+    return {
+        f"{name}[{number}].{kind}": source
         for name, parts in (("controls", request.controls), ("image_prompts", request.image_prompts))
         for number, part in enumerate(parts)
         for kind in ("image", "mask")
         if (source := getattr(part, kind, None)) is not None
     }
-    return {"image": identity(request.image), "mask": identity(request.mask), **references, **guiding}
 
 
 def reference_name(number: int) -> str:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from stable_diffusion_server.imaging.unit_text import unit_pairs
+
 # AUTOMATIC1111's names of our schedulers, and of the spacings of their steps.
 SAMPLER_NAMES: Mapping[str, str] = {
     "euler": "Euler",
@@ -121,6 +123,8 @@ def _pairs(record: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     }
     values |= {theirs: sampling.get(ours) for ours, theirs in _OPTION_NAMES.items()}
     values["TI hashes"] = _embedding_hashes(record.get("embeddings"))
+    if record.get("controls"):
+        values |= unit_pairs(record["controls"])
     yield from ((name, value) for name, value in values.items() if value is not None)
     if hires:
         yield from _hires_pairs(hires)

@@ -37,6 +37,7 @@ from stable_diffusion_server.types.requests import (
     diffusion_request_fields,
     digest,
     image_digest,
+    written,
 )
 from stable_diffusion_server.types.results import (
     EngineEvent,
@@ -84,4 +85,5 @@ __all__ = [
     "diffusion_request_fields",
     "digest",
     "image_digest",
+    "written",
 ]

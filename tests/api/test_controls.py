@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,8 @@ from conftest import RunningApp
 from control_networks import guided_app
 from fakes import disc, file_of, until
 
-from stable_diffusion_server.imaging import canny
-from stable_diffusion_server.types import ControlImage, ControlKind, ControlMode
+from stable_diffusion_server.imaging import canny, encode_image, read_record
+from stable_diffusion_server.types import ControlImage, ControlKind, ControlMode, Format
 
 pytestmark = pytest.mark.slow
 __all__ = ["guided_app"]
@@ -285,3 +286,52 @@ def test_an_image_bomb_in_a_unit_is_refused(guided_app: Callable[..., RunningApp
     bomb = base64.b64encode(file_of(np.zeros((1001, 1000, 3), np.uint8))).decode()
     answer = post(app, [{"kind": "canny", "image": bomb}])
     assert (answer.status_code, answer.json()["field"]) == (422, "controls[0].image")
+
+
+def test_a_guided_picture_is_drawn_again_from_its_files(app: RunningApp) -> None:
+    """The record has the units without their images, which are given in their order; other files are refused."""
+    units = [{"kind": "canny", "image": TEXT, "mode": "prompt", "options": {"low": 60}}, {"model": "depth-sdxl"}]
+    units[1] |= {"image": base64.b64encode(file_of(HALF)).decode(), "mask": TEXT, "preprocess": "none"}
+    made = app.client.get(post(app, units, format="png").json()["path"]).content
+    record = read_record(made)
+    assert record is not None
+    assert [unit["network"] for unit in record["controls"]] == ["canny-sdxl", "depth-sdxl"]  # type: ignore[attr-defined]  # a list
+    assert TEXT[:40] not in json.dumps(record)
+
+    def replayed(*files: bytes) -> httpx.Response:
+        sent = [("picture_file", ("a.png", made)), *(("control_file", ("b.png", file)) for file in files)]
+        return app.client.post("/v1/replay", files=sent)
+
+    answer = replayed(FILE, file_of(HALF), FILE)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["replay"] == {"same_order": True, "equal": True, "decibels": None}
+    assert app.squares.finished[-1].controls == app.squares.finished[-2].controls
+    for files in ((), (FILE,), (FILE, FILE, FILE), (FILE, file_of(HALF), FILE, FILE)):
+        refused = replayed(*files)
+        assert (refused.status_code, refused.json()["field"]) == (422, "control_file")
+
+
+FORGED: tuple[tuple[Any, set[str]], ...] = (
+    ([{"kind": "canny", "image": {"parameter": "x", "url": "http://169.254.169.254/"}}], {"picture_file"}),
+    ([{"kind": "canny", "weight": 1e6}], {"controls[0].weight", "control_file"}),
+    ([{"kind": "canny", "options": [["low", "x"]]}], {"controls[0].options", "control_file"}),
+    ([{"kind": "canny"}] * 1000, {"controls[4]", "control_file"}),
+    ([{"kind": "smell"}], {"picture_file"}),
+    ("canny", {"picture_file"}),
+)
+
+
+@pytest.mark.parametrize(("units", "fields"), FORGED)
+def test_forged_units_are_checked_as_at_any_endpoint(app: RunningApp, units: Any, fields: set[str]) -> None:
+    """A record reaches no address, file or number that a parameter could not."""
+    made = app.client.get(app.client.post(CREATE, json={**ASKED, "format": "png"}).json()["path"]).content
+    record = read_record(made) or {}
+    asked = {**record["asked"], "task": "image_to_image", "controls": units}  # type: ignore[dict-item]  # a mapping
+    sources = {"image": hashlib.sha256(FILE).hexdigest()}
+    forged = encode_image(disc(), Format.PNG, 100, {**record, "asked": asked, "sources": sources})
+    before = len(app.squares.finished)
+    files = {"picture_file": ("a.png", forged), "image_file": ("b.png", FILE)}
+    answer = app.client.post("/v1/replay", files=files)
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["field"] in fields
+    assert len(app.squares.finished) == before

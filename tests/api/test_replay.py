@@ -205,5 +205,6 @@ def test_every_field_of_a_request_is_recorded_or_known_not_to_matter(app: Runnin
         "hires_prompt",
         "hires_negative_prompt",
         "repairs",
+        "controls",
     }
     assert {*record["asked"], *rare} == {part.name for part in fields(GenerationRequest)} - NOT_RECORDED  # type: ignore[call-overload]  # a mapping

@@ -71,6 +71,15 @@ def test_all_enabled_units_are_followed_in_their_order(app: RunningApp) -> None:
     assert (picture(body, 1) == one.image.pixels).all()
     assert (picture(body, 2) == two.image.pixels).all()
     assert info["not_honoured"] == []
+    texts = info["extra_generation_params"]
+    assert texts["ControlNet 0"] == (
+        "Module: canny, Model: promax [0f0f0f0f], Weight: 0.6, Resize Mode: Crop and Resize, Threshold A: 50, "
+        "Threshold B: 150, Guidance Start: 0.1, Guidance End: 0.7, Pixel Perfect: True, "
+        "Control Mode: ControlNet is more important"
+    )
+    assert texts["ControlNet 1"].startswith("Module: none, Model: depth-sdxl [dededede], Weight: 1, Resize Mode: Just")
+    _, again = asked(app, infotext=info["infotexts"][0])
+    assert "ControlNet" not in "".join(again["infotexts"])
 
 
 def test_a_plain_unit_of_edges_is_what_canny_asks_for(app: RunningApp) -> None:

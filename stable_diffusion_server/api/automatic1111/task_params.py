@@ -18,6 +18,7 @@ SEED_BOUNDS = -(2**63), 2**64 - 1
 _INFOTEXT_MAX = 100_000
 # Numbers that must not be booleans.
 NUMBERS = "seed steps cfg_scale width height batch_size n_iter denoising_strength mask_blur".split()
+_UNIT = "ControlNet "
 # Names in an infotext → parameters.
 _OF_INFOTEXT = {
     "Prompt": "prompt",
@@ -189,6 +190,8 @@ def with_infotext(params: P) -> tuple[P, str, list[str]]:
             ignored.append(f"infotext: {theirs} is not valid.")
         else:
             given[name] = parsed[theirs]
+    if any(name.startswith(_UNIT) for name in parsed) and "alwayson_scripts" not in given:
+        ignored.append("infotext: its control images are not in it, so its ControlNet units are left out.")
     hires = {"Hires upscale", "Hires upscaler", "Hires resize-1"} & set(parsed)
     if hires and "enable_hr" not in given and not isinstance(params, Img2Img):
         given["enable_hr"] = True

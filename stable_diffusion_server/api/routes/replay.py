@@ -31,14 +31,18 @@ from stable_diffusion_server.types import Caller, Format, GenerationRequest
 class ReplayParams(RequestParams):
     """An image made here, its input files, and where to store the new image."""
 
-    files: ClassVar[frozenset[str]] = frozenset({IMAGE_FIELD, "image_file", "mask_file"})
-    lists: ClassVar[frozenset[str]] = frozenset({"image_file"})
+    files: ClassVar[frozenset[str]] = frozenset({IMAGE_FIELD, "image_file", "mask_file", "control_file"})
+    lists: ClassVar[frozenset[str]] = frozenset({"image_file", "control_file"})
 
     picture_file: File = Field(None, description="An image made here, with its embedded record.")
     image_file: tuple[ListedFile, ...] = Field(
         (), description="The input image it was made from, if there was one: the same file; for an edit all, in order."
     )
     mask_file: File = Field(None, description="The mask it was made with, if there was one: the same file.")
+    control_file: tuple[ListedFile, ...] = Field(
+        (),
+        description="The files of its control units, if it had any: the same files, images and masks in their order.",
+    )
     save_path: str | None = Field(
         None, description="Object key of the new image. If omitted, a key that starts with `replays/`."
     )
@@ -53,7 +57,9 @@ class ReplayParams(RequestParams):
     def to_request(self, provenance: EmbeddedProvenance) -> GenerationRequest:
         """Return the request of the image, with its new object key and format."""
         mask = self.mask_file.data if self.mask_file is not None else None
-        original = with_sources(provenance, [file.data for file in self.image_file], mask)
+        original = with_sources(
+            provenance, [file.data for file in self.image_file], mask, [file.data for file in self.control_file]
+        )
         file_format = self.format or original.format or Format.WEBP
         return replace(
             original,
