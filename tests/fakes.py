@@ -56,6 +56,7 @@ class FakePixels:
     redecoded: bool = False
     tiled: bool = False
     warnings: tuple[str, ...] = ()
+    latents: NDArray[np.float32] | None = None
 
 
 @dataclass
@@ -96,7 +97,10 @@ class FakeDenoiser(DenoiserCapabilities):
         named = next((word for word in job.prompt.split() if word in COLOURS), "white")
         shade = np.array(COLOURS[named], np.int16) - job.seed % 16
         pixels = np.broadcast_to(shade.clip(0, 255).astype(np.uint8), (job.height, job.width, 3))
-        return FakePixels(np.ascontiguousarray(pixels))
+        latents = (
+            np.full((4, job.height // 8, job.width // 8), job.seed % 16, np.float32) if job.keeps_latents else None
+        )
+        return FakePixels(np.ascontiguousarray(pixels), latents=latents)
 
 
 def lora_file(file: Path, content: bytes = b"", layer: str = "unet.mid_block") -> Path:
@@ -142,7 +146,8 @@ class FakeImageDenoiser(FakeDenoiser):
 
     def finish(self, state: Canvas) -> FakePixels:
         job, fault = state.job, self.spoil.pop(0) if self.spoil else ""
-        colour = super().finish(state).pixels
+        fine = super().finish(state)
+        colour = fine.pixels
         match fault:
             case "not finite":
                 raise NotFinite("The latents are not finite.")
@@ -153,7 +158,7 @@ class FakeImageDenoiser(FakeDenoiser):
             case "bumpy" | "very bumpy":
                 return FakePixels(bumpy_pixels(job.width, job.height, ends=0.05 if fault == "bumpy" else 0.2))
         if job.image is None:
-            return FakePixels(colour)
+            return FakePixels(colour, latents=fine.latents)
         mixed = (1 - job.strength) * job.image.pixels + job.strength * colour
         if job.mask is not None:
             mixed = np.where(job.mask.pixels[..., None] > 0, colour, job.image.pixels)

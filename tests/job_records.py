@@ -50,6 +50,10 @@ WHOLE = GenerationRequest(
     hires_scheduler="euler",
     hires_prompt="a red square, sharp",
     hires_negative_prompt="soft",
+    hires_scale=1.5,
+    hires_guidance=3.5,
+    hires_schedule="karras",
+    hires_loras=(("ink", 0.3),),
     controls=(
         ControlUnit(
             kind=ControlKind.DEPTH,

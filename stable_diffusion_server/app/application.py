@@ -53,10 +53,11 @@ def create_app(
     stores = StorageStack(settings, metrics)
     readiness = Readiness(models, stores)
     engine = build_engine(settings, models, load, metrics, hooks, readiness, record)
-    readers, vision = ImageReaders.of(settings), PictureVision.of(settings)
-    options = vision.offered(replace(generation_options(settings, models), ownership=stores.ownership))
-    expander, upscalers, decode = prompt_expander(settings), Upscalers(settings), readers.decoder.decode
-    service = build_service(settings, engine, models, options, stores, readers, metrics, tracing, expander, upscalers)
+    readers, vision, upscalers = ImageReaders.of(settings), PictureVision.of(settings), Upscalers(settings)
+    options = replace(generation_options(settings, models), ownership=stores.ownership, upscaler=upscalers)
+    options = vision.offered(options)
+    expander, decode = prompt_expander(settings), readers.decoder.decode
+    service = build_service(settings, engine, models, options, stores, readers, metrics, tracing, expander)
     jobs = build_jobs(settings, service, stores, record)
     readiness.watch(engine, readers.decoder, jobs)
     shutdown = Shutdown(lambda: engine.running > 0 or jobs.running > 0, settings.shutdown_grace_seconds)

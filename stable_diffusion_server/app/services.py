@@ -12,7 +12,6 @@ from stable_diffusion_server.app.key_callers import callers_of_keys
 from stable_diffusion_server.app.model_state import ModelState
 from stable_diffusion_server.app.preprocessors import Preprocessors
 from stable_diffusion_server.app.storage import StorageStack
-from stable_diffusion_server.app.upscalers import Upscalers
 from stable_diffusion_server.engine import Engine
 from stable_diffusion_server.generation import DecodedPixels, GenerationOptions, GenerationService, PromptExpander
 from stable_diffusion_server.imaging import DEFAULT_FORMATS, DecoderPool
@@ -91,7 +90,6 @@ def build_service(
     usage: UsageMetrics,
     tracing: Tracing,
     expander: PromptExpander,
-    upscalers: Upscalers,
 ) -> GenerationService:
     """Build the generation service; opens and starts nothing."""
     return GenerationService(
@@ -107,7 +105,6 @@ def build_service(
         tracing=tracing,
         log_prompts=settings.log_prompts,
         expander=expander,
-        upscaler=upscalers,
     )
 
 

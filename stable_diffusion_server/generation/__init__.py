@@ -5,7 +5,7 @@ from __future__ import annotations
 from stable_diffusion_server.generation.control_units import NO_CONTROLNETS, ControlNetwork, ControlNetworks
 from stable_diffusion_server.generation.executor import SubmissionContext
 from stable_diffusion_server.generation.expansion import STYLES_MAX, PromptExpander, image_seed
-from stable_diffusion_server.generation.interfaces import DecodeImage
+from stable_diffusion_server.generation.interfaces import NO_UPSCALER, ChosenUpscaler, DecodeImage, ImageUpscaler
 from stable_diffusion_server.generation.library import ImageLibrary
 from stable_diffusion_server.generation.limits import (
     NAME_MAX,
@@ -39,7 +39,6 @@ from stable_diffusion_server.generation.resolved_output import DEFAULT_QUALITY
 from stable_diffusion_server.generation.resolver import GenerationOptions
 from stable_diffusion_server.generation.service import GenerationService
 from stable_diffusion_server.generation.tiling import check_tiling
-from stable_diffusion_server.generation.upscaled_images import NO_UPSCALER, ChosenUpscaler, ImageUpscaler
 from stable_diffusion_server.generation.upscaling import DEFAULT_UPSCALER, UpscaleStopped
 
 __all__ = [

@@ -32,6 +32,7 @@ class RepairedPixels:
     redecoded: bool
     tiled: bool
     warnings: tuple[str, ...]
+    latents: None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,11 @@ class GenerationExecutor:
         self._options = options
         self._running: SingleFlight[CheckedImage[DecodedPixels]] = SingleFlight()
 
+    @property
+    def max_side(self) -> int:
+        """The longest side of an image, in pixels."""
+        return self._options.limits.max_side
+
     def fit_prompts(self, request: DiffusionRequest, resolved: ResolvedRequest) -> DiffusionRequest:
         """Return the request with prompts shortened to the token limit of its model. Blocks: tokenizing takes time.
 

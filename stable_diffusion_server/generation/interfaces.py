@@ -1,11 +1,12 @@
-"""Protocols of the generation service's dependencies: image fetcher, image decoder, engine queue."""
+"""Protocols of the generation service's dependencies: image fetcher, image decoder, engine queue, upscaler."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 from stable_diffusion_server.engine import Ticket
+from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.quality import DecodedPixels
 from stable_diffusion_server.imaging import Pixels
 from stable_diffusion_server.types import DiffusionRequest, EngineEvent, GenerationProgress
@@ -60,3 +61,44 @@ class EngineQueue(Protocol):
 
 def ignore(progress: GenerationProgress) -> None:
     """Ignore a progress report."""
+
+
+class ChosenUpscaler(NamedTuple):
+    """An upscaler by its own name; `identity` is all that decides its pixels."""
+
+    name: str
+    identity: str
+
+
+class ImageUpscaler(Protocol):
+    """Enlarges images; its methods block."""
+
+    def factors(self) -> Mapping[str, float]:
+        """Return the upscalers by name, with the factor of each."""
+
+    def find(self, name: str, field: str, /) -> ChosenUpscaler:
+        """Return the upscaler of a name. Raises `InvalidInput` for `field`."""
+
+    def enlarge(
+        self, name: str, pixels: Pixels, width: int, height: int, report: Callable[[int, int], None], /
+    ) -> Pixels:
+        """Enlarge an image (uint8, height × width × 3), cutting off evenly what exceeds the aspect ratio.
+
+        `report` receives how many tiles are done, of how many; what it raises ends the work.
+        """
+
+
+class _NoUpscaler:
+    def factors(self) -> Mapping[str, float]:
+        return {}
+
+    def find(self, name: str, field: str, /) -> ChosenUpscaler:
+        raise InvalidInput("This server has no upscalers.", field=field)
+
+    def enlarge(
+        self, name: str, pixels: Pixels, width: int, height: int, report: Callable[[int, int], None], /
+    ) -> Pixels:
+        raise InvalidInput("This server has no upscalers.")
+
+
+NO_UPSCALER: ImageUpscaler = _NoUpscaler()

@@ -33,7 +33,12 @@ TEXT_MAX, NAME_MAX = 32_000, 200
 _EXTENSIONS = {"webp": Format.WEBP, "png": Format.PNG, "jpg": Format.JPEG, "jpeg": Format.JPEG}
 # Extensions of image files that this server does not produce.
 _OTHER_IMAGE_EXTENSIONS = frozenset("gif svg bmp tif tiff avif heic heif jxl ico pdf psd jp2 ppm tga".split())
-_HIRES_CHOICES = ("hires_upscaler", "hires_scheduler", "hires_prompt", "hires_negative_prompt")
+# What a second pass has of its own, beside its size, steps and strength.
+HIRES_OWN = tuple(
+    "hires_scheduler hires_schedule hires_guidance hires_prompt hires_negative_prompt hires_loras".split()
+)
+_HIRES_RARE = ("hires_upscaler", "hires_scale", *HIRES_OWN)
+HIRES_FIELDS = ("hires_width", "hires_height", "hires_steps", "hires_strength", *_HIRES_RARE)
 _PARTS = ("controls", "image_prompts", "repairs")
 # Maximum digits of an integer in a text: Python's `int` refuses thousands, and is slow for hundreds.
 _MOST_DIGITS = 20
@@ -126,6 +131,8 @@ class RequestLimits:
             "hires_height": (self.min_side, self.max_side),
             "hires_steps": (1, self.max_steps),
             "hires_strength": (0.0, 1.0),
+            "hires_scale": (1.0, self.max_scale),
+            "hires_guidance": (0.0, self.max_guidance),
             **dict.fromkeys(("extend_left", "extend_right", "extend_top", "extend_bottom"), (0, self.max_side)),
             "extend_overlap": (0, self.max_feather),
             "scale": (1.0, self.max_scale),
@@ -152,7 +159,7 @@ class RequestLimits:
         longest = self.max_prompt_characters
         faults += [
             (name, f"{name} must not be longer than {longest} characters.")
-            for name in ("prompt", "negative_prompt", "prompt_2")
+            for name in ("prompt", "negative_prompt", "prompt_2", "hires_prompt", "hires_negative_prompt")
             if len(value_of(name) or "") > longest
         ]
         references = value_of("references") or ()
@@ -164,6 +171,11 @@ class RequestLimits:
             sentence = f"At most {self.max_controls} control images are taken, as MAX_CONTROLS says."
             faults.append((f"controls[{self.max_controls}]", sentence))
         faults += [fault for number, unit in enumerate(controls) for fault in _unit_faults(unit, f"controls[{number}]")]
+        hires_loras = value_of("hires_loras") or ()
+        if len(hires_loras) > self.max_loras:
+            faults.append(("hires_loras", f"hires_loras must not name more than {self.max_loras}."))
+        if not all(-LORA_WEIGHT_MAX <= weight <= LORA_WEIGHT_MAX for _, weight in hires_loras):
+            faults.append(("hires_loras", range_sentence("hires_loras weights", -LORA_WEIGHT_MAX, LORA_WEIGHT_MAX)))
         loras = value_of("loras")
         if len(loras) > self.max_loras:
             faults.append(("lora", f"lora must not name more than {self.max_loras}."))
@@ -174,6 +186,23 @@ class RequestLimits:
             fault = f"lora {name} has weights by parts, so it is named once." if names.count(name) > 1 else ""
             faults += [("lora", fault)] if (fault := fault or _parts_fault(text)) else []
         return faults
+
+
+def asks_for_second_pass(request: GenerationRequest) -> bool:
+    """Return whether a request has any parameter of a second pass."""
+    return any(getattr(request, name) is not None for name in HIRES_FIELDS)
+
+
+def has_second_pass(request: GenerationRequest) -> bool:
+    """Return whether a request has a second pass, of a size or by a scale."""
+    return request.hires_scale is not None or (request.hires_width is not None and request.hires_height is not None)
+
+
+def second_size(request: GenerationRequest, width: int, height: int) -> tuple[int, int]:
+    """Return width and height of the second pass over an image of this size, all in pixels."""
+    if request.hires_scale is None:
+        return request.hires_width or width, request.hires_height or height
+    return int(width * request.hires_scale), int(height * request.hires_scale)
 
 
 def name_of(request: GenerationRequest, request_digest: str) -> str:
@@ -208,7 +237,7 @@ def image_options_identity(request: GenerationRequest) -> dict[str, object]:
     """Return the options that identify the picture; none at its default, so that older digests are valid."""
     resized = request.image is not None and request.width is not None
     hires = (request.hires_width, request.hires_height, request.hires_steps, request.hires_strength)
-    second = {name: getattr(request, name) for name in _HIRES_CHOICES if getattr(request, name) is not None}
+    second = {name: getattr(request, name) for name in _HIRES_RARE if getattr(request, name) is not None}
     parts = {name: getattr(request, name) for name in _PARTS if getattr(request, name)}
     return {
         **second,
@@ -244,6 +273,13 @@ def extension_of(values: Mapping[str, int]) -> Extension | None:
 def extension_fields(extension: Extension | None) -> dict[str, int]:
     """Return an extension by the names of its parameters."""
     return {} if extension is None else {f"extend_{name}": value for name, value in extension._asdict().items()}
+
+
+def check_second_size(request: GenerationRequest, width: int, height: int, max_side: int) -> None:
+    """Raise `InvalidInput` if the image of the second pass over one of this size (pixels) has sides too large."""
+    if has_second_pass(request) and max(sides := second_size(request, width, height)) > max_side:
+        sentence = f"The second pass has {sides[0]} × {sides[1]} pixels; a side must not have more than {max_side}."
+        raise InvalidInput(sentence, field="hires_scale")
 
 
 def check_extended_size(extension: Extension, width: int, height: int, max_side: int) -> None:

@@ -11,7 +11,7 @@ from stable_diffusion_server.generation.layout import ImageLayout
 from stable_diffusion_server.generation.limits import changed_fields
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
-from stable_diffusion_server.generation.second_pass import has_second_pass, second_pass_parameters
+from stable_diffusion_server.generation.second_pass import second_pass_parameters
 from stable_diffusion_server.storage import IMMUTABLE, HistoryEntry
 from stable_diffusion_server.types import DiffusionRequest, MaskMode, PromptSyntax, diffusion_request_fields
 
@@ -75,7 +75,7 @@ def embedded_metadata(
         "digest": resolved.content_digest,
         "batched": image.batched,
         **({"warnings": [*image.product.warnings]} if image.product.warnings else {}),
-        **_hires_fields(resolved),
+        **_hires_fields(resolved, layout),
         **_control_fields(resolved, image.request),
         "asked": requested_fields(resolved),
         "sources": {name: digest for name, digest in resolved.source_digests.items() if digest is not None},
@@ -88,14 +88,31 @@ def _control_fields(resolved: ResolvedRequest, drawn: DiffusionRequest) -> dict[
     return {"controls": shown_controls(controls, drawn.controls)} if controls and drawn.controls else {}
 
 
-def _hires_fields(resolved: ResolvedRequest) -> dict[str, object]:
-    """Return the sizes of both passes and the parameters of the second one; nothing without a second pass."""
-    request = resolved.request
-    if not has_second_pass(request):
+def _hires_fields(resolved: ResolvedRequest, layout: ImageLayout) -> dict[str, object]:
+    """Return the sizes of both passes and the parameters of the second one; nothing without a second pass.
+
+    `layout` is that of the second pass. What the second pass has of its own is there only where it was given.
+    """
+    request, plan = resolved.request, resolved.second
+    if plan is None:
         return {}
     steps, strength = second_pass_parameters(resolved)
-    sizes = {"from": [request.width, request.height], "to": [request.hires_width, request.hires_height]}
-    return {"hires": {**sizes, "steps": steps, "strength": strength}}
+    size, scale = (layout.width, layout.height), request.hires_scale
+    before = [request.width, request.height] if scale is None else [round(side / scale) for side in size]
+    fields: dict[str, object] = {"from": before, "to": [*size], "steps": steps, "strength": strength}
+    fields |= {} if plan.upscaler is None else {"upscaler": plan.upscaler.name}
+    if plan.own is not None:
+        (asked, parameters), sampling = plan.own, dict(plan.own[1].sampling)
+        own = {
+            "scheduler": (request.hires_scheduler, parameters.scheduler),
+            "schedule": (request.hires_schedule, sampling.get("schedule", "automatic")),
+            "guidance_scale": (request.hires_guidance, parameters.guidance_scale),
+            "prompt": (request.hires_prompt, parameters.prompt),
+            "negative_prompt": (request.hires_negative_prompt, parameters.negative_prompt or ""),
+            "loras": (request.hires_loras, [[*pair] for pair in asked.loras]),
+        }
+        fields |= {name: value for name, (given, value) in own.items() if given is not None}
+    return {"hires": fields}
 
 
 def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
@@ -128,7 +145,8 @@ def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
         values["repairs"] = [changed_fields(repair) for repair in request.repairs]
     # As files of older versions are read.
     absent = "clip_skip prompt_2 extend tiling upscaler scale".split()
-    absent += "hires_upscaler hires_scheduler hires_prompt hires_negative_prompt".split()
+    absent += "hires_upscaler hires_scheduler hires_schedule hires_prompt hires_negative_prompt".split()
+    absent += "hires_scale hires_guidance hires_loras".split()
     usual = {**dict.fromkeys(absent), "prompt_syntax": PromptSyntax.PLAIN}
     usual |= {"mask_mode": MaskMode.HARD, "extra": (), "sampling": (), "lora_parts": (), "repairs": ()}
     usual["controls"] = ()

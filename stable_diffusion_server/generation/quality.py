@@ -8,7 +8,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from stable_diffusion_server.engine import EngineResult
 from stable_diffusion_server.errors import InvalidInput, NotFinite, ServerError
@@ -41,6 +43,10 @@ class DecodedPixels(Protocol):
     @property
     def warnings(self) -> tuple[str, ...]:
         """Sentences for the caller on what the model did not use as it was asked for."""
+
+    @property
+    def latents(self) -> NDArray[np.float32] | None:
+        """The latents that the request keeps, channels × h × w; then `pixels` are a small preview."""
 
 
 P = TypeVar("P", bound=DecodedPixels)
@@ -155,7 +161,9 @@ def reseeded(request: DiffusionRequest) -> DiffusionRequest:
 
 
 def _badness(request: DiffusionRequest, pixels: Pixels, policy: RetryPolicy) -> float:
-    """Infinite for black, above 1 for bumpy. Inpainted images inherit artifacts of the original: not scored."""
+    """Infinite for black, above 1 for bumpy. Previews are not scored, nor inpainted images, which inherit artifacts."""
+    if request.keeps_latents:
+        return 0.0
     if is_black(pixels):
         return _BLACK
     return score_artifacts(pixels).score if policy.redraws and request.task is not Task.INPAINT else 0.0

@@ -111,12 +111,16 @@ def part_request(request: GenerationRequest, repair: DetailRepair, number: int, 
         repairs=(),
         hires_width=None,
         hires_height=None,
+        hires_scale=None,
         hires_steps=None,
         hires_strength=None,
         hires_upscaler=None,
         hires_scheduler=None,
+        hires_schedule=None,
+        hires_guidance=None,
         hires_prompt=None,
         hires_negative_prompt=None,
+        hires_loras=None,
     )
 
 

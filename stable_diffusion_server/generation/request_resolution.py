@@ -49,8 +49,8 @@ class RequestResolver:
         return self._resolve_words(permitted_request(request, caller, self._options))
 
     def _reads_files(self, request: GenerationRequest) -> bool:
-        reads = request.sources or request.loras or request.controls or request.repairs
-        return bool(reads) or self._options.embeddings.is_offered
+        parts = request.sources, request.loras, request.controls, request.repairs, request.hires_upscaler
+        return any(parts) or self._options.embeddings.is_offered
 
     def _may_expand(self, request: GenerationRequest) -> bool:
         """Whether the request asks for styles or wildcards, and has any. Reads no file."""

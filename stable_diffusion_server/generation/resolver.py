@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from stable_diffusion_server.errors import InvalidInput
@@ -13,7 +14,15 @@ from stable_diffusion_server.generation.control_units import (
     ResolvedControl,
     resolve_controls,
 )
-from stable_diffusion_server.generation.limits import RequestLimits, image_options_identity, seed_of
+from stable_diffusion_server.generation.hires_choices import resolve_second
+from stable_diffusion_server.generation.interfaces import NO_UPSCALER, ImageUpscaler
+from stable_diffusion_server.generation.limits import (
+    RequestLimits,
+    asks_for_second_pass,
+    check_second_size,
+    image_options_identity,
+    seed_of,
+)
 from stable_diffusion_server.generation.permissions import (
     Ownership,
     adapters_for,
@@ -38,6 +47,7 @@ from stable_diffusion_server.generation.repair_requests import (
     repair_identity,
 )
 from stable_diffusion_server.generation.resolved_output import ResolvedOutput, place_of, source_identities
+from stable_diffusion_server.generation.resolved_parameters import ResolvedParameters, SecondPassPlan
 from stable_diffusion_server.generation.seeds import with_subseed
 from stable_diffusion_server.pipelines import (
     MODELS,
@@ -48,9 +58,7 @@ from stable_diffusion_server.pipelines import (
     scheduler_of,
 )
 from stable_diffusion_server.types import (
-    ExtraValue,
     GenerationRequest,
-    PromptSyntax,
     RequestWarning,
     digest,
 )
@@ -67,6 +75,7 @@ class GenerationOptions:
     the usable LoRAs: name → digest of the current content. A lookup may read the LoRA's file, and raises `InvalidInput`
     with the reason if the LoRA cannot be used. `controlnets` finds the networks of control units, `preprocessor` what
     makes their images. `unusable` are the configured models that could not be loaded, by name.
+    `upscaler` finds the upscalers of second passes.
     """
 
     limits: RequestLimits
@@ -83,44 +92,19 @@ class GenerationOptions:
     controlnets: ControlNetworks = NO_CONTROLNETS
     preprocessor: ImagePreprocessor = field(default_factory=InProcessPreprocessor)
     detector: DetailDetector = field(default_factory=NoDetector)
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedParameters:
-    """The parameters of a request with all defaults, without its input images.
-
-    `prompt_syntax` and `is_marked` are those of `ReadPrompts`. `clip_skip` is `None` if it is the model's own.
-    `embeddings` are name and digest of those that the prompts name.
-    """
-
-    spec: ModelSpec
-    prompt: str
-    negative_prompt: str | None
-    prompt_2: str | None
-    num_inference_steps: int
-    guidance_scale: float
-    scheduler: str
-    strength: float
-    canny: bool
-    control_scale: float
-    prompt_syntax: PromptSyntax
-    is_marked: bool
-    clip_skip: int | None
-    warnings: tuple[RequestWarning, ...]
-    sampling: tuple[tuple[str, ExtraValue], ...] = ()
-    embeddings: tuple[tuple[str, str], ...] = ()
-    controls: tuple[ResolvedControl, ...] = ()
+    upscaler: ImageUpscaler = NO_UPSCALER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedRequest(ResolvedOutput):
     """A request with all values that can be decided without decoding its input images.
 
-    `lora_digests` are the SHA-256 of its LoRA files.
+    `lora_digests` are the SHA-256 of its LoRA files. `second` is what its second pass does otherwise, if anything.
     """
 
     parameters: ResolvedParameters
     lora_digests: tuple[str, ...] = ()
+    second: SecondPassPlan | None = None
 
 
 def resolve_request(
@@ -140,6 +124,14 @@ def resolve_request(
     if request.repairs:
         _check_repairs(request, parameters.spec, options)
         spec["detectors"] = repair_identity(request.repairs, options.detector)
+    second = None
+    if asks_for_second_pass(request):
+        if request.width is not None and request.height is not None:
+            check_second_size(request, request.width, request.height, options.limits.max_side)
+        resolve = partial(_resolve_parameters, options=options)
+        second, identity = resolve_second(request, parameters, resolve, options.loras, options.upscaler)
+        spec |= identity
+        parameters = replace(parameters, warnings=second.warnings)
     seed_asked = {"seed": request.seed, **({"variation": request.variation} if request.variation else {})}
     request_digest = digest({**spec, **pictures, **seed_asked})
     if parameters.sampling:
@@ -161,6 +153,7 @@ def resolve_request(
         sent_digest=digest({**spec, **sent_pictures, **seed_asked}),
         source_digests=pictures,
         lora_digests=tuple(digest for _, _, digest in adapters),
+        second=second,
     )
 
 
@@ -197,7 +190,7 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
     controls, about_controls = _controls(request, spec, options)
     warnings += [*about_edges, *about_controls]
     scheduler = _or_default(request.scheduler, spec.default_scheduler)
-    hires_steps = request.hires_steps or steps
+    hires_steps = steps if request.hires_scheduler is not None else request.hires_steps or steps
     parameters = ResolvedParameters(
         spec=spec,
         prompt=read.prompt,

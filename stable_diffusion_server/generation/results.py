@@ -69,7 +69,8 @@ class ResultCache:
 
 def is_long(request: GenerationRequest) -> bool:
     """Return whether the prompts of a request are too long to be read on the event loop, and to be cached."""
-    return sum(len(text or "") for text in (request.prompt, request.negative_prompt, request.prompt_2)) > _LONG
+    texts = (request.prompt, request.negative_prompt, request.prompt_2)
+    return sum(len(text or "") for text in (*texts, request.hires_prompt, request.hires_negative_prompt)) > _LONG
 
 
 def result_of_outcome(

@@ -37,7 +37,6 @@ from stable_diffusion_server.generation.single_flight import (
     ProgressListener,
     SingleFlight,
 )
-from stable_diffusion_server.generation.upscaled_images import NO_UPSCALER, ImageUpscaler
 from stable_diffusion_server.generation.upscaling import UpscaleRunner
 from stable_diffusion_server.observability import Tracing, UsageMetrics
 from stable_diffusion_server.storage import Bucket, HistoryEntry, read_image
@@ -80,7 +79,6 @@ class GenerationService:
         tracing: Tracing | None = None,
         log_prompts: bool = False,
         expander: PromptExpander = _NOTHING_EXPANDED,
-        upscaler: ImageUpscaler = NO_UPSCALER,
     ) -> None:
         self._bucket = bucket
         self._queue = queue
@@ -97,7 +95,7 @@ class GenerationService:
         self._generations: SingleFlight[GenerationOutcome] = SingleFlight()
         self._executor = GenerationExecutor(queue, count_tokens, options)
         self._repairer = DetailRepairer(self._executor, options)
-        self._upscales = UpscaleRunner(upscaler, options, self._inputs, self._output, self._find, bucket)
+        self._upscales = UpscaleRunner(options, self._inputs, self._output, self._find, bucket)
 
     async def generate(
         self,
@@ -294,7 +292,9 @@ class GenerationService:
             request = await asyncio.to_thread(self._executor.fit_prompts, layout.request, resolved)
         attributes: dict[str, str | int] = {"sds.model": request.model, "sds.steps": request.num_inference_steps}
         with self._tracing.span("generate", attributes) as span:
-            drawn = await draw_passes(self._executor, resolved, layout, request, context, broadcaster)
+            drawn = await draw_passes(
+                self._executor, self._upscales.enlarge, resolved, layout, request, context, broadcaster
+            )
             if resolved.request.repairs:
                 drawn = await self._repairer.repair(resolved, drawn, context, broadcaster)
             image = drawn.image

@@ -3,58 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
 
-from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.generation.interfaces import ChosenUpscaler
 from stable_diffusion_server.generation.output import ComposedImage
 from stable_diffusion_server.generation.resolved_output import ResolvedOutput
 from stable_diffusion_server.generation.results import delay_warnings, rounded, whole_number
 from stable_diffusion_server.imaging import DigitalSourceType, Pixels, xmp_packet
 from stable_diffusion_server.storage import IMMUTABLE, HistoryEntry
 from stable_diffusion_server.types import Caller, GenerationResult, RequestWarning, StoredObject, Task
-
-
-class ChosenUpscaler(NamedTuple):
-    """An upscaler by its own name; `identity` is all that decides its pixels."""
-
-    name: str
-    identity: str
-
-
-class ImageUpscaler(Protocol):
-    """Enlarges images; its methods block."""
-
-    def factors(self) -> Mapping[str, float]:
-        """Return the upscalers by name, with the factor of each."""
-
-    def find(self, name: str, field: str, /) -> ChosenUpscaler:
-        """Return the upscaler of a name. Raises `InvalidInput` for `field`."""
-
-    def enlarge(
-        self, name: str, pixels: Pixels, width: int, height: int, report: Callable[[int, int], None], /
-    ) -> Pixels:
-        """Enlarge an image (uint8, height × width × 3), cutting off evenly what exceeds the aspect ratio.
-
-        `report` receives how many tiles are done, of how many; what it raises ends the work.
-        """
-
-
-class _NoUpscaler:
-    def factors(self) -> Mapping[str, float]:
-        return {}
-
-    def find(self, name: str, field: str, /) -> ChosenUpscaler:
-        raise InvalidInput("This server has no upscalers.", field=field)
-
-    def enlarge(
-        self, name: str, pixels: Pixels, width: int, height: int, report: Callable[[int, int], None], /
-    ) -> Pixels:
-        raise InvalidInput("This server has no upscalers.")
-
-
-NO_UPSCALER: ImageUpscaler = _NoUpscaler()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

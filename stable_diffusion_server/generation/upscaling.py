@@ -13,6 +13,7 @@ from typing import Any
 from stable_diffusion_server.concurrency import FairRequestQueue, deadline
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.executor import SubmissionContext
+from stable_diffusion_server.generation.interfaces import ignore
 from stable_diffusion_server.generation.layout import InputLoader
 from stable_diffusion_server.generation.output import OutputWriter
 from stable_diffusion_server.generation.resolved_output import ResolvedOutput, place_of, source_identities
@@ -20,7 +21,6 @@ from stable_diffusion_server.generation.resolver import GenerationOptions
 from stable_diffusion_server.generation.results import GenerationOutcome
 from stable_diffusion_server.generation.single_flight import ProgressBroadcaster, ProgressListener, SingleFlight
 from stable_diffusion_server.generation.upscaled_images import (
-    ImageUpscaler,
     ResolvedUpscale,
     UpscaleOutcome,
     composed_upscale,
@@ -57,14 +57,13 @@ class UpscaleRunner:
 
     def __init__(
         self,
-        upscaler: ImageUpscaler,
         options: GenerationOptions,
         inputs: InputLoader,
         output: OutputWriter,
         find: Callable[[ResolvedOutput], Awaitable[StoredObject | None]],
         bucket: Bucket,
     ) -> None:
-        self._upscaler = upscaler
+        self._upscaler = options.upscaler
         self._options = options
         self._inputs = inputs
         self._output = output
@@ -164,7 +163,7 @@ class UpscaleRunner:
             waited = time.perf_counter()
             file, pixels = await self._inputs.decode_image(resolved.request, fetched, caller.share)
             size = self._size_of(resolved, pixels)
-            enlarged = await self._enlarge(resolved, pixels, size, broadcaster)
+            enlarged = await self._enlarge(resolved.upscaler.name, pixels, size, broadcaster.on_progress)
             drawn = time.perf_counter()
             made = composed_upscale(resolved, enlarged, size, await asyncio.to_thread(read_record, file), caller)
             output = await self._output.write_image(resolved, made, caller)
@@ -186,8 +185,16 @@ class UpscaleRunner:
         self._options.limits.check_upscaled(width, height, "scale" if request.scale else resolved.source)
         return width, height
 
+    async def enlarge(self, name: str, pixels: Pixels, size: tuple[int, int], share: str) -> Pixels:
+        """Enlarge an image between two passes to `size`, width and height, with the upscaler of a name.
+
+        Waits in the queue of the caller `share`. A cancelled call ends after its tile. Raises the errors of `run`.
+        """
+        async with self._queue.hold(share):
+            return await self._enlarge(name, pixels, size, ignore)
+
     async def _enlarge(
-        self, resolved: ResolvedUpscale, pixels: Pixels, size: tuple[int, int], broadcaster: ProgressBroadcaster
+        self, name: str, pixels: Pixels, size: tuple[int, int], watch: Callable[[GenerationProgress], None]
     ) -> Pixels:
         loop, stopped = asyncio.get_running_loop(), threading.Event()
 
@@ -196,9 +203,9 @@ class UpscaleRunner:
                 raise UpscaleStopped
             kind = EngineEventKind.STEP if done else EngineEventKind.STARTED
             if not loop.is_closed():
-                loop.call_soon_threadsafe(broadcaster.on_progress, GenerationProgress(kind, done, total))
+                loop.call_soon_threadsafe(watch, GenerationProgress(kind, done, total))
 
-        enlarge = partial(self._upscaler.enlarge, resolved.upscaler.name, pixels, *size, report)
+        enlarge = partial(self._upscaler.enlarge, name, pixels, *size, report)
         work = asyncio.ensure_future(loop.run_in_executor(self._threads, enlarge))
         try:
             return await asyncio.shield(work)

@@ -179,13 +179,14 @@ class DecodedImage:
     """A finished image: `pixels` uint8, height × width × 3.
 
     `redecoded` when the VAE had to run again in fp32, `tiled` when it ran in tiles for lack of memory at that moment.
-    `warnings` are those of its state.
+    `latents` (channels × h × w, in the VAE's scale) are there if they are kept; then `pixels` are a small preview.
     """
 
     pixels: NDArray[np.uint8]
     redecoded: bool
     tiled: bool = False
     warnings: tuple[str, ...] = ()
+    latents: NDArray[np.float32] | None = None
 
 
 @contextmanager
@@ -257,8 +258,7 @@ def encode(
 ) -> tuple[torch.Tensor, VaeTiling | None]:
     """A sample of the VAE's unscaled latents (1 × channels × h × w) of floats in 0..1, drawn from `generator`.
 
-    Without a generator, their most probable value.
-    Also returns the tiling for this request if `tiling` needs more memory than there is; otherwise `None`.
+    Without a generator, their most probable value. Also returns a smaller tiling if `tiling` needs too much memory.
     """
     pixels = (2 * image - 1).to(vae.dtype)
     tried, smaller = tiling, None

@@ -23,6 +23,7 @@ from stable_diffusion_server.pipelines.conditioning.embedding_folder import Embe
 from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.conditioning.prompt_embeddings import EmbeddingReader, clips_of
+from stable_diffusion_server.pipelines.enlarged_latents import kept_latents
 from stable_diffusion_server.pipelines.family import Family, LoadedFamily, LoadedModelInfo
 from stable_diffusion_server.pipelines.latent_preview import LatentPreviewer
 from stable_diffusion_server.pipelines.loading.footprint import bytes_of, dtype_of
@@ -103,6 +104,9 @@ class DiffusersFamily(Family):
         predicted = None if state.done else state.predicted_original
         with translate_torch_errors():
             latents = self._vae_latents(state, state.latents if predicted is None else predicted)
+            if state.request.keeps_latents and state.done:
+                kept = kept_latents(latents)
+                return DecodedImage(self.preview(state), redecoded=False, warnings=state.warnings, latents=kept)
             tiling = state.tiling or self.tiling
             with tiling.applied(self.pipeline.vae, state.request.width * state.request.height):
                 image = _decode(self.pipeline.vae, latents, state.request.tiling)

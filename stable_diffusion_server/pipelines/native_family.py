@@ -18,12 +18,14 @@ from stable_diffusion_server.pipelines.base import (
     await_device,
     encode,
     seeded,
+    to_tensor,
     translate_torch_errors,
 )
 from stable_diffusion_server.pipelines.catalog import refine_steps_skipped, scheduler_of, steps_skipped
 from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, remarks_of
 from stable_diffusion_server.pipelines.diffusers_family import DiffusersFamily
+from stable_diffusion_server.pipelines.enlarged_latents import enlarged
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler
 from stable_diffusion_server.pipelines.loading.schedules import follow
 from stable_diffusion_server.pipelines.scheduler_rows import SCHEDULERS
@@ -53,7 +55,11 @@ class NativeFamily(DiffusersFamily, Generic[C]):
         if request.control is not None and self.controlnet is None:
             raise InvalidInput(f"{self.spec.name} has no ControlNet here to follow edges with.", field="canny")
         with translate_torch_errors():
-            skipped = steps_skipped(self.spec, request.num_inference_steps, request.strength) if request.image else 0
+            skipped = (
+                steps_skipped(self.spec, request.num_inference_steps, request.strength)
+                if request.starts_from_image
+                else 0
+            )
             loras = self.loras.use(request.loras, request.lora_digests, request.lora_parts)
             with self.loras.applied(loras), wrapping(request.tiling):
                 state = self._state_of(request, skipped, loras)
@@ -131,6 +137,18 @@ class NativeFamily(DiffusersFamily, Generic[C]):
         skipped = refine_steps_skipped(self.spec, request.num_inference_steps)
         # A seed of its own: adding the first pass's noise a second time is visible.
         return first, self._segment(request, skipped, seeded(request.seed + 1), first.noise.dtype)
+
+    def _original(self, request: DiffusionRequest, generator: torch.Generator | None) -> torch.Tensor:
+        """The VAE's unscaled latents of what the request changes: of its image, or its own latents enlarged.
+
+        Only those of an image are drawn from `generator`.
+        """
+        if request.latents is not None:
+            scale = self.pipeline.vae_scale_factor
+            return enlarged(request.latents, request.height // scale, request.width // scale, self.device)
+        if request.image is None:
+            raise ValueError("the request changes nothing")
+        return self._encoded(to_tensor(request.image, self.device), generator)
 
     def _encoded(self, image: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """A sample of the VAE's unscaled latents (1 × channels × h × w) of floats in 0..1; see `encode`."""

@@ -80,9 +80,8 @@ class UnetFamily(NativeFamily[UnetConditioning]):
         dtype = conditioning.embeds.dtype
         generator = seeded(request.seed)
         original = None
-        if request.image is not None and not (self._takes_mask and request.strength == 1):
-            pixels = to_tensor(request.image, self.device)
-            original = scaled_latents(pipe.vae, self._encoded(pixels, generator)).to(dtype)
+        if request.starts_from_image and not (self._takes_mask and request.strength == 1):
+            original = scaled_latents(pipe.vae, self._original(request, generator)).to(dtype)
         first = self._segment(request, skipped, generator, dtype)
         latents, inpaint = self._start(request, first, original)
         if self._takes_mask:

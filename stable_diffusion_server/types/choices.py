@@ -47,6 +47,17 @@ class Fit(StrEnum):
     PAD = "pad"
 
 
+class LatentResize(StrEnum):
+    """How latents are enlarged, by interpolation."""
+
+    BILINEAR = "latent"
+    ANTIALIASED = "latent-antialiased"
+    BICUBIC = "latent-bicubic"
+    BICUBIC_ANTIALIASED = "latent-bicubic-antialiased"
+    NEAREST = "latent-nearest"
+    NEAREST_EXACT = "latent-nearest-exact"
+
+
 class Tiling(StrEnum):
     """Borders of an image that meet when it is repeated: left and right, top and bottom, or both pairs."""
 

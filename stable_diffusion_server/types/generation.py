@@ -53,6 +53,10 @@ class GenerationRequest(InputImages):
         hires_scheduler: Its scheduler; by default that of the first pass.
         hires_prompt: Its prompt; by default that of the first pass.
         hires_negative_prompt: Its negative prompt, likewise.
+        hires_scale: How many times larger it is than the image of the first pass, in place of its width and height.
+        hires_guidance: Its guidance scale; by default that of the first pass.
+        hires_schedule: Spacing of its steps; by default that of the first pass, if its scheduler takes it.
+        hires_loras: Its LoRAs with their weights; by default those of the first pass.
         repairs: Parts of the finished image that are found and drawn again, in order.
         allow_empty_prompt: Whether the prompt may be empty.
         at_least_one_step: Whether a `strength` that would leave no step draws one, instead of being refused.
@@ -112,6 +116,10 @@ class GenerationRequest(InputImages):
     hires_scheduler: str | None = None
     hires_prompt: str | None = None
     hires_negative_prompt: str | None = None
+    hires_scale: float | None = None
+    hires_guidance: float | None = None
+    hires_schedule: str | None = None
+    hires_loras: tuple[tuple[str, float], ...] | None = None
     repairs: tuple[DetailRepair, ...] = ()
     allow_empty_prompt: bool = False
     at_least_one_step: bool = False

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from stable_diffusion_server.types.choices import (
     ExtraValue,
     ImageInput,
+    LatentResize,
     Task,
     Tiling,
 )
@@ -21,7 +22,8 @@ from stable_diffusion_server.types.guidance import ControlKind, ControlMode, Con
 
 # Fields that few requests have.
 _RARE = (
-    "references extra weighted clip_skip sampling prompt_2 tiling soft embeddings lora_parts controls image_prompts"
+    "references extra weighted clip_skip sampling prompt_2 tiling soft embeddings lora_parts controls image_prompts "
+    "keeps_latents latents"
 ).split()
 # Schedulers of second order: two forward passes a step.
 _TWO_PASSES = frozenset({"heun", "kdpm2", "kdpm2_a", "dpm_sde", "dpm_2s_a", "flow_heun"})
@@ -43,6 +45,24 @@ class ImageArray:
         """Compute the SHA-256 of shape and content."""
         content = hashlib.sha256(repr(self.pixels.shape).encode())
         content.update(np.ascontiguousarray(self.pixels).data)
+        object.__setattr__(self, "digest", content.hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class LatentArray:
+    """Finished latents in the VAE's scale (float32, channels × h × w), and how they are enlarged.
+
+    Equality, hash and `digest` depend on shape, content and `resize`.
+    """
+
+    values: NDArray[np.float32] = field(compare=False, repr=False)
+    resize: LatentResize
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Compute the SHA-256 of shape, way of enlarging, and content."""
+        content = hashlib.sha256(repr((self.values.shape, self.resize.value)).encode())
+        content.update(np.ascontiguousarray(self.values).data)
         object.__setattr__(self, "digest", content.hexdigest())
 
 
@@ -111,6 +131,8 @@ class DiffusionRequest:
         embeddings: Name and digest of each textual inversion embedding that a prompt names.
         controls: Control images with their networks, beside `control`.
         image_prompts: Images that are read as a prompt is, with what reads them.
+        keeps_latents: Whether the result is the final latents, which are not decoded.
+        latents: Latents that are enlarged to the canvas and changed in place of `image`.
     """
 
     task: Task
@@ -145,6 +167,13 @@ class DiffusionRequest:
     embeddings: tuple[tuple[str, str], ...] = ()
     controls: tuple[ControlImage, ...] = ()
     image_prompts: tuple[PromptImage, ...] = ()
+    keeps_latents: bool = False
+    latents: LatentArray | None = None
+
+    @property
+    def starts_from_image(self) -> bool:
+        """Whether an image or its latents are changed by `strength`."""
+        return self.image is not None or self.latents is not None
 
     @property
     def passes_per_step(self) -> int:
@@ -166,7 +195,7 @@ def digest(value: Mapping[str, object]) -> str:
 
 def written(value: object) -> object:
     """A field of a request as a JSON value: images by their digests, values within values by their fields."""
-    if isinstance(value, ImageArray):
+    if isinstance(value, ImageArray | LatentArray):
         return value.digest
     if isinstance(value, ControlImage | PromptImage):
         return {part.name: written(getattr(value, part.name)) for part in fields(value)}

@@ -204,6 +204,10 @@ def test_every_field_of_a_request_is_recorded_or_known_not_to_matter(app: Runnin
         "hires_scheduler",
         "hires_prompt",
         "hires_negative_prompt",
+        "hires_scale",
+        "hires_guidance",
+        "hires_schedule",
+        "hires_loras",
         "repairs",
         "controls",
     }

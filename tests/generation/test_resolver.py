@@ -86,14 +86,6 @@ CHANGED: dict[str, Any] = {
     "fill": Fill.NOISE,
     "only_masked": 32,
     "extend": Extension(right=64),
-    "hires_width": 128,
-    "hires_height": 128,
-    "hires_steps": 3,
-    "hires_strength": 0.4,
-    "hires_upscaler": "embedded-2x",
-    "hires_scheduler": "ddim",
-    "hires_prompt": "a green disc",
-    "hires_negative_prompt": "blur",
     "controls": (ControlUnit(kind=ControlKind.CANNY, image=ImageInput("controls[0].image", data=b"edges")),),
     "image_prompts": (ImagePrompt(ImageInput("image_prompts[0].image", data=b"style")),),
     "repairs": (DetailRepair("faces"),),
@@ -110,6 +102,18 @@ CHANGED: dict[str, Any] = {
 WITH_OWN = replace(MODELS["sdxl"], any_extra=True, pipeline_class="ZImagePipeline")
 WITH_CANNY: dict[str, Any] = {"canny_low": 90, "canny_high": 210, "control_scale": 0.9}
 WITH_SIZE: dict[str, Any] = {"fit": Fit.STRETCH}
+# A second pass of another size, and what it can have of its own.
+HIRES: dict[str, Any] = {"hires_width": 128, "hires_height": 128, "hires_steps": 2, "hires_strength": 0.5}
+OTHER_HIRES: dict[str, Any] = {"hires_width": 192, "hires_height": 192, "hires_steps": 3, "hires_strength": 0.4}
+WITH_HIRES: dict[str, Any] = {
+    "hires_upscaler": "latent",
+    "hires_scheduler": "ddim",
+    "hires_schedule": "karras",
+    "hires_guidance": 3.5,
+    "hires_prompt": "a green disc",
+    "hires_negative_prompt": "blur",
+    "hires_loras": (("pastel", 0.5),),
+}
 WITH_WEIGHTS: dict[str, Any] = {"prompt_syntax": PromptSyntax.PLAIN}
 NOT_IN_THE_PICTURE = {
     "save_path",
@@ -168,6 +172,9 @@ def test_every_field_of_a_request_is_recorded_or_known_not_to_matter() -> None:
         *WITH_CANNY,
         *WITH_SIZE,
         *WITH_WEIGHTS,
+        *HIRES,
+        *WITH_HIRES,
+        "hires_scale",
         *NOT_IN_THE_PICTURE,
         *OF_UPSCALING,
     }

@@ -42,7 +42,7 @@ VERSION = 1
 DECODE_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 _PICTURES, _REFERENCES = ("image", "mask"), "references"
 # Fields of pairs, which JSON has as lists.
-_PAIRS = ("loras", "lora_parts", "extra", "sampling")
+_PAIRS = ("loras", "lora_parts", "extra", "sampling", "hires_loras")
 _CHOICES: dict[str, type[StrEnum]] = {
     **{"task": Task, "format": Format, "fit": Fit, "fill": Fill},
     "prompt_syntax": PromptSyntax,

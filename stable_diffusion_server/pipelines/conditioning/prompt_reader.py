@@ -54,7 +54,7 @@ def read_prompts(
     The last of several encoders reads `prompt_2`, if there is one.
     """
     skip = spec.clip_skip if request.clip_skip is None else request.clip_skip
-    skipped = steps_skipped(spec, request.num_inference_steps, request.strength) if request.image else 0
+    skipped = steps_skipped(spec, request.num_inference_steps, request.strength) if request.starts_from_image else 0
     steps = request.num_inference_steps - skipped
 
     def encoded(texts: tuple[str, ...]) -> ClipText:

@@ -75,7 +75,9 @@ class Flux(NativeFamily[Conditioning]):
         dtype = conditioning.embeds.dtype
         generator = seeded(request.seed)
         control = self._control(request, generator)
-        original = self._latents_of(request.image, generator).to(dtype) if request.image is not None else None
+        original = None
+        if request.starts_from_image:
+            original = self._packed(self._scaled(self._original(request, generator))).to(dtype)
         first = self._segment(request, skipped, generator, dtype)
         inpaint = None
         if self._fills:

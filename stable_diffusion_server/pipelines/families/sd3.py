@@ -17,7 +17,6 @@ from stable_diffusion_server.pipelines.base import (
     classifier_free,
     latent_mask,
     seeded,
-    to_tensor,
 )
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import token_counter
@@ -53,9 +52,9 @@ class StableDiffusion3(NativeFamily[Conditioning]):
         conditioning = self._encode(request, loras)
         dtype, generator = conditioning.embeds.dtype, seeded(request.seed)
         original, inpaint = None, None
-        if request.image is not None:
+        if request.starts_from_image:
             config = self.pipeline.vae.config
-            latents = self._encoded(to_tensor(request.image, self.device), generator)
+            latents = self._original(request, generator)
             original = ((latents - config.shift_factor) * config.scaling_factor).to(dtype)
         first = self._segment(request, skipped, generator, dtype)
         if request.mask is not None and original is not None:

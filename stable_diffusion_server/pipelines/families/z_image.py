@@ -61,11 +61,11 @@ class ZImage(NativeFamily[Conditioning]):
         generator = seeded(request.seed)
         control = self._control(request)
         original, inpaint, dtype, shown = None, None, torch.float32, self._shows_mask(request)
-        if request.image is not None:
+        if request.starts_from_image:
             # Pictures from text start in fp32, and so does what is repainted by the ControlNet.
             dtype = dtype if shown else conditioning.captions[0].dtype
             drawn_from = None if shown else generator
-            original = self._scaled(self._encoded(to_tensor(request.image, self.device), drawn_from)).to(dtype)
+            original = self._scaled(self._original(request, drawn_from)).to(dtype)
         first = self._segment(request, skipped, generator, dtype)
         if request.mask is not None and original is not None and not shown:
             mask = latent_mask(request.mask, original, soft=request.soft)
