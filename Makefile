@@ -76,7 +76,8 @@ clean:
 	rm -rf $(VENV) .venv-ray dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # The stamps make a second start install nothing; a changed requirement file installs again.
-$(VENV)/.run: requirements.txt server-requirements.txt upscaler-requirements.txt vision-requirements.txt ui-requirements.txt | $(BIN)/uv
+$(VENV)/.run: requirements.txt server-requirements.txt upscaler-requirements.txt vision-requirements.txt \
+  credentials-requirements.txt ui-requirements.txt | $(BIN)/uv
 	@echo "Installing into $(VENV) …"; $(UV) -r requirements.txt
 	@touch $@
 

@@ -54,8 +54,7 @@ def create_app(
     readiness = Readiness(models, stores)
     engine = build_engine(settings, models, load, metrics, hooks, readiness, record)
     readers, vision, upscalers = ImageReaders.of(settings), PictureVision.of(settings), Upscalers(settings)
-    options = replace(generation_options(settings, models), ownership=stores.ownership, upscaler=upscalers)
-    options = vision.offered(options)
+    options = vision.offered(replace(generation_options(settings, models, stores), upscaler=upscalers))
     expander, decode = prompt_expander(settings), readers.decoder.decode
     service = build_service(settings, engine, models, options, stores, readers, metrics, tracing, expander)
     jobs = build_jobs(settings, service, stores, record)

@@ -12,6 +12,7 @@ import structlog
 from stable_diffusion_server.app.lifecycle import ProcessHooks
 from stable_diffusion_server.app.model_choice import folder_with_models
 from stable_diffusion_server.app.model_state import ModelBackend, ModelState
+from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.app.warmup import warm_up
 from stable_diffusion_server.engine import Denoiser, Engine
 from stable_diffusion_server.generation import (
@@ -135,7 +136,7 @@ def build_engine(
     return engine
 
 
-def generation_options(settings: Settings, loaded: ModelState) -> GenerationOptions:
+def generation_options(settings: Settings, loaded: ModelState, stores: StorageStack) -> GenerationOptions:
     """Return the limits and the defaults of requests. Raises `SettingsError` if the stop words cannot be loaded."""
     try:
         stop_words = load_stop_words(settings.stop_words)
@@ -161,6 +162,8 @@ def generation_options(settings: Settings, loaded: ModelState) -> GenerationOpti
         None if settings.bumpy_retries == "auto" else int(settings.bumpy_retries),
         MappingProxyType(loaded.facts),
         loaded.offered_loras,
+        ownership=stores.ownership,
+        credentials=stores.credentials.signer,
         unusable=MappingProxyType(loaded.unusable),
         stop_words=stop_words,
         embeddings=loaded.embeddings,

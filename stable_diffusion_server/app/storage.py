@@ -8,6 +8,7 @@ from pathlib import Path
 import structlog
 from fastapi import Request
 
+from stable_diffusion_server.app.credentials import ServerCredentials
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.generation import ImageLibrary, Ownership
 from stable_diffusion_server.observability import Metrics
@@ -42,6 +43,7 @@ class StorageStack:
         self.bucket = _bucket_of(settings, metrics)
         self.folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
         self.signer = _signer_of(settings)
+        self.credentials = ServerCredentials(settings)
         self.history = _history_of(settings)
         # Without API keys, images have no owner, and object keys are derived from the request only.
         self.secret = ServerSecret(*_secret_of(settings)) if settings.read_keys() else None
@@ -57,7 +59,8 @@ class StorageStack:
             self._settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             faults["data"] = f"DATA_DIR cannot be used ({error.strerror})."
-        for name, part in (("bucket", self.bucket), ("signer", self.signer), ("secret", self.secret)):
+        parts = {"bucket": self.bucket, "signer": self.signer, "secret": self.secret, "credentials": self.credentials}
+        for name, part in parts.items():
             try:
                 if part is not None and (name == "bucket" or "data" not in faults):
                     part.open()

@@ -13,11 +13,17 @@ from typing import Any, TypeVar
 
 from stable_diffusion_server.errors import InvalidInput, StorageRefused
 from stable_diffusion_server.generation.layout import ImageLayout
-from stable_diffusion_server.generation.permissions import Ownership
-from stable_diffusion_server.generation.provenance import build_record, embedded_metadata, history_entry
+from stable_diffusion_server.generation.provenance import (
+    Authorship,
+    build_record,
+    credentials_manifest,
+    embedded_metadata,
+    history_entry,
+    ingredients_of,
+)
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolved_output import ResolvedOutput
-from stable_diffusion_server.generation.resolver import ResolvedRequest
+from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest
 from stable_diffusion_server.imaging import Pixels, encode_image, source_type_of, xmp_packet
 from stable_diffusion_server.storage import Bucket, HistoryEntry
 from stable_diffusion_server.types import Caller, Format, RequestWarning, StoredObject
@@ -74,7 +80,8 @@ class ComposedImage:
     """An image to store.
 
     `compose` makes its pixels (uint8, height × width × 3), `size` is width and height. `metadata` are embedded in the
-    file with the packet `xmp`, `record` returns the object's record for a file of so many bytes.
+    file with the packet `xmp`, `record` returns the object's record for a file of so many bytes. `authorship` is what
+    its Content Credentials say.
     """
 
     compose: Callable[[], Pixels]
@@ -83,17 +90,17 @@ class ComposedImage:
     record: Callable[[int], Mapping[str, str]]
     entry: HistoryEntry
     xmp: str
+    authorship: Authorship
 
 
 class OutputWriter:
-    """Encodes, stores and records images. `embed` is full, digest or none; `record` must not raise."""
+    """Encodes, signs, stores and records images, as `options` say; `record` must not raise."""
 
-    def __init__(
-        self, bucket: Bucket, embed: str, record: Callable[[HistoryEntry], None], ownership: Ownership
-    ) -> None:
+    def __init__(self, bucket: Bucket, record: Callable[[HistoryEntry], None], options: GenerationOptions) -> None:
         self._bucket = bucket
-        self._ownership = ownership
-        self._embed = embed
+        self._ownership = options.ownership
+        self._embed = options.embed_metadata
+        self._signer = options.credentials
         self._record = record
         self._encoders = EncoderPool()
 
@@ -104,20 +111,31 @@ class OutputWriter:
         image: CheckedImage[DecodedPixels],
         warnings: tuple[RequestWarning, ...],
         caller: Caller,
+        fetched: Mapping[str, bytes],
     ) -> StoredOutput:
-        """Store the image under the resolved key.
+        """Store the image under the resolved key; `fetched` are downloaded input images.
 
         Raises `StorageUnavailable`, `Forbidden`, and `InvalidInput` or `StorageRefused` for a refused key.
         """
         metadata = embedded_metadata(resolved, layout, image)
         codes = [warning.code for warning in warnings]
+        inputs = ingredients_of(resolved.request, fetched)
+        source_type = source_type_of(has_input_image=any(part.parent for part in inputs))
         made = ComposedImage(
             lambda: layout.compose_output(image.product.pixels),
             (layout.width, layout.height),
             metadata,
             lambda size: build_record(resolved, layout, image, codes, size),
             history_entry(resolved.key, caller.name, resolved, image.request, metadata),
-            xmp_packet(source_type_of(has_input_image=resolved.request.image is not None)),
+            xmp_packet(source_type),
+            Authorship(
+                image.request.model,
+                image.request.revision,
+                resolved.content_digest,
+                source_type,
+                inputs,
+                image.request.prompt,
+            ),
         )
         return await self.write_image(resolved, made, caller)
 
@@ -137,8 +155,14 @@ class OutputWriter:
         embedded = {"full": made.metadata, "digest": {"digest": resolved.content_digest}}.get(self._embed)
         xmp = "" if self._embed == "none" else made.xmp
 
+        signer = self._signer
+
         def encode() -> bytes:
-            return encode_image(made.compose(), resolved.file_format, resolved.quality, embedded, xmp)
+            file = encode_image(made.compose(), resolved.file_format, resolved.quality, embedded, xmp)
+            if signer is None:
+                return file
+            manifest = credentials_manifest(made.authorship, with_prompt=self._embed == "full")
+            return signer.sign(file, resolved.file_format, manifest)
 
         lossless = resolved.file_format is not Format.JPEG and resolved.quality == 100
         return await self._encoders.encode(made.size[0] * made.size[1] * 3, encode, lossless=lossless)

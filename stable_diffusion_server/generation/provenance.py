@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 
+from stable_diffusion_server import __version__
 from stable_diffusion_server.generation.control_units import recorded_units, shown_controls
 from stable_diffusion_server.generation.layout import ImageLayout
 from stable_diffusion_server.generation.limits import changed_fields
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
 from stable_diffusion_server.generation.second_pass import second_pass_parameters
+from stable_diffusion_server.imaging import DigitalSourceType
 from stable_diffusion_server.storage import IMMUTABLE, HistoryEntry
-from stable_diffusion_server.types import DiffusionRequest, MaskMode, PromptSyntax, diffusion_request_fields
+from stable_diffusion_server.types import (
+    DiffusionRequest,
+    GenerationRequest,
+    MaskMode,
+    PromptSyntax,
+    Task,
+    diffusion_request_fields,
+)
 
 # Request fields that a replay does not need: input images, where and when the result is stored, how prompts came about.
 NOT_RECORDED = frozenset(
@@ -32,6 +42,73 @@ RECORDED_WARNINGS = {
     "black": "The picture is black.",
     "bumpy": "The picture has much black, much white and uneven greys.",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Authorship:
+    """What the Content Credentials of an image say: the software that made it, from which files, by which prompt.
+
+    `revision` is the digest of the software. `source_type` is `None` if only input images decide whether the image is
+    AI-generated.
+    """
+
+    software: str
+    revision: str
+    digest: str
+    source_type: DigitalSourceType | None
+    inputs: tuple[Ingredient, ...] = ()
+    prompt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ingredient:
+    """An input file of an image; `parent`: the image is an edited version of it."""
+
+    name: str
+    file: bytes
+    parent: bool
+
+
+def ingredients_of(request: GenerationRequest, fetched: Mapping[str, bytes]) -> tuple[Ingredient, ...]:
+    """Return the input images of a request, without masks, the edited one first; `fetched` are downloaded ones."""
+    edited = request.image or (request.references[0] if request.task is Task.EDIT and request.references else None)
+    masks = [request.mask, *(unit.mask for unit in request.controls)]
+    found = [source for source in request.sources if not any(source is mask for mask in masks)]
+    found.sort(key=lambda source: source is not edited)
+    files = ((source, source.data or fetched.get(source.parameter, b"")) for source in found)
+    return tuple(Ingredient(source.parameter, file, source is edited) for source, file in files)
+
+
+def credentials_manifest(made: Authorship, *, with_prompt: bool) -> dict[str, object]:
+    """Return the manifest to sign (C2PA 2.2): how the image was made, with the software's name and digest.
+
+    It names the ingredients; those that the image is no version of are inputs of the last action.
+    """
+    ingredients = [
+        {"title": part.name, "relationship": "parentOf" if part.parent else "inputTo", "label": f"input{number}"}
+        for number, part in enumerate(made.inputs)
+    ]
+    opened, others = (
+        [part["label"] for part in ingredients if part["relationship"] == kind] for kind in ("parentOf", "inputTo")
+    )
+    action: dict[str, object] = {
+        "action": "c2pa.edited" if opened else "c2pa.created",
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "softwareAgent": {"name": made.software, "version": made.revision},
+        "parameters": {
+            "digest": made.digest,
+            **({"prompt": made.prompt} if with_prompt and made.prompt else {}),
+            **({"ingredientIds": others} if others else {}),
+        },
+    }
+    if made.source_type is not None:
+        action["digitalSourceType"] = made.source_type.uri
+    first = [{"action": "c2pa.opened", "parameters": {"ingredientIds": opened}}] if opened else []
+    return {
+        "claim_generator_info": [{"name": "Stable Diffusion Server", "version": __version__}],
+        "ingredients": ingredients,
+        "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": [*first, action]}}],
+    }
 
 
 def build_record(

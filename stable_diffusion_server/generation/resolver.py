@@ -49,6 +49,7 @@ from stable_diffusion_server.generation.repair_requests import (
 from stable_diffusion_server.generation.resolved_output import ResolvedOutput, place_of, source_identities
 from stable_diffusion_server.generation.resolved_parameters import ResolvedParameters, SecondPassPlan
 from stable_diffusion_server.generation.seeds import with_subseed
+from stable_diffusion_server.imaging import ContentSigner
 from stable_diffusion_server.pipelines import (
     MODELS,
     EmbeddingFolder,
@@ -70,11 +71,10 @@ T = TypeVar("T")
 class GenerationOptions:
     """Options of the generation service. `embed_metadata` is full, digest or none.
 
-    `bumpy_redraws` is the number of retries of a bumpy image, `None` for the value in the model's spec.
-    `models` are the specs of the usable models by name, at least one; the default model may be missing. `loras` returns
-    the usable LoRAs: name → digest of the current content. A lookup may read the LoRA's file, and raises `InvalidInput`
-    with the reason if the LoRA cannot be used. `controlnets` finds the networks of control units, `preprocessor` what
-    makes their images. `unusable` are the configured models that could not be loaded, by name.
+    `bumpy_redraws` is the number of retries of a bumpy image, `None` for that in the model's spec. `models` are specs
+    of usable models by name, maybe without the default. `loras` returns usable LoRAs: name → digest of the content; a
+    lookup may read the file, and raises `InvalidInput` if it cannot be used. `controlnets` finds networks of control
+    units, `preprocessor` makes their images, `credentials` signs. `unusable` are models that could not be loaded.
     `upscaler` finds the upscalers of second passes.
     """
 
@@ -87,6 +87,7 @@ class GenerationOptions:
     loras: Callable[[], Mapping[str, str]] = dict
     embeddings: EmbeddingFolder = field(default_factory=lambda: EmbeddingFolder(None))
     ownership: Ownership = field(default_factory=Ownership)
+    credentials: ContentSigner | None = None
     stop_words: StopWords = BUILTIN_STOP_WORDS
     unusable: Mapping[str, str] = field(default_factory=dict)
     controlnets: ControlNetworks = NO_CONTROLNETS

@@ -87,7 +87,7 @@ class GenerationService:
         self._tracing = tracing or Tracing()
         self._log_prompts = log_prompts
         self._inputs = InputLoader(fetch, decode, options.limits.max_side)
-        self._output = OutputWriter(bucket, options.embed_metadata, record, options.ownership)
+        self._output = OutputWriter(bucket, record, options)
         self._known = known
         self._results = ResultCache(_CACHE_SIZE)
         self._requests = RequestResolver(options, expander)
@@ -301,7 +301,7 @@ class GenerationService:
             span.set_attributes({f"sds.seconds.{stage}": seconds for stage, seconds in image.timings.items()})
         warnings = (*drawn.layout.warnings, *image.warnings, *generation_warnings(resolved, layout, request, image))
         with self._tracing.span("store"):
-            output = await self._output.write(resolved, drawn.layout, image, warnings, context.caller)
+            output = await self._output.write(resolved, drawn.layout, image, warnings, context.caller, fetched)
         timings = {**image.timings, **output.timings, "total": time.perf_counter() - started}
         self._metrics.record_stored(timings)
         for warning in image.warnings:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 from stable_diffusion_server.generation.interfaces import ChosenUpscaler
 from stable_diffusion_server.generation.output import ComposedImage
+from stable_diffusion_server.generation.provenance import Authorship, Ingredient
 from stable_diffusion_server.generation.resolved_output import ResolvedOutput
 from stable_diffusion_server.generation.results import delay_warnings, rounded, whole_number
-from stable_diffusion_server.imaging import DigitalSourceType, Pixels, xmp_packet
+from stable_diffusion_server.imaging import DigitalSourceType, Pixels, read_record, xmp_packet
 from stable_diffusion_server.storage import IMMUTABLE, HistoryEntry
 from stable_diffusion_server.types import Caller, GenerationResult, RequestWarning, StoredObject, Task
 
@@ -42,10 +43,11 @@ def composed_upscale(
     resolved: ResolvedUpscale,
     pixels: Pixels,
     size: tuple[int, int],
-    source_record: Mapping[str, object] | None,
+    file: bytes,
     caller: Caller,
 ) -> ComposedImage:
-    """Return the image to store. Its file says how the input was made if that was made here."""
+    """Return the image to store, made from `file`. It says how the input was made if that was made here."""
+    source_record = read_record(file)
     metadata: dict[str, object] = {
         "task": Task.UPSCALE.value,
         "upscaler": resolved.upscaler.name,
@@ -84,8 +86,16 @@ def composed_upscale(
         drawn_at=time.time(),
         record=metadata,
     )
-    xmp = "" if source_record is None else xmp_packet(DigitalSourceType.EDITED)
-    return ComposedImage(lambda: pixels, size, metadata, record, entry, xmp)
+    source_type = None if source_record is None else DigitalSourceType.EDITED
+    authorship = Authorship(
+        resolved.upscaler.name,
+        resolved.upscaler.identity,
+        resolved.content_digest,
+        source_type,
+        (Ingredient(resolved.source, file, parent=True),),
+    )
+    xmp = "" if source_type is None else xmp_packet(source_type)
+    return ComposedImage(lambda: pixels, size, metadata, record, entry, xmp, authorship)
 
 
 def upscale_warnings(resolved: ResolvedUpscale, pixels: Pixels, size: tuple[int, int]) -> tuple[RequestWarning, ...]:

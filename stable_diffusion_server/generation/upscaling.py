@@ -27,7 +27,7 @@ from stable_diffusion_server.generation.upscaled_images import (
     upscale_result,
     upscale_warnings,
 )
-from stable_diffusion_server.imaging import Pixels, read_record
+from stable_diffusion_server.imaging import Pixels
 from stable_diffusion_server.storage import Bucket
 from stable_diffusion_server.types import (
     Caller,
@@ -165,7 +165,7 @@ class UpscaleRunner:
             size = self._size_of(resolved, pixels)
             enlarged = await self._enlarge(resolved.upscaler.name, pixels, size, broadcaster.on_progress)
             drawn = time.perf_counter()
-            made = composed_upscale(resolved, enlarged, size, await asyncio.to_thread(read_record, file), caller)
+            made = await asyncio.to_thread(composed_upscale, resolved, enlarged, size, file, caller)
             output = await self._output.write_image(resolved, made, caller)
         if not output.created:
             return UpscaleOutcome(output.stored)

@@ -21,7 +21,7 @@ from stable_diffusion_server.imaging.control_images.preprocessor_rows import (
     preprocessors_of,
 )
 from stable_diffusion_server.imaging.edges import canny
-from stable_diffusion_server.imaging.encode import encode_image
+from stable_diffusion_server.imaging.encode import ContentSigner, encode_image
 from stable_diffusion_server.imaging.extension import cover_cells, extend_image, extend_mask
 from stable_diffusion_server.imaging.formats import (
     DEFAULT_FORMATS,
@@ -66,6 +66,7 @@ __all__ = [
     "SCHEDULE_NAMES",
     "SIGNATURE_BYTES",
     "Canvas",
+    "ContentSigner",
     "CropBox",
     "DecoderPool",
     "DigitalSourceType",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from stable_diffusion_server.settings.auth import AuthSettings
+from stable_diffusion_server.settings.credentials import CredentialsSettings
 from stable_diffusion_server.settings.http import HttpSettings, UiSettings
 from stable_diffusion_server.settings.jobs import JobSettings
 from stable_diffusion_server.settings.limits import LimitSettings
@@ -18,6 +19,7 @@ GROUPS = (
     AuthSettings,
     UiSettings,
     StorageSettings,
+    CredentialsSettings,
     JobSettings,
     ModelSettings,
     LimitSettings,
@@ -30,6 +32,7 @@ class Settings(
     AuthSettings,
     UiSettings,
     StorageSettings,
+    CredentialsSettings,
     JobSettings,
     ModelSettings,
     LimitSettings,
@@ -45,7 +48,7 @@ class Settings(
         bucket, data = self.local_bucket_dir.resolve(), self.data_dir.resolve()
         if bucket == data or bucket in data.parents or data in bucket.parents:
             raise ValueError("LOCAL_BUCKET_DIR and DATA_DIR must not contain one another")
-        if fault := self.storage_fault():
+        if fault := self.storage_fault() or self.credentials_fault():
             raise ValueError(fault)
         try:
             self.read_keys()

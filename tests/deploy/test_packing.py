@@ -67,7 +67,7 @@ def test_the_image_is_built_of_the_locked_versions() -> None:
     """What the Dockerfile installs from requirements.lock pins every requirement, torch too."""
     (command,) = re.findall(r"^RUN (grep .*?) > versions\.txt", DOCKERFILE, re.M)
     pinned = dict(line.split("==") for line in ran("/bin/sh", "-c", command).stdout.splitlines())
-    files = [ROOT / f"{name}-requirements.txt" for name in ("server", "upscaler", "vision", "ui")]
+    files = [ROOT / f"{name}-requirements.txt" for name in ("server", "upscaler", "vision", "credentials", "ui")]
     wanted = [line for file in files for line in file.read_text().splitlines() if line and not line.startswith("#")]
     assert len(wanted) > 20
     for requirement in map(Requirement, wanted):
