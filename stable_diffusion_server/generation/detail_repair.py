@@ -64,9 +64,9 @@ class DetailRepairer:
         pixels = await asyncio.to_thread(layout.compose_output, image.product.pixels)
         warnings: list[RequestWarning] = []
         done, number = image.request.num_inference_steps, 0
-        for repair in resolved.request.repairs:
-            height, width = pixels.shape[:2]
-            found = await self._options.detector.detect(repair.detector, pixels)
+        for place, repair in enumerate(resolved.request.repairs):
+            (height, width), field = pixels.shape[:2], f"repairs[{place}].detector"
+            found = await self._options.detector.detect(repair.detector, pixels, field, share=context.caller.share)
             parts = chosen_parts(found, repair, width, height)
             warnings.append(_told(repair, len(parts)))
             for index, part in enumerate(parts):

@@ -56,8 +56,11 @@ class DetailDetector(Protocol):
     def find(self, name: str, field: str) -> ChosenDetector:
         """Return the detector of a name. Blocks. Raises `InvalidInput` for `field`."""
 
-    async def detect(self, name: str, pixels: Pixels) -> Sequence[DetectedPart]:
-        """Return the parts of an image (uint8, height × width × 3), in any order. Raises `ServerError`."""
+    async def detect(self, name: str, pixels: Pixels, field: str, *, share: str = ...) -> Sequence[DetectedPart]:
+        """Return the parts of an image (uint8, height × width × 3), in any order; `share` is the caller's.
+
+        Raises `InvalidInput` for `field` if the detector's file cannot be used.
+        """
 
 
 class NoDetector:
@@ -71,7 +74,7 @@ class NoDetector:
         """Raise `InvalidInput`."""
         raise InvalidInput(f"{name[:100]!r} is not a detector here; this server has none.", field=field)
 
-    async def detect(self, name: str, pixels: Pixels) -> Sequence[DetectedPart]:
+    async def detect(self, name: str, pixels: Pixels, field: str, *, share: str = "") -> Sequence[DetectedPart]:
         """Return nothing."""
         return ()
 

@@ -40,7 +40,7 @@ class ListedParts:
             raise InvalidInput(f"{name!r} is not a detector here; there are faces, hands.", field=field)
         return ChosenDetector(name, f"digest of {name}")
 
-    async def detect(self, name: str, pixels: Pixels) -> Sequence[DetectedPart]:
+    async def detect(self, name: str, pixels: Pixels, field: str, *, share: str = "") -> Sequence[DetectedPart]:
         self.seen.append(pixels)
         if self.fault is not None:
             raise self.fault

@@ -118,7 +118,9 @@ def _unit(given: Mapping[str, Any], number: int) -> AdetailerUnit:
 def _known(name: str, context: DialectContext) -> str | None:
     """Return the detector of a name, which may have the ending of the extension's file."""
     wanted = _stem(name)
-    return next((own for own in context.detector.names() if _stem(own) == wanted), None)
+    return next(
+        (own for own in context.detector.names() if wanted in (_stem(own), _stem(own).rpartition("/")[2])), None
+    )
 
 
 def _stem(name: str) -> str:
