@@ -11,6 +11,7 @@ from fakes import FakeImageDenoiser
 
 from stable_diffusion_server.app.model_state import ModelState
 from stable_diffusion_server.app.models import generation_options
+from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import GenerationOptions
 from stable_diffusion_server.pipelines import ModelSpec
@@ -55,8 +56,8 @@ def guided_app(run_app: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPat
     """Make a running app with fake image models and the networks that are known here."""
     build = generation_options
 
-    def options(settings: Settings, models: ModelState) -> GenerationOptions:
-        return replace(build(settings, models), controlnets=KnownNetworks())
+    def options(settings: Settings, models: ModelState, stores: StorageStack) -> GenerationOptions:
+        return replace(build(settings, models, stores), controlnets=KnownNetworks())
 
     monkeypatch.setattr("stable_diffusion_server.app.application.generation_options", options)
     return lambda **changes: run_app(FakeImageDenoiser(), **changes)
