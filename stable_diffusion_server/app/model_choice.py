@@ -6,12 +6,15 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines import (
     MODELS,
     REAL_MODELS,
+    EmbeddingFolder,
+    ImagePromptFolder,
+    LoraFolder,
     ModelSpec,
     ModelTable,
     OwnedModels,
@@ -124,3 +127,13 @@ def check_model_names(settings: Settings, names: Collection[str]) -> None:
     for alias in settings.model_aliases:
         if "=" in alias and alias.partition("=")[2] not in known:
             raise SettingsError(f"MODEL_ALIASES {alias!r} names a model other than {shown}.")
+
+
+def folders_of(settings: Settings) -> dict[str, Any]:
+    """Return what requests may name beside models, as `ModelState` takes it. Reads no file yet."""
+    kept = (settings.data_dir / f"image-prompt-{name}.json" for name in ("files", "digests"))
+    return {
+        "loras": LoraFolder(settings.lora_dir, settings.max_lora_bytes),
+        "embeddings": EmbeddingFolder(settings.embeddings_dir),
+        "image_prompts": ImagePromptFolder(settings.models_dir, *kept),
+    }

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from stable_diffusion_server.app.key_callers import unknown_models_of_keys
 from stable_diffusion_server.app.known_revisions import KnownRevisions
-from stable_diffusion_server.app.model_choice import check_model_names, choose_from_folder
+from stable_diffusion_server.app.model_choice import check_model_names, choose_from_folder, folders_of
 from stable_diffusion_server.engine import Denoiser
 from stable_diffusion_server.errors import ModelLoadError, NotReady
 from stable_diffusion_server.generation import DecodedPixels, permitted_models
@@ -21,6 +21,7 @@ from stable_diffusion_server.pipelines import (
     Embedding,
     EmbeddingFolder,
     EmbeddingList,
+    ImagePromptFolder,
     LoraFolder,
     ModelSpec,
     ModelTable,
@@ -52,7 +53,7 @@ class ModelState:
     `facts` holds the specs of the configured models (`asked`); loading replaces them by specs with the revision of the
     files. `unusable` maps models that could not be loaded to the reason. `fault` is the reason if no model can be
     loaded, `default_model` is for requests that name no model, `progress` returns the state of a download as a text,
-    `loras` and `embeddings` are the folders of LoRAs and embeddings, `most_references` is MAX_REFERENCES, `notes` are
+    `loras`, `embeddings` and `image_prompts` are the folders of those, `most_references` is MAX_REFERENCES, `notes` are
     remarks on the files in MODELS_DIR. `revisions` remembers what loading decided.
     """
 
@@ -65,6 +66,7 @@ class ModelState:
     progress: Callable[[], str] = str
     loras: LoraFolder = field(default_factory=lambda: LoraFolder(None))
     embeddings: EmbeddingFolder = field(default_factory=lambda: EmbeddingFolder(None))
+    image_prompts: ImagePromptFolder = field(default_factory=ImagePromptFolder)
     most_references: int = 4
     notes: tuple[str, ...] = ()
     revisions: KnownRevisions | None = None
@@ -72,13 +74,12 @@ class ModelState:
     @classmethod
     def of(cls, settings: Settings) -> ModelState:
         """Choose the models by the settings and by the files in MODELS_DIR. Raises `SettingsError`."""
-        loras, default = LoraFolder(settings.lora_dir, settings.max_lora_bytes), settings.text_to_image_model
-        embeddings = EmbeddingFolder(settings.embeddings_dir)
+        default, folders = settings.text_to_image_model, folders_of(settings)
         try:
             chosen, refused, notes = choose_from_folder(settings)
         except ModelLoadError as error:
             check_model_names(settings, MODELS)
-            return cls(ModelTable(MODELS), error, default, loras=loras, embeddings=embeddings)
+            return cls(ModelTable(MODELS), error, default, **folders)
         check_model_names(settings, {*chosen, *chosen.aliases, *refused})
         notes = (*notes, *unknown_models_of_keys(settings, chosen))
         lcm = with_lcm if settings.load_lcm_lora else lambda facts: facts
@@ -91,8 +92,7 @@ class ModelState:
             default_model=default,
             asked=asked,
             unusable=dict(refused),
-            loras=loras,
-            embeddings=embeddings,
+            **folders,
             most_references=settings.max_references,
             notes=notes,
             revisions=KnownRevisions(settings),

@@ -57,6 +57,7 @@ def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
         mapped=settings.mmap_weights,
         loras=loaded.loras,
         embeddings=loaded.embeddings,
+        image_prompts=loaded.image_prompts,
         controlnet_lora=settings.controlnet_lora,
         dfloat11=settings.df11_model_path,
         offload=settings.offload,

@@ -1,7 +1,7 @@
 """Diffusion: loads models and generates images. The only package that imports torch.
 
-This face imports no torch: it exports the catalogue, the model library, the folders of LoRAs and embeddings, and
-the hub client. `registry` loads the rest.
+This face imports no torch: it exports the catalogue, the model library, the folders of LoRAs, embeddings and image
+prompt files, and the hub client. `registry` loads the rest.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from stable_diffusion_server.pipelines.loading.hub_listing import (
     list_repository,
     why_refused,
 )
+from stable_diffusion_server.pipelines.loading.image_prompt_folder import ImagePromptFile, ImagePromptFolder
 from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
 from stable_diffusion_server.pipelines.loading.weight_files import WeightFileError, check_pipeline_folder
 from stable_diffusion_server.pipelines.model_spec import (
@@ -97,6 +98,8 @@ __all__ = [
     "FoundBox",
     "HubClient",
     "HubListing",
+    "ImagePromptFile",
+    "ImagePromptFolder",
     "Kind",
     "LibraryModel",
     "LoraFolder",

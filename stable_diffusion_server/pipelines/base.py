@@ -95,10 +95,9 @@ class PipelineState(Generic[C]):
 
     `latents` are 1 × …, `segments` the remaining ones, `index` the number of steps done, `segment_start` the index at
     which the present segment began, `passes` the number of forward passes in it; `conditioning` is what the family
-    computed from the prompt. `inpaint` and `control` may be used together. `predicted_original` is the scheduler's
-    latest estimate of the final latents, if it gives one. `loras` are the LoRAs of the request; they stay loaded while
-    the state exists. `tiling` is that of the VAE for this request, if it found too little memory for the usual one.
-    `warnings` are sentences for the caller on what the family did not use as it was asked for.
+    computed from the prompt. `predicted_original` is the scheduler's latest estimate of the final latents, if it gives
+    one. `loras` stay loaded while the state exists; `images` are image prompts. `tiling` is that of the VAE, if the
+    usual one took too much memory. `warnings` are sentences on what was not used as asked for.
     """
 
     request: DiffusionRequest
@@ -114,6 +113,7 @@ class PipelineState(Generic[C]):
     predicted_original: torch.Tensor | None = None
     loras: ActiveLoras = ()
     tiling: VaeTiling | None = None
+    images: tuple[Any, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property

@@ -27,6 +27,7 @@ from stable_diffusion_server.pipelines.enlarged_latents import kept_latents
 from stable_diffusion_server.pipelines.family import Family, LoadedFamily, LoadedModelInfo
 from stable_diffusion_server.pipelines.latent_preview import LatentPreviewer
 from stable_diffusion_server.pipelines.loading.footprint import bytes_of, dtype_of
+from stable_diffusion_server.pipelines.loading.image_prompt_folder import ImagePromptFolder
 from stable_diffusion_server.pipelines.loading.loader import LoadOptions, PlacedModel, place_model
 from stable_diffusion_server.pipelines.loading.offload import OffloadedModel
 from stable_diffusion_server.pipelines.loading.placement import CONTROL, Residency
@@ -73,6 +74,7 @@ class DiffusersFamily(Family):
         prompt_cache = PromptCache(options.prompt_cache_bytes)
         family = cls(placed.pipeline, placed.spec, placed.controlnet, placed.loras, prompt_cache, placed.tiling)
         family.offer_embeddings(options.embeddings)
+        family.offer_image_prompts(options.image_prompts)
         resident = placed.placement.residency is Residency.RESIDENT
         return LoadedFamily(
             family=family,
@@ -92,6 +94,9 @@ class DiffusersFamily(Family):
     def offer_embeddings(self, folder: EmbeddingFolder | None) -> None:
         """Let prompts name the embeddings of a folder, if the model reads them. Call it before the first request."""
         self.embeddings = EmbeddingReader(clips_of(self.pipeline) if self.spec.weighs_prompts else {}, folder)
+
+    def offer_image_prompts(self, folder: ImagePromptFolder) -> None:
+        """Let requests name what reads image prompts, if the model draws by them. Call it before the first request."""
 
     @functools.cached_property
     def device(self) -> torch.device:

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.pipelines.adapters.image_attention import attending
+from stable_diffusion_server.pipelines.adapters.image_rows import ReadImage, attended_by_row
 from stable_diffusion_server.pipelines.base import (
     DenoisingSegment,
     InpaintConstraint,
@@ -24,6 +27,8 @@ from stable_diffusion_server.pipelines.conditioning.clip_prompts import ClipEnco
 from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput, check_grid, unet_residuals
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras
 from stable_diffusion_server.pipelines.conditioning.prompt_reader import StepPrompts, read_prompts
+from stable_diffusion_server.pipelines.image_prompts import ImagePromptReader
+from stable_diffusion_server.pipelines.loading.image_prompt_folder import ImagePromptFolder
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import (
     make_scheduler,
     set_timesteps,
@@ -47,6 +52,19 @@ class UnetFamily(NativeFamily[UnetConditioning]):
 
     Raises `ModelLoadError` when the ControlNet does not fit the VAE.
     """
+
+    images: ImagePromptReader | None = None
+
+    def offer_image_prompts(self, folder: ImagePromptFolder) -> None:
+        """Let requests name what reads image prompts. Call it before the first request."""
+        self.images = ImagePromptReader(self.pipeline.unet, self.spec, folder, self.prompt_cache, self.device)
+
+    def _read_images(self, request: DiffusionRequest, conditioning: UnetConditioning) -> tuple[ReadImage, ...]:
+        if not request.image_prompts:
+            return ()
+        if self.images is None:
+            raise InvalidInput(f"{self.spec.name} has nothing here that reads image prompts.", field="image_prompts")
+        return self.images.use(request, conditioning.embeds.dtype, guided=conditioning.guided)
 
     def _adapt_controlnet(self) -> None:
         if self.controlnet is not None:
@@ -94,7 +112,7 @@ class UnetFamily(NativeFamily[UnetConditioning]):
         state = self._state(
             request, loras, conditioning, first, latents=latents, lengths=lengths, inpaint=inpaint, control=control
         )
-        state.warnings = conditioning.warnings
+        state.warnings, state.images = conditioning.warnings, self._read_images(request, conditioning)
         return state
 
     def _predicted(self, states: Sequence[PipelineState[UnetConditioning]]) -> Sequence[torch.Tensor]:
@@ -120,7 +138,8 @@ class UnetFamily(NativeFamily[UnetConditioning]):
         }
         controls = [state.control for state, n in zip(states, rows, strict=True) for _ in range(n)]
         residuals = unet_residuals(self.controlnet, inputs, controls)
-        with self.loras.applied_by_row([state.loras for state in states], rows):
+        images = attended_by_row(map(_images_now, states), rows) if unet is self.pipeline.unet else []
+        with self.loras.applied_by_row([state.loras for state in states], rows), attending(images):
             predicted: torch.Tensor = unet(**inputs, **residuals, return_dict=False)[0]
         return list(predicted.split(rows))
 
@@ -207,3 +226,8 @@ class UnetFamily(NativeFamily[UnetConditioning]):
             return None
         hint = to_tensor(request.control, self.device).to(self.controlnet.dtype)
         return ControlNetInput(hint, request.control_scale)
+
+
+def _images_now(state: PipelineState[UnetConditioning]) -> list[ReadImage]:
+    """The image prompts that count at the next step."""
+    return [image for image in state.images if image.counts_at(state.index, state.steps)]

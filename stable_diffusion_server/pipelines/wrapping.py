@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from stable_diffusion_server.pipelines.adapters.image_attention import attended_images
 from stable_diffusion_server.pipelines.adapters.lora_hooks import current_plan
 from stable_diffusion_server.types import Tiling
 
@@ -50,11 +51,11 @@ def current_tiling() -> Tiling | None:
 
 
 def is_altered() -> bool:
-    """Whether adapters or wrapping change the pass that this thread runs.
+    """Whether adapters, image prompts or wrapping change the pass that this thread runs.
 
-    What was recorded, traced or compiled knows nothing of either: its owner runs the module itself then.
+    What was recorded, traced or compiled knows nothing of them: its owner runs the module itself then.
     """
-    return current_plan() is not None or current_tiling() is not None
+    return current_plan() is not None or attended_images() is not None or current_tiling() is not None
 
 
 def wrapped(tensor: torch.Tensor, tiling: Tiling, height: int, width: int) -> torch.Tensor:

@@ -26,6 +26,7 @@ from stable_diffusion_server.pipelines.loading.components import empty_pipeline,
 from stable_diffusion_server.pipelines.loading.cpu_dtype import CpuDtypes
 from stable_diffusion_server.pipelines.loading.footprint import Workload, total_memory
 from stable_diffusion_server.pipelines.loading.hub import HubClient
+from stable_diffusion_server.pipelines.loading.image_prompt_folder import ImagePromptFolder
 from stable_diffusion_server.pipelines.loading.measurement import MeasuredModel, MemoryRoom
 from stable_diffusion_server.pipelines.loading.model_files import control_files, lcm_file, lora_file, model_files
 from stable_diffusion_server.pipelines.loading.offload import apply_residency, copy_out_of_files
@@ -60,11 +61,11 @@ class LoadOptions:
 
     `digests` identify weights, and `cpu_dtypes` chooses the dtype on a CPU. With `mapped`, weights stay memory-mapped,
     those of 16 bits also where fp32 is computed. `lora_dir`, or the shared `loras`, holds the LoRAs that requests may
-    name, `embeddings` what their prompts may name. `controlnet_lora` is added to the ControlNet and `dfloat11` are
-    compressed weights, for models that take them. `offload` and `quantize` override what free memory decides;
-    `performance` names the optimizations of resident, unquantized weights. `attention_slicing`, `vae_slicing` and
-    `vae_tiling` save memory and change images slightly.
-    Each model caches up to `prompt_cache_bytes` of prompt embeddings.
+    name, `embeddings` what their prompts may name, `image_prompts` what reads their image prompts. `controlnet_lora` is
+    added to the ControlNet and `dfloat11` are compressed weights, for models that take them. `offload` and `quantize`
+    override what free memory decides; `performance` names the optimizations of resident, unquantized weights.
+    `attention_slicing`, `vae_slicing` and `vae_tiling` save memory and change images slightly. Each model caches up to
+    `prompt_cache_bytes` of prompt embeddings.
 
     `on_demand` names the models that are loaded when a request needs them; `pinned` ones are not unloaded for others.
     `memory` is the number of bytes that the weights of all models may take; without it, the free memory decides, less
@@ -82,6 +83,7 @@ class LoadOptions:
     lora_dir: Path | None = None
     loras: LoraFolder | None = None
     embeddings: EmbeddingFolder | None = None
+    image_prompts: ImagePromptFolder = field(default_factory=ImagePromptFolder)
     controlnet_lora: str = ""
     dfloat11: str = ""
     offload: Offload = "auto"
@@ -147,6 +149,7 @@ def measure_model(spec: ModelSpec, models_dir: Path, device: torch.device, optio
     if device.type == "cpu":
         spec = options.cpu_dtypes.choose(spec, parts)
     measured = MeasuredModel.of(spec, parts, models_dir, device, options.lora_folder, options.hub)
+    measured = replace(measured, adapters=measured.adapters + options.image_prompts.largest_bytes(spec))
     return measured.tiled(total_memory(device), options.work, **placement_settings(spec, device, options))
 
 
