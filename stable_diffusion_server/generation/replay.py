@@ -14,7 +14,6 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.control_replay import CONTROL_FILES, control_names, with_control_files
 from stable_diffusion_server.generation.interfaces import DecodeImage
 from stable_diffusion_server.generation.permissions import permitted_request
 from stable_diffusion_server.generation.provenance import NOT_RECORDED
@@ -26,6 +25,7 @@ from stable_diffusion_server.storage import HistoryEntry
 from stable_diffusion_server.types import (
     LORA_NAME_PATTERN,
     Caller,
+    ControlUnit,
     GenerationRequest,
     GenerationResult,
     ImageInput,
@@ -34,6 +34,7 @@ from stable_diffusion_server.types import (
 )
 
 IMAGE_FIELD = "picture_file"
+_CONTROL_FILES, _UNIT_PARTS = "control_file", ("image", "mask")
 _REQUESTS = TypeAdapter(GenerationRequest)
 _RECORDED = frozenset(part.name for part in fields(GenerationRequest)) - NOT_RECORDED
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -143,7 +144,31 @@ def with_sources(
         references=inputs if edits else (),
         image=inputs[0] if inputs and not edits else None,
         mask=ImageInput("mask_file", data=mask, transparency=provenance.transparency) if mask is not None else None,
-        controls=with_control_files(provenance.request.controls, provenance.sources, controls),
+        controls=_with_control_files(provenance.request.controls, provenance.sources, controls),
+    )
+
+
+def _control_names(controls: Sequence[ControlUnit], sources: Mapping[str, object]) -> list[str]:
+    """Return the names of the units' own files among the recorded `sources`, in the order of the units."""
+    names = [f"controls[{number}].{part}" for number in range(len(controls)) for part in _UNIT_PARTS]
+    return [name for name in names if name in sources]
+
+
+def _with_control_files(
+    controls: Sequence[ControlUnit], sources: Mapping[str, object], files: Sequence[bytes]
+) -> tuple[ControlUnit, ...]:
+    """Return the units with their files, given in the order of `_control_names`.
+
+    Raises `InvalidInput` for another number of files. Their content is compared with the record later.
+    """
+    names = _control_names(controls, sources)
+    if len(files) != len(names):
+        needed = f"the files of {', '.join(names)}, in this order" if names else "none: the picture was made without it"
+        raise InvalidInput(f"{_CONTROL_FILES} must be {needed}.", field=_CONTROL_FILES)
+    given = {name: ImageInput(name, data=data) for name, data in zip(names, files, strict=True)}
+    return tuple(
+        replace(unit, image=given.get(f"controls[{number}].image"), mask=given.get(f"controls[{number}].mask"))
+        for number, unit in enumerate(controls)
     )
 
 
@@ -178,7 +203,7 @@ def _request_of(requested: Mapping[str, object]) -> GenerationRequest:
 
 
 def _check_sources(provenance: EmbeddedProvenance, request: GenerationRequest) -> None:
-    guiding = control_names(request.controls, provenance.sources)
+    guiding = _control_names(request.controls, provenance.sources)
     wanted_names = _SOURCES.get(request.task, set())
     if request.task is Task.EDIT:  # as many as there are, without a gap
         wanted_names = {reference_name(number) for number in range(max(1, len(provenance.sources) - len(guiding)))}
@@ -194,7 +219,7 @@ def _check_sources(provenance: EmbeddedProvenance, request: GenerationRequest) -
         source, wanted = given.get(name), provenance.sources.get(name)
         if wanted == (hashlib.sha256(source.data or b"").hexdigest() if source is not None else None):
             continue
-        field = "mask_file" if name == "mask" else CONTROL_FILES if name in guiding else "image_file"
+        field = "mask_file" if name == "mask" else _CONTROL_FILES if name in guiding else "image_file"
         if wanted is None:
             raise InvalidInput(f"{field} is not needed: the picture was made without it.", field=field)
         raise InvalidInput(f"{field} has to be the file the picture was made from (SHA-256 {wanted}).", field=field)
