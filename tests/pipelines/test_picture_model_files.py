@@ -14,7 +14,7 @@ import vision_files
 from stable_diffusion_server.app.preprocessors import Preprocessors
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.imaging import PREPROCESSORS, Pixels, canny
-from stable_diffusion_server.pipelines import FoundBox, PictureModelFiles, PictureModelRole, VisionWorker
+from stable_diffusion_server.pipelines import FoundBox, ModelLibrary, PictureModelFiles, PictureModelRole, VisionWorker
 
 PICTURE = cv2.resize(np.random.default_rng(6).integers(0, 256, (5, 8, 3), np.uint8), (160, 100))
 
@@ -123,6 +123,18 @@ def test_detectors_and_classifiers_are_found_by_any_of_their_names(tmp_path: Pat
         with pytest.raises(InvalidInput, match="not a detector here") as caught:
             files.find(name, PictureModelRole.DETECTOR, "detector")
         assert len(caught.value.detail) < 400
+
+
+def test_models_that_look_at_pictures_are_none_that_draw(tmp_path: Path) -> None:
+    """The library does not list them as unusable models, so the embedded ones stay where there are no others."""
+    touch(tmp_path / "Annotators" / "midas.onnx")
+    for folder in ("annotators/depth", "detectors/x", "classifiers/vit"):
+        touch(tmp_path / folder / "config.json", b"{}")
+        touch(tmp_path / folder / "model.safetensors")
+    touch(tmp_path / "checkpoints" / "annotators" / "kept.safetensors")
+    library = ModelLibrary([tmp_path])
+    library.refresh()
+    assert [model.name for model in library.models] == ["annotators/kept"]
 
 
 def test_circular_links_and_unreadable_folders_end(tmp_path: Path) -> None:

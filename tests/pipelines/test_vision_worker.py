@@ -167,6 +167,22 @@ async def test_a_file_that_is_no_network_is_refused_in_a_sentence(
     assert processes() == running
 
 
+async def test_the_process_sees_no_environment_and_is_bounded(worker: VisionWorker, folder: Path) -> None:
+    """Nothing of the server's environment, bounded address space, no written files, and the kernel's first choice."""
+    await drawn(worker, "depth", vision_files.weighted_channels(folder / "good.onnx", (1, 1, 1)))
+    (pid,) = processes()
+    place = Path("/proc") / str(pid)
+    names = {entry.partition("=")[0] for entry in (place / "environ").read_text().split("\0") if entry}
+    assert names == {"CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "MALLOC_ARENA_MAX", "HOME"}
+    limits = {line[:25].strip(): line[26:].split()[0] for line in (place / "limits").read_text().splitlines()}
+    assert limits["Max file size"] == limits["Max core file size"] == "0"
+    assert 2**30 < int(limits["Max address space"]) < 2**31
+    assert int(limits["Max cpu time"]) < 60
+    assert int(limits["Max open files"]) == 128
+    assert (place / "oom_score_adj").read_text().strip() == "1000"
+    assert (place / "cwd").resolve() == Path("/")
+
+
 async def test_a_network_that_wants_all_memory_costs_one_request(worker: VisionWorker, folder: Path) -> None:
     """16 GB are more than the process may have; the next request is answered."""
     with pytest.raises(ModelLoadError, match=r"greedy\.onnx"):

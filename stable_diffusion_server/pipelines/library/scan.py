@@ -19,6 +19,12 @@ ROLE_FOLDERS = frozenset(
     "checkpoints stable-diffusion diffusion_models unet text_encoders clip vae vae_approx vae-approx loras lora "
     "lycoris embeddings controlnet upscale_models esrgan realesrgan clip_vision ipadapter style_models".split()
 )
+# Folders in MODELS_DIR, in small letters, of models that look at pictures, which draw nothing and have a list of their
+# own: of control images, detectors, classifiers.
+ANNOTATOR_FOLDERS = ("annotators", "controlnet_annotators", "controlnetpreprocessor")
+DETECTOR_FOLDERS = ("detectors", "ultralytics", "adetailer")
+CLASSIFIER_FOLDERS = ("classifiers",)
+_LOOKING = frozenset((*ANNOTATOR_FOLDERS, *DETECTOR_FOLDERS, *CLASSIFIER_FOLDERS))
 _HUB = "models--"
 # Beginnings of the names of weight files that belong to the config.json beside them.
 _OWN_WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model", "adapter_model")
@@ -111,7 +117,8 @@ def _visit(
         if names.intersection(indexes_of_shard(entry.name)):
             continue  # the index stands for its shards
         if _is_folder(entry):
-            known = is_pipeline and place.depth  # its folders are its parts
+            known = place.depth and is_pipeline  # its folders are its parts
+            known = known or (not place.depth and entry.name.lower() in _LOOKING)
             if not known and place.depth < MAX_DEPTH and entry.name not in skip:
                 inner.append(_inner(place, entry.name))
         elif ending and not (is_network and entry.name.startswith(_OWN_WEIGHTS)):

@@ -13,6 +13,7 @@ from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.files import walk_files
 from stable_diffusion_server.imaging import NeededFile
 from stable_diffusion_server.pipelines.library.file_headers import shown
+from stable_diffusion_server.pipelines.library.scan import ANNOTATOR_FOLDERS, CLASSIFIER_FOLDERS, DETECTOR_FOLDERS
 from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
 from stable_diffusion_server.pipelines.model_spec import known_names
 
@@ -32,12 +33,11 @@ class PictureModelRole(StrEnum):
     CLASSIFIER = "classifier"
 
 
-# Folders below MODELS_DIR that hold nothing but these, in any case; those of AUTOMATIC1111, Forge and ADetailer among
-# them.
+# Folders in MODELS_DIR that hold nothing but these, in any case; AUTOMATIC1111's, Forge's and ADetailer's among them.
 _FOLDERS = {
-    PictureModelRole.ANNOTATOR: ("annotators", "controlnet_annotators", "controlnetpreprocessor"),
-    PictureModelRole.DETECTOR: ("detectors", "ultralytics", "adetailer"),
-    PictureModelRole.CLASSIFIER: ("classifiers",),
+    PictureModelRole.ANNOTATOR: ANNOTATOR_FOLDERS,
+    PictureModelRole.DETECTOR: DETECTOR_FOLDERS,
+    PictureModelRole.CLASSIFIER: CLASSIFIER_FOLDERS,
 }
 
 
@@ -55,7 +55,8 @@ class PictureModelFiles:
     def __init__(self, folders: Sequence[Path], digests: Path | None = None) -> None:
         self._folders = folders
         self._digests = WeightDigests(digests)
-        self._lock = threading.Lock()
+        # Apart, since reading a large file takes seconds, and lists should not wait for it.
+        self._lock, self._hashing = threading.Lock(), threading.Lock()
         self._found: dict[PictureModelRole, tuple[PictureModelFile, ...]] = {}
         self._read_at = -_FRESH
 
@@ -93,7 +94,7 @@ class PictureModelFiles:
 
     def digest(self, file: PictureModelFile) -> str:
         """The SHA-256 of a file, or of what decides the answers of a folder. Raises `ModelLoadError`."""
-        with self._lock:
+        with self._hashing:
             if not file.path.is_dir():
                 return self._digests.of_file(file.path)
             parts = {name: file.path / name for name in _FOLDER_FILES}

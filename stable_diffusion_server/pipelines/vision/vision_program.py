@@ -6,6 +6,7 @@ time. Arguments: the folder that holds the package, bytes of memory, seconds per
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import signal
@@ -41,7 +42,12 @@ def main() -> None:
 
 
 def limit_process(memory: int) -> None:
-    """Allow `memory` bytes of address space beyond what is used now, few files, and none written."""
+    """Allow `memory` bytes of address space beyond what is used now, few files, and none written.
+
+    If the machine has no memory left, the kernel ends this process before the server.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     with Path("/proc/self/statm").open() as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()
     for kind, limit in (
