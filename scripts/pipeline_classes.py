@@ -35,6 +35,9 @@ _MAKES = {
 # Classes that look at pictures in a way that their arguments do not say.
 _NEEDS_PICTURE = ("InstructPix2Pix", "QwenImageEdit", "JoyImageEdit", "BriaFiboEdit", "Kandinsky5I2I")
 _SPECIAL = {
+    "StableDiffusionGLIGENPipeline": "needs:gligen_phrases",  # it counts them, and `None` has no number
+    "StableDiffusionGLIGENTextImagePipeline": "needs:gligen_phrases",
+    "StableDiffusionParadigmsPipeline": "broken",  # its callback reads beyond the noise levels of its window
     "ChromaInpaintPipeline": "broken",  # it reads `guidance_embeds`, which Chroma's configuration lacks
     "QwenImageLayeredPipeline": "layers",
     "HunyuanImageRefinerPipeline": "upscale",
@@ -228,14 +231,25 @@ def _ordinary() -> tuple[dict[str, Any], dict[str, str]]:
             "calls": "step_end" if "callback_on_step_end" in arguments else "callback",
             "denoiser": next((part for part in _DENOISERS if part in found.parts), ""),
             "layout": _layout(found),
-            "tasks": {**(_beside(name, tables, drawn) if "text_to_image" in tasks else {}), **tasks},
+            "tasks": {**_beside(name, tables, drawn), **tasks},
             "defaults": {
                 key: value for key in _DEFAULTS if key in arguments and _is_number(value := arguments[key][1])
             },
             "unused": [part for part in _UNUSED if part in found.parts and "requires_safety_checker" in found.parts],
             "parameters": {key: _types(kind) for key, (kind, _) in arguments.items()},
         }
+    _join_siblings(listed, drawn)
     return listed, refused
+
+
+def _join_siblings(listed: Mapping[str, dict[str, Any]], drawn: Mapping[str, _Source]) -> None:
+    """Give a class that is beside others the tasks that they draw over the same components."""
+    given = {name: dict(facts["tasks"]) for name, facts in listed.items()}
+    for name, tasks in given.items():
+        parents = [other for other, beside in given.items() if other != name and name in beside.values()]
+        for task, kind in ((task, kind) for one in parents for task, kind in given[one].items()):
+            if task not in tasks and task not in listed[name]["tasks"] and _fits(drawn[name], drawn[kind]):
+                listed[name]["tasks"][task] = kind
 
 
 # Parts that judge or mark pictures.

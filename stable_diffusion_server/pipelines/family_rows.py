@@ -203,6 +203,10 @@ _ROWS: Mapping[tuple[str, str, ModelTask], ModelSpec] = {
 
 # Channels of a denoiser that takes more than latents, and the task that its own class draws then.
 _BY_CHANNELS = {ModelTask.INPAINT: Task.INPAINT, ModelTask.EDIT: Task.EDIT}
+# Of UNets; 0 where no configuration says it.
+_MORE_CHANNELS = (0, 8, 9)
+# Classes that draw with no other UNet; SD's draw with any.
+_NEEDS_MASK_CHANNELS = ("KandinskyInpaintCombinedPipeline", "KandinskyV22InpaintCombinedPipeline")
 # Models with the same tensors whose tasks differ: variant → task.
 _SAME_TENSORS = {"dev": ModelTask.NORMAL, "krea": ModelTask.NORMAL, "kontext": ModelTask.EDIT}
 
@@ -221,16 +225,35 @@ def family_row(identity: FileIdentity) -> ModelSpec | None:
     row = _ROWS.get((identity.family, identity.variant, identity.task))
     if row is not None and identity.pipeline_class in ("", row.pipeline_class):
         return row
-    return (stock_row(identity.pipeline_class) if _is_stock(identity) else None) or row
+    return (_stock_row(identity) if _is_stock(identity) else None) or row
+
+
+def _stock_row(identity: FileIdentity) -> ModelSpec | None:
+    """The row of a folder's class, without the tasks that its denoiser is not made for.
+
+    A UNet with the channels of a mask or of a second picture draws the task of its own class alone.
+    """
+    row, known = stock_row(identity.pipeline_class), stock_class(identity.pipeline_class)
+    if row is None or known is None:
+        return row
+    tasks, wanted = row.tasks, _BY_CHANNELS.get(identity.task)
+    if wanted in tasks and identity.in_channels in _MORE_CHANNELS:
+        tasks = tuple(task for task in tasks if task is wanted)
+    elif identity.in_channels not in _MORE_CHANNELS:
+        tasks = tuple(task for task in tasks if known.tasks.get(task) not in _NEEDS_MASK_CHANNELS)
+    return replace(row, tasks=tasks)
 
 
 def _is_stock(identity: FileIdentity) -> bool:
-    """Whether the class of a folder draws with its denoiser: not the refiner, nor text with one made for inpainting."""
+    """Whether the class of a folder, or one beside it, draws with its denoiser: not the refiner.
+
+    A class that is named after a task that none of them draws is one of another kind, unless its channels say so too.
+    """
     known = stock_class(identity.pipeline_class)
     if known is None or identity.task is ModelTask.REFINER:
         return identity.pipeline_class in STOCK_ROWS
     wanted = _BY_CHANNELS.get(identity.task)
-    return wanted is None or known.tasks.get(wanted) == known.name
+    return wanted is None or wanted in known.tasks or identity.in_channels not in _MORE_CHANNELS
 
 
 def refined(row: ModelSpec, place: str) -> ModelSpec:

@@ -62,7 +62,15 @@ def whole_call(name: str, request: DiffusionRequest) -> Pixels:
     if name == "hidream":  # it draws every picture at this area, of 1024 × 1024 by default
         pipeline.default_sample_size = SIDE // 8
     given = {key: value for key, value in PLAIN.items() if key in kind.parameters.names}
-    return direct_call(pipeline, request, **given, **{kind.parameters.guidance: request.guidance_scale})
+    if "_auto_resize" in kind.parameters.names:
+        given |= {"_auto_resize": False}
+    if "max_area" in kind.parameters.names:
+        given |= {"max_area": request.width * request.height}
+    if kind.parameters.guidance:
+        given[kind.parameters.guidance] = request.guidance_scale
+    if kind.parameters.guidance == "true_cfg_scale":
+        given["negative_prompt"] = " "
+    return direct_call(pipeline, request, **given)
 
 
 def _blocks_call(pipeline: Any, request: DiffusionRequest, *, guided: bool) -> Pixels:

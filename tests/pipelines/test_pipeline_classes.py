@@ -140,7 +140,8 @@ def test_native_families_come_before_the_table() -> None:
     assert not row("sd2", "StableDiffusionPipeline").batches
     assert not row("sd15", "StableDiffusionPAGPipeline").batches
     assert row("sdxl", "StableDiffusionXLImg2ImgPipeline", ModelTask.REFINER, "refiner") is None
-    assert row("sd2", "StableDiffusionPipeline", ModelTask.INPAINT) is None
+    assert row("sd2", "StableDiffusionPipeline", ModelTask.INPAINT).tasks == (Task.INPAINT,)
+    assert row("sd2", "StableDiffusionLatentUpscalePipeline", ModelTask.INPAINT) is None
     assert row("sd2", "StableDiffusionInpaintPipeline", ModelTask.INPAINT).tasks == (Task.INPAINT,)
 
 

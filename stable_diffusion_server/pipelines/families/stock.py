@@ -31,12 +31,16 @@ from stable_diffusion_server.pipelines.loading.loader import LoadOptions
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import token_counter
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.pipelines.stock.call_arguments import call_arguments
+from stable_diffusion_server.pipelines.stock.position_tables import check_size
 from stable_diffusion_server.pipelines.stock.stepwise import StockCall
 from stable_diffusion_server.pipelines.stock.task_pipelines import for_request, over_components
 from stable_diffusion_server.pipelines.stock.vae_latents import PreviewVae, latents_for_vae, layout_of
 from stable_diffusion_server.pipelines.stock_classes import StockClass, stock_class
 from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling
 from stable_diffusion_server.types import DiffusionRequest
+
+# Its call reads the second value of a step when there is one step, which other schedulers do not return.
+_ONE_STEP = "PixArtAlphaPipeline"
 
 
 @dataclass
@@ -113,6 +117,13 @@ class Stock(DiffusersFamily):
         Raises `InvalidInput` for what the class does not take.
         """
         pipeline, kind = self._pipeline_for(request)
+        check_size(pipeline, request.width, request.height)
+        if (
+            kind.name == _ONE_STEP
+            and request.num_inference_steps == 1
+            and "LCM" not in type(pipeline.scheduler).__name__
+        ):
+            raise InvalidInput(f"{kind.name} takes one step with LCM's schedule only.", field="num_inference_steps")
         arguments = call_arguments(request, self.spec, kind.parameters, latent=self._understood)
         guidance = request.guidance_scale if kind.guider else None
         own = for_request(pipeline, guidance, (request.width, request.height))

@@ -22,6 +22,7 @@ from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, dig
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import chat_counter
 from stable_diffusion_server.pipelines.native_family import NativeFamily
 from stable_diffusion_server.pipelines.starting_noise import starting_noise
+from stable_diffusion_server.pipelines.stock.position_tables import check_size
 from stable_diffusion_server.types import DiffusionRequest
 
 
@@ -57,6 +58,7 @@ class ZImage(NativeFamily[Conditioning]):
         return self._count
 
     def _state_of(self, request: DiffusionRequest, skipped: int, loras: ActiveLoras) -> PipelineState[Conditioning]:
+        check_size(self.pipeline, request.width, request.height)
         conditioning = self._encode(request, loras)
         generator = seeded(request.seed)
         control = self._control(request)

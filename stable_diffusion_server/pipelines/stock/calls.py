@@ -69,7 +69,8 @@ def _open_bar(
     """The progress bar of a call, opened right before its loop: the seam between preparing and the first step."""
     if not opened:
         opened.append(True)
-        seams.opened(getattr(stage, "_num_timesteps", None) or total or operator.length_hint(iterable or ()), later)
+        listed = () if iterable is None else iterable  # a tensor of timesteps has no truth value
+        seams.opened(getattr(stage, "_num_timesteps", None) or total or operator.length_hint(listed), later)
     return bar(iterable, total)
 
 
