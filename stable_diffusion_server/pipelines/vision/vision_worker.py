@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import structlog
 
-from stable_diffusion_server.concurrency import FairRequestQueue
+from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import ModelLoadError, NotReady
 from stable_diffusion_server.imaging import Pixels
 from stable_diffusion_server.pipelines.library.file_headers import shown
@@ -42,7 +42,6 @@ _ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2",
     "HOME": "/nonexistent",
 }
-_WAITING_PER_CALLER = 8
 _KILL_SECONDS, _POLL_INTERVAL = 5.0, 0.005
 _SENTENCE = 500
 # Requests after which the process is replaced, so that what leaks does not gather.
@@ -52,8 +51,8 @@ _REQUESTS_PER_PROCESS = 500
 class PictureModels(Protocol):
     """Runs models that look at pictures. Pixels are uint8, height × width × 3, RGB; `share` identifies the caller.
 
-    The methods raise `ModelLoadError` with one sentence if a file cannot be used, crashed or took too long, `NotReady`
-    if no process can be started, `RateLimited` if a caller waits with too many requests.
+    Callers take turns. The methods raise `ModelLoadError` with one sentence if a file cannot be used, crashed or took
+    too long, `NotReady` if no process can be started.
     """
 
     async def control_image(
@@ -94,9 +93,8 @@ class VisionWorker:
             sys.executable, "-I", str(program), str(_PACKAGE), str(memory), str(int(seconds) + 1), str(threads),
         ]  # fmt: skip
         self._seconds, self._idle_seconds = seconds, idle_seconds
-        self._queue = FairRequestQueue(
-            1, _WAITING_PER_CALLER, f"{_WAITING_PER_CALLER} pictures of yours are being looked at already."
-        )
+        # Without a bound per caller: who waits here was admitted already, and may have drawn its picture before.
+        self._turn = FairLimiter(1)
         self._process: _VisionProcess | None = None
         self._idle: asyncio.TimerHandle | None = None
         self._dying: set[asyncio.Task[None]] = set()
@@ -146,7 +144,7 @@ class VisionWorker:
             "height": pixels.shape[0],
             "width": pixels.shape[1],
         }
-        async with self._queue.hold(share):
+        async with self._turn.hold(share):
             try:
                 async with asyncio.timeout(self._seconds):
                     body, data = await self._answer(packed(asked, pixels.size), pixels)
