@@ -1,4 +1,4 @@
-"""HTTP: the native routes, the OpenAI and AUTOMATIC1111 dialects, middleware, OpenAPI and error responses."""
+"""HTTP: native routes, dialects of OpenAI, AUTOMATIC1111 and Replicate, middleware, OpenAPI, error responses."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from stable_diffusion_server.api.openapi.docs_page import docs_router
 from stable_diffusion_server.api.openapi.document import install_openapi
 from stable_diffusion_server.api.openapi.markdown import openapi_markdown
 from stable_diffusion_server.api.problems import install_exception_handlers, response_without_request
+from stable_diffusion_server.api.replicate.predictions import webhook_message
+from stable_diffusion_server.api.replicate.routes import replicate_router
 from stable_diffusion_server.api.routes.files import files_router
 from stable_diffusion_server.api.routes.generate import generate_router
 from stable_diffusion_server.api.routes.health import health_router
@@ -57,5 +59,7 @@ __all__ = [
     "openai_router",
     "openapi_markdown",
     "replay_router",
+    "replicate_router",
     "response_without_request",
+    "webhook_message",
 ]

@@ -18,8 +18,9 @@ _OTHER_ENDS = (
     "/audio/speech",
     "/audio/transcriptions",
 )
-# A path of this server's own API with the prefix of OpenAI's.
-_NATIVE = "/v1/replay"
+# Paths of this server's own API and of Replicate's with the prefix of OpenAI's.
+_NATIVE = ("/v1/replay", "/v1/predictions", "/v1/webhooks/", "/v1/files")
+_PREDICTIONS, _VERSIONS = "/predictions", "/versions/"
 # Below these, other parts of the server answer in their own format.
 _OTHER_DIALECTS = ("/sdapi/", "/internal/", "/controlnet/", "/adetailer/", "/ui/", "/files/", "/jobs/", "/history/")
 
@@ -27,10 +28,18 @@ _OTHER_DIALECTS = ("/sdapi/", "/internal/", "/controlnet/", "/adetailer/", "/ui/
 def is_openai_path(path: str) -> bool:
     """Return whether errors at a path have OpenAI's format: all of `/v1`, and paths that end like one of OpenAI's."""
     if path.startswith("/v1/"):
-        return not path.startswith(_NATIVE)
+        return not (path.startswith(_NATIVE) or is_model_of_replicate(path))
     if len(path) > _LONGEST or path.startswith(_OTHER_DIALECTS):
         return False
     return _plain(path).endswith((*_IMAGES, *_OTHER_ENDS, "/models"))
+
+
+def is_model_of_replicate(path: str) -> bool:
+    """Return whether a path below `/v1/models` is one of Replicate's: it makes a prediction, or reads a version."""
+    head, versions, last = path.rpartition(_VERSIONS)
+    return path.startswith("/v1/models/") and (
+        path.endswith(_PREDICTIONS) or bool(versions and head and "/" not in last)
+    )
 
 
 def openai_hint(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Images in OpenAI's requests: a file of a form, or in JSON an address, a data URL, base64, or an object with one."""
+"""Images in JSON and forms: a file of a form, an address, a data URL, base64, or an object with one."""
 
 from __future__ import annotations
 

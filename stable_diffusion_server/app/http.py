@@ -33,6 +33,7 @@ from stable_diffusion_server.api import (
     models_router,
     openai_router,
     replay_router,
+    replicate_router,
 )
 from stable_diffusion_server.app.key_callers import build_keyring, rate_of
 from stable_diffusion_server.app.model_manager import ModelManager
@@ -106,11 +107,13 @@ def add_routes(
     app.include_router(generate_router(dispatcher, options.limits, url_of, get_generates=settings.get_generates))
     dialects = replace(build_dialect_context(settings, options, models, expander), upscaler=upscaler)
     app.include_router(models_router(dialects, manager))
-    app.include_router(openai_router(service, dispatcher, dialects, url_of, decode))
-    previews = EncodedPreviews()
     followers = FollowerLimiter(
         settings.event_streams, settings.event_streams_per_caller, settings.event_streams_per_job
     )
+    secret = settings.webhook_secret.get_secret_value()
+    app.include_router(replicate_router(jobs, dialects, url_of, stores.base_of, followers, secret))
+    app.include_router(openai_router(service, dispatcher, dialects, url_of, decode))
+    previews = EncodedPreviews()
     app.include_router(automatic1111_router(service, dispatcher, dialects, url_of, previews, decode, manager))
     app.include_router(jobs_router(jobs, url_of, followers, previews))
     app.include_router(files_router(stores.bucket, stores.library, stores.signer, stores.folder))

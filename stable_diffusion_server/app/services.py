@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Self
 
-from stable_diffusion_server.api import job_body
+from stable_diffusion_server.api import job_body, webhook_message
 from stable_diffusion_server.app.detectors import Detectors
 from stable_diffusion_server.app.key_callers import callers_of_keys
 from stable_diffusion_server.app.model_state import ModelState
@@ -113,8 +113,11 @@ def build_jobs(
 ) -> JobManager:
     """Build the job manager for a generation service; opens and starts nothing."""
 
-    def describe(job: JobRecord) -> str:
-        return dumps(job_body(JobStatus.from_record(job), lambda key: stores.url_at(job.base_url, key)))
+    def describe(job: JobRecord) -> str | None:
+        def url(key: str) -> str:
+            return stores.url_at(job.base_url, key)
+
+        return webhook_message(job, url) if job.form else dumps(job_body(JobStatus.from_record(job), url))
 
     policy = JobPolicy(
         max_queued=settings.jobs_max_queued,

@@ -24,6 +24,7 @@ class JobStatus:
     """A job's status as its caller sees it. `position` counts the jobs ahead; times are seconds since the epoch.
 
     `loading` is the loaded part of the job's model in per cent while the model is being loaded, otherwise `None`.
+    `form` is what the dialect that accepted the job wrote down of it.
     """
 
     id: str
@@ -37,6 +38,7 @@ class JobStatus:
     steps: int = 0
     loading: int | None = None
     outcome: GenerationResult | StoredProblem | None = None
+    form: str = field(default="", repr=False)
 
     @classmethod
     def from_record(cls, record: JobRecord, progress: GenerationProgress = _NO_PROGRESS) -> JobStatus:
@@ -54,6 +56,7 @@ class JobStatus:
             steps=progress.steps,
             loading=None if ended or progress.loaded is None else round(100 * progress.loaded),
             outcome=record.outcome,
+            form=record.form,
         )
 
 

@@ -46,9 +46,9 @@ _HOUSEKEEPING_SECONDS, _KEEPALIVE_SECONDS, _HOUR = 60.0, 10.0, 3600.0
 class JobManager(IdempotencyClaims):
     """All jobs of this server. Not thread-safe: use it on one event loop.
 
-    `describe` renders a finished job as webhook message, `transport` sends it. `device_record` reports what ran on the
-    device when the previous process ended. `refresh_caller` updates the caller of a job accepted before a restart to
-    the rights of the current API keys.
+    `describe` renders an accepted or finished job as webhook message, `transport` sends it. `device_record` reports
+    what ran on the device when the previous process ended. `refresh_caller` updates the caller of a job accepted before
+    a restart to the rights of the current API keys.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class JobManager(IdempotencyClaims):
         service: GenerationService,
         store: SqliteJobStore,
         policy: JobPolicy,
-        describe: Callable[[JobRecord], str],
+        describe: Callable[[JobRecord], str | None],
         transport: WebhookTransport,
         device_record: DeviceRecord,
         refresh_caller: Callable[[Caller], Caller] = lambda caller: caller,
@@ -64,6 +64,7 @@ class JobManager(IdempotencyClaims):
         super().__init__(AsyncJobStore(store))
         self._refresh_caller = refresh_caller
         self._service = service
+        self._describe = describe
         self._transport = transport
         self._policy = policy
         self._device_record = device_record
@@ -126,8 +127,11 @@ class JobManager(IdempotencyClaims):
         base_url: str = "",
         job_id: str | None = None,
         claim: IdempotencyClaim | None = None,
+        form: str = "",
     ) -> JobStatus | RecordedResponse:
         """Accept a job, which is durable on return, or return the recorded response of its idempotency key.
+
+        `form` is what the dialect that accepts it reads again with its status.
 
         Raises `NotReady` during shutdown, `QueueFull` when too many jobs wait in total or for this caller,
         `JobStoreUnavailable`, `RequestInProgress` for a job id in use, and the service's errors for an invalid
@@ -142,17 +146,8 @@ class JobManager(IdempotencyClaims):
             await self._transport.check(request.webhook_url, caller.share)
         prepared, fetched = await self._service.prepare_for_storage(request, caller)
         payload = JobPayload(prepared, fetched)
-        now = time.time()
-        record = JobRecord(
-            id=self._full_id(job_id, caller),
-            caller=caller,
-            accepted_at=now,
-            deadline=None if request.timeout is None else now + request.timeout,
-            base_url=base_url,
-            webhook_url=request.webhook_url,
-            share=caller.share,
-            bytes=payload_bytes(payload),
-        )
+        full_id = self._full_id(job_id, caller)
+        record = JobRecord.of_request(full_id, caller, payload, payload_bytes(payload), base_url, form)
         # Shielded: a stored job must also reach the queue, even if the caller disconnects in between.
         return await asyncio.shield(asyncio.create_task(self._accept_durably(record, payload, claim)))
 
@@ -245,7 +240,8 @@ class JobManager(IdempotencyClaims):
             job = self._register(record.caller, record.id)
             job.record = record
             try:
-                before = await self._store.accept(record, payload, claim)
+                message = self._describe(record) if record.webhook_url is not None and record.form else None
+                before = await self._store.accept(record, payload, claim, message)
             except BaseException:
                 del self._active[record.id]
                 raise
@@ -255,6 +251,8 @@ class JobManager(IdempotencyClaims):
             # An ended synchronous request with the same id would hide this job.
             self._recent.pop(record.id, None)
             self._worker.enqueue(job)
+            if message is not None:
+                self._webhooks.wake()
             return job.status
 
     def _register(self, caller: Caller, job_id: str) -> JobHandle:

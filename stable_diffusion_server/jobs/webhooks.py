@@ -1,7 +1,8 @@
 """Webhook dispatcher: reports the end of each job, signed, with retries for about a day, also after a restart.
 
-Headers and signature follow Standard Webhooks (https://www.standardwebhooks.com): `webhook-id` is the job's id,
-`webhook-signature` is HMAC-SHA256 over `id.timestamp.body`. Delivery is at least once.
+Headers and signature follow Standard Webhooks (https://www.standardwebhooks.com): `webhook-id` is the job's id, with
+`.start` for a message about its start, which some dialects have. `webhook-signature` is HMAC-SHA256 over
+`id.timestamp.body`. Delivery is at least once.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class WebhookDispatcher:
         body, now = message.body.encode(), int(time.time())
         status = 0
         try:
-            headers = sign_webhook(message.job_id, now, body, self._secret)
+            headers = sign_webhook(message.id, now, body, self._secret)
             status = await self._transport.post(message.url, body, headers, message.share)
             why = f"it answered {status}"
         except ServerError as error:
@@ -139,11 +140,11 @@ class WebhookDispatcher:
         return lambda: self._store.postpone(message, due)
 
 
-def sign_webhook(job_id: str, timestamp: int, body: bytes, secret: str) -> dict[str, str]:
+def sign_webhook(message_id: str, timestamp: int, body: bytes, secret: str) -> dict[str, str]:
     """Return the headers of a message, signed if there is a secret. After the prefix `whsec_` a secret is base64."""
     headers = {
         "Content-Type": "application/json",
-        "webhook-id": job_id,
+        "webhook-id": message_id,
         "webhook-timestamp": str(timestamp),
     }
     if secret:
@@ -153,7 +154,7 @@ def sign_webhook(job_id: str, timestamp: int, body: bytes, secret: str) -> dict[
             if secret.startswith(prefix)
             else secret.encode()
         )
-        content = f"{job_id}.{timestamp}.".encode() + body
+        content = f"{message_id}.{timestamp}.".encode() + body
         digest = hmac.new(key, content, hashlib.sha256).digest()
         headers["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
     return headers

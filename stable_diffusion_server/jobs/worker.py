@@ -44,8 +44,8 @@ _STALL_SLACK_SECONDS = 30.0
 class JobWorker:
     """Runs up to `concurrency` jobs at a time. Not thread-safe: use it on one event loop.
 
-    `describe` renders a finished job as webhook message. The worker calls `on_ended` with each job whose end is stored.
-    Each job ends within `max_seconds`.
+    `describe` renders a finished job as webhook message, or `None` for no message. The worker calls `on_ended` with
+    each job whose end is stored. Each job ends within `max_seconds`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class JobWorker:
         service: GenerationService,
         store: AsyncJobStore,
         concurrency: int,
-        describe: Callable[[JobRecord], str],
+        describe: Callable[[JobRecord], str | None],
         on_ended: Callable[[JobHandle], None],
         max_seconds: float,
     ) -> None:

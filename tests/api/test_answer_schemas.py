@@ -111,6 +111,11 @@ def answers(running_app: RunningApp) -> Iterator[tuple[str, Any]]:
     picture = client.get(receipt.json()["path"]).content
     yield "ReplayResult", client.post("/v1/replay", files={"picture_file": ("a.png", picture, "image/png")}).json()
     yield "ImageRecord", client.get(f"/files/{receipt.json()['key']}?record=1").json()
+    making = {"input": _ASKED, "version": "sdxl", "webhook_events_filter": ["completed"]}
+    yield "Prediction", client.post("/v1/predictions", json=making, headers={"Prefer": "wait"}).json()
+    yield "Prediction", client.post("/v1/models/a/sdxl/predictions", json={"input": _ASKED}).json()
+    yield "PredictionList", client.get("/v1/predictions").json()
+    yield "Version", client.get("/v1/models/a/sdxl/versions/sdxl").json()
     yield "Health", client.get("/healthz").json()
     yield "Readiness", client.get("/readyz").json()
 

@@ -119,6 +119,7 @@ def test_liveness_has_the_names_of_other_servers(run_app: Callable[..., RunningA
 KEYED = [
     {"authorization": "Bearer right"},
     {"authorization": "bearer   right"},
+    {"authorization": "Token right"},
     {"authorization": "right"},
     {"authorization": "Basic dXNlcjpyaWdodA=="},
     {"x-api-key": "right"},
@@ -131,7 +132,7 @@ UNKEYED: list[dict[str, str]] = [
     {},
     {"api-key": "wrong"},
     {"authorization": "wrong"},
-    {"authorization": "Token right"},
+    {"authorization": "Hawk right"},
     {"authorization": "right right"},
     {"authorization": "Bearer wrong", "api-key": "right"},
     {"authorization": "wrong", "api-key": "right"},

@@ -262,6 +262,36 @@ def test_a_journal_that_is_only_out_of_reach_is_left_where_it_is(tmp_path: Path)
     held.close()
 
 
+def to_version_2(journal: sqlite3.Connection) -> None:
+    """Take from a journal what version 3 added: forms of dialects, and messages about a job's start."""
+    journal.execute("ALTER TABLE jobs DROP COLUMN form")
+    columns = "url TEXT NOT NULL, body TEXT NOT NULL, tries INTEGER NOT NULL DEFAULT 0, due REAL NOT NULL"
+    owner = "job_id TEXT NOT NULL PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE"
+    journal.execute(f"CREATE TABLE earlier ({owner}, {columns}) WITHOUT ROWID")
+    journal.execute("INSERT INTO earlier SELECT job_id, url, body, tries, due FROM messages")
+    journal.execute("DROP TABLE messages")
+    journal.execute("ALTER TABLE earlier RENAME TO messages")
+    journal.execute("PRAGMA user_version = 2")
+
+
+@pytest.mark.fault(158)
+def test_a_journal_of_the_second_version_is_taken_up(tmp_path: Path) -> None:
+    """Its jobs and messages are migrated, and a job can then have a message about its start."""
+    journal = kept(tmp_path / "journal.db")
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as earlier, earlier:
+        to_version_2(earlier)
+    journal.open()
+    assert {entry.id for entry in journal.unfinished()} == {"whole-1", "damaged", "whole-2", "job-1"}
+    entry = JobRecord("new", Caller(), time.time(), webhook_url="https://hook.example/", form="{}")
+    journal.accept(entry, WORK, None, "the start")
+    found = journal.find("new")
+    assert found is not None
+    assert found.form == "{}"
+    messages = {message.id: message.body for message in journal.due_messages(time.time() + 1, (9.0,))}
+    assert messages == {"ended": "the body", "new.start": "the start"}
+    journal.close()
+
+
 @pytest.mark.fault(158)
 def test_a_journal_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
     """Its jobs, files, keys and messages are migrated, with each caller's share."""
@@ -272,6 +302,7 @@ def test_a_journal_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
         for column in ("share", "bytes", "deaths", "kills"):
             base_url.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
         base_url.execute("ALTER TABLE claims DROP COLUMN share")
+        to_version_2(base_url)
         base_url.execute("PRAGMA user_version = 1")
     journal.open()
     assert [(entry.id, entry.share) for entry in journal.unfinished()] == [

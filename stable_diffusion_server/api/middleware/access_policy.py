@@ -34,7 +34,8 @@ _PAGES = ("/ui", "/ui/")
 _READY = "/readyz"
 # Cheap, and clients poll them: these need a key, but do not count against its rate limit.
 _CHEAP_PATHS = (
-    "/metrics /jobs /history /files /ui /v1/models /internal/progress /sdapi/v1/progress /sdapi/v1/interrupt "
+    "/metrics /jobs /history /files /ui /v1/models /v1/predictions /v1/webhooks "
+    "/internal/progress /sdapi/v1/progress /sdapi/v1/interrupt "
     "/sdapi/v1/sd-models /sdapi/v1/samplers /sdapi/v1/options /sdapi/v1/loras /sdapi/v1/png-info "
     "/sdapi/v1/skip /sdapi/v1/cmd-flags /sdapi/v1/upscalers /sdapi/v1/latent-upscale-modes /sdapi/v1/schedulers "
     "/sdapi/v1/sd-vae /sdapi/v1/sd-modules /sdapi/v1/hypernetworks /sdapi/v1/face-restorers "
@@ -45,6 +46,8 @@ _CHEAP_PATHS = (
     "/controlnet/version /controlnet/model_list /controlnet/module_list /controlnet/settings /controlnet/control_types "
     "/adetailer/v1/version /adetailer/v1/ad_model"
 ).split()
+# Ends of paths under a cheap one that generate when they are posted: Replicate's predictions.
+_PREDICTIONS = "/predictions"
 # Routes whose JSON bodies hold images in base64.
 _IMAGE_PATHS = (
     *("/v1/images/edits", "/v1/images/variations"),
@@ -152,7 +155,7 @@ class AccessPolicy:
         if _is_under(path, ("/ui",)) and path != _UPLOAD_PATH:
             return min(PAGE_BYTES, self.max_body_bytes)
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        pictures = media_type in JSON_TYPES and path.startswith(_IMAGE_PATHS)
+        pictures = media_type in JSON_TYPES and (path.startswith(_IMAGE_PATHS) or _predicts(path))
         pictures = pictures or (media_type == JSON_TYPES[0] and path in _CONTROL_PATHS)
         long = pictures or media_type == "multipart/form-data" or path == _UPLOAD_PATH
         return self.max_upload_bytes if long else self.max_body_bytes
@@ -178,7 +181,8 @@ class AccessPolicy:
         length, limit = headers.get("content-length", "0"), self.body_limit(path, headers)
         if length.isascii() and length.isdigit() and (len(length) > _LONGEST_LENGTH or int(length) > limit):
             raise TooLarge(f"A body may have {limit} bytes here.")
-        cheap = _is_under(path, _CHEAP_PATHS) and not (path == _UPLOAD_PATH and scope["method"] == "POST")
+        works = scope["method"] == "POST" and (path == _UPLOAD_PATH or _predicts(path))
+        cheap = _is_under(path, _CHEAP_PATHS) and not works
         return AdmittedRequest(admitted.caller) if cheap else admitted
 
     def _admit_client(self, scope: Scope, headers: Headers) -> AdmittedRequest:
@@ -280,6 +284,11 @@ def _host_name(host: str) -> str:
     """Return the name in a Host header or setting, in lower case, without port, brackets and final dot."""
     match = _HOST.fullmatch(host.strip())
     return (match["v6"] or match["name"]).lower().removesuffix(".") if match else ""
+
+
+def _predicts(path: str) -> bool:
+    """Return whether a request that is posted to a path makes a prediction."""
+    return path.startswith("/v1/") and path.endswith(_PREDICTIONS)
 
 
 def _is_under(path: str, roots: Collection[str]) -> bool:

@@ -16,7 +16,7 @@ from stable_diffusion_server.types import Caller
 
 # `api-key` is Azure's.
 _KEY_HEADERS = ("x-api-key", "api-key")
-_SCHEMES = ("basic", "bearer", "digest", "negotiate", "ntlm")
+_SCHEMES = ("basic", "bearer", "digest", "negotiate", "ntlm", "token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,8 @@ def holds_key(headers: Headers) -> bool:
 def _secret_of(headers: Headers) -> str:
     """Return the secret of a request: bearer token, password of HTTP Basic with any name, bare key, or a key header.
 
-    The Authorization header comes first, unless it holds no secret.
+    Replicate's earlier clients write `Token` for `Bearer`. The Authorization header comes first, unless it holds no
+    secret.
     """
     shown = _authorized(headers.get("authorization", "").strip())
     return shown or next((headers[name] for name in _KEY_HEADERS if headers.get(name)), "")
@@ -75,7 +76,7 @@ def _authorized(header: str) -> str:
     """Return the secret in an Authorization header; empty if there is none."""
     scheme, _, token = header.partition(" ")
     match scheme.lower():
-        case "bearer":
+        case "bearer" | "token":
             return token.strip()
         case "basic":
             try:

@@ -154,6 +154,7 @@ class JobStatusBody(JobStatus):
     __pydantic_config__: ClassVar[ConfigDict] = _ALL_REQUIRED
 
     outcome: SkipJsonSchema[None] = None
+    form: SkipJsonSchema[str] = ""
     receipt: Annotated[GenerationResultBody | None, Field(exclude_if=_is_none)] = None
     problem: Annotated[StoredProblemBody | None, Field(exclude_if=_is_none)] = None
 
@@ -270,7 +271,7 @@ def job_body(job: JobStatus, url: Callable[[str], str]) -> dict[str, object]:
     """Return a job as JSON, with its result (`receipt`) or its problem if it has one; `url` makes the URL of a key."""
     body = asdict(job)
     outcome = job.outcome
-    del body["outcome"]
+    del body["outcome"], body["form"]
     if isinstance(outcome, GenerationResult):
         body["receipt"] = result_body(outcome, url(outcome.key))
     elif outcome is not None:

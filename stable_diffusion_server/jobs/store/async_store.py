@@ -44,10 +44,14 @@ class AsyncJobStore:
         return self._store.bytes_on_disk()
 
     async def accept(
-        self, record: JobRecord, payload: JobPayload, claim: IdempotencyClaim | None = None
+        self,
+        record: JobRecord,
+        payload: JobPayload,
+        claim: IdempotencyClaim | None = None,
+        message: str | None = None,
     ) -> RecordedResponse | None:
         """See `SqliteJobStore.accept`."""
-        return await self._run(self._store.accept, record, payload, claim)
+        return await self._run(self._store.accept, record, payload, claim, message)
 
     async def begin_attempt(self, job_id: str) -> JobPayload:
         """See `SqliteJobStore.begin_attempt`."""

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from urllib.parse import urlsplit
 
-from stable_diffusion_server.jobs.store.records import OutboxMessage
+from stable_diffusion_server.jobs.store.records import JobRecord, OutboxMessage
 
 # Maximum number of due messages per query: for one receiver of a caller, and for one caller.
 _OF_RECEIVER, _OF_CALLER = 16, 256
 _DUE = f"""
 WITH due AS (
-  SELECT m.job_id, m.url, m.body, m.tries, m.due, j.share AS share,
+  SELECT m.job_id, m.url, m.body, m.tries, m.due, j.share AS share, m.event AS event,
     row_number() OVER (PARTITION BY j.share, receiver_of(m.url) ORDER BY m.due) AS of_receiver
   FROM messages m JOIN jobs j ON j.id = m.job_id
   WHERE m.due <= ?1 OR m.tries = 0 OR m.due > ?1 + longest_wait(m.tries)
@@ -22,7 +22,7 @@ WITH due AS (
   SELECT *, row_number() OVER (PARTITION BY share ORDER BY of_receiver, due) AS of_caller
   FROM due WHERE of_receiver <= {_OF_RECEIVER}
 )
-SELECT job_id, url, body, tries, due, share FROM turns WHERE of_caller <= {_OF_CALLER} ORDER BY of_caller
+SELECT job_id, url, body, tries, due, share, event FROM turns WHERE of_caller <= {_OF_CALLER} ORDER BY of_caller
 """  # noqa: S608  # numbers of this module
 
 
@@ -55,12 +55,24 @@ class OutboxStore(ABC):
     def postpone(self, message: OutboxMessage, due: float) -> None:
         """Count a failed try and set the time of the next try; `due`: seconds since the epoch."""
         with self._transaction() as cursor:
-            cursor.execute("UPDATE messages SET tries = tries + 1, due = ? WHERE job_id = ?", (due, message.job_id))
+            cursor.execute(
+                "UPDATE messages SET tries = tries + 1, due = ? WHERE job_id = ? AND event = ?",
+                (due, message.job_id, message.event),
+            )
 
     def delete_message(self, message: OutboxMessage) -> None:
         """Delete a message that was delivered or given up."""
         with self._transaction() as cursor:
-            cursor.execute("DELETE FROM messages WHERE job_id = ?", (message.job_id,))
+            cursor.execute("DELETE FROM messages WHERE job_id = ? AND event = ?", (message.job_id, message.event))
+
+
+def insert_message(cursor: sqlite3.Cursor, record: JobRecord, body: str | None, due: float, event: str = "") -> None:
+    """Insert a message about a job within the caller's transaction, unless `body` is `None`. `due`: as in the store."""
+    if body is not None:
+        cursor.execute(
+            "INSERT OR REPLACE INTO messages (job_id, event, url, body, due) VALUES (?, ?, ?, ?, ?)",
+            (record.id, event, record.webhook_url, body, due),
+        )
 
 
 def webhook_host(url: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Self
 
 from stable_diffusion_server.errors import ServerError, error_of_kind
 from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult
@@ -54,6 +56,7 @@ class JobRecord:
     server; `webhook_url` receives a message about the end. `outcome` is set once the job is done or has failed.
     `share` names the caller whose storage share the job uses, `bytes` is the size of its request and files. `crashes`
     counts the crashes of the process or its device while the job ran, `kills` the kills from outside, as far as known.
+    `form` is what the dialect that accepted the job wrote down of it, empty for native jobs.
     """
 
     id: str
@@ -70,6 +73,23 @@ class JobRecord:
     bytes: int = field(default=0, compare=False)
     crashes: int = 0
     kills: int = 0
+    form: str = ""
+
+    @classmethod
+    def of_request(cls, job_id: str, caller: Caller, payload: JobPayload, size: int, base_url: str, form: str) -> Self:
+        """Return the record of a job that is accepted now; `size` in bytes, without `form`."""
+        now, request = time.time(), payload.request
+        return cls(
+            id=job_id,
+            caller=caller,
+            accepted_at=now,
+            deadline=None if request.timeout is None else now + request.timeout,
+            base_url=base_url,
+            webhook_url=request.webhook_url,
+            share=caller.share,
+            bytes=size + len(form.encode()),
+            form=form,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +113,10 @@ class RecordedResponse:
 
 @dataclass(frozen=True, slots=True)
 class OutboxMessage:
-    """A webhook message about the end of a job. `tries` counts failed tries; `due` is the time of the next one.
+    """A webhook message about a job. `tries` counts failed tries; `due` is the time of the next one.
 
-    `share` names the caller, so that callers share the sending capacity fairly. `due` is in seconds since the epoch.
+    `event` is empty for the end of the job, otherwise the name of an earlier event. `share` names the caller, so that
+    callers share the sending capacity fairly. `due` is in seconds since the epoch.
     """
 
     job_id: str
@@ -104,6 +125,12 @@ class OutboxMessage:
     tries: int
     due: float
     share: str = ""
+    event: str = ""
+
+    @property
+    def id(self) -> str:
+        """Id of the message, by which its receiver recognizes a repeated delivery."""
+        return f"{self.job_id}.{self.event}" if self.event else self.job_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from stable_diffusion_server.files import is_blocked, quarantine
 
 _log = structlog.get_logger(__name__)
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _PAGE = 4096
 # Reserved for accepted jobs: storing their ends must succeed even when the store has no space for new jobs.
 _RESERVED_PAGES = 1024
-_SCHEMA = """
+_JOBS = """
 CREATE TABLE jobs (
   number INTEGER PRIMARY KEY,
   id TEXT NOT NULL UNIQUE,
@@ -33,7 +33,8 @@ CREATE TABLE jobs (
   share TEXT NOT NULL DEFAULT '',
   bytes INTEGER NOT NULL DEFAULT 0,
   deaths INTEGER NOT NULL DEFAULT 0,
-  kills INTEGER NOT NULL DEFAULT 0
+  kills INTEGER NOT NULL DEFAULT 0,
+  form TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX jobs_by_end ON jobs (ended_at);
 CREATE INDEX jobs_by_caller ON jobs (caller, number);
@@ -56,14 +57,19 @@ CREATE TABLE claims (
 ) WITHOUT ROWID;
 CREATE INDEX claims_by_job ON claims (job_id);
 CREATE INDEX claims_by_share ON claims (share, claimed_at);
+"""
+_MESSAGES = """
 CREATE TABLE messages (
-  job_id TEXT NOT NULL PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE,
+  job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+  event TEXT NOT NULL DEFAULT '',
   url TEXT NOT NULL,
   body TEXT NOT NULL,
   tries INTEGER NOT NULL DEFAULT 0,
-  due REAL NOT NULL
+  due REAL NOT NULL,
+  PRIMARY KEY (job_id, event)
 ) WITHOUT ROWID;
 """
+_SCHEMA = f"{_JOBS}{_MESSAGES}"
 
 
 # Migration from version 1, in which all anonymous callers had one share, regardless of their address.
@@ -80,6 +86,14 @@ UPDATE claims SET share = CASE caller WHEN '' THEN 'address ' ELSE 'key ' || cal
 CREATE INDEX jobs_by_share ON jobs (share, ended_at, bytes);
 CREATE INDEX claims_by_share ON claims (share, claimed_at);
 """
+# Migration from version 2, in which a job had one message, and no form of a dialect.
+_FROM_2 = f"""
+ALTER TABLE jobs ADD COLUMN form TEXT NOT NULL DEFAULT '';
+ALTER TABLE messages RENAME TO earlier_messages;
+{_MESSAGES}
+INSERT INTO messages (job_id, url, body, tries, due) SELECT job_id, url, body, tries, due FROM earlier_messages;
+DROP TABLE earlier_messages;
+"""  # noqa: S608  # texts of this module
 # Repairs of rows that other programs wrote or a disk damaged. Each repair is logged; a row that cannot be repaired is
 # deleted. `SqliteJobStore.open` checks unfinished jobs one by one.
 _REPAIRS = {
@@ -146,7 +160,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
     if not 0 <= version <= _SCHEMA_VERSION or (version == 0 and names) or (version and not ours <= names):
         raise ForeignSchema(f"tables that are not the journal's: {', '.join(sorted(names))[:200]}")
     # If the columns differ, the UPDATE raises an error of its own.
-    for statement in {0: _SCHEMA, 1: _FROM_1}.get(version, "").split(";"):
+    for statement in {0: _SCHEMA, 1: f"{_FROM_1};{_FROM_2}", 2: _FROM_2}.get(version, "").split(";"):
         connection.execute(statement)
     connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
     if version:

@@ -57,7 +57,7 @@ _RENAMED_KINDS = {"ends-the-server": "poison-job"}
 _log = structlog.get_logger(__name__)
 COLUMNS = (
     "id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base, webhook_url, outcome, share, bytes, "
-    "deaths, kills"
+    "deaths, kills, form"
 )
 _DAMAGED = StoredProblem.from_error(ServerError("What was written down of this job is damaged; ask again."))
 # Latest valid time in seconds since the epoch (year 5138).
@@ -177,8 +177,15 @@ def parse_job(row: tuple[Any, ...]) -> JobRecord:
     job_id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base_url, webhook_url, outcome, *more = (
         row
     )
-    share, size, crashes, kills = more
-    for name, text in (("id", job_id), ("caller", caller), ("prefix", prefix), ("base", base_url), ("share", share)):
+    share, size, crashes, kills, form = more
+    for name, text in (
+        ("id", job_id),
+        ("caller", caller),
+        ("prefix", prefix),
+        ("base", base_url),
+        ("share", share),
+        ("form", form),
+    ):
         _check(isinstance(text, str), name)
     _check(webhook_url is None or isinstance(webhook_url, str), "webhook_url")
     for name, moment in (("accepted_at", accepted_at), ("deadline", deadline), ("ended_at", ended_at)):
@@ -206,6 +213,7 @@ def parse_job(row: tuple[Any, ...]) -> JobRecord:
         bytes=size,
         crashes=crashes,
         kills=kills,
+        form=form,
     )
 
 
@@ -228,6 +236,7 @@ def parse_job_or_failed(row: tuple[Any, ...], now: float) -> JobRecord:
             ended_at=ended_at,
             outcome=_DAMAGED,
             share=share,
+            form=row[-1] if isinstance(row[-1], str) else "",
         )
 
 

@@ -16,7 +16,7 @@ from stable_diffusion_server.errors import JobStoreUnavailable, RequestInProgres
 from stable_diffusion_server.jobs.store import schema
 from stable_diffusion_server.jobs.store.claims import find_recorded_response, free_claim, insert_claim
 from stable_diffusion_server.jobs.store.eviction import evict_finished
-from stable_diffusion_server.jobs.store.outbox import OutboxStore
+from stable_diffusion_server.jobs.store.outbox import OutboxStore, insert_message
 from stable_diffusion_server.jobs.store.records import (
     IdempotencyClaim,
     JobPayload,
@@ -93,9 +93,15 @@ class SqliteJobStore(OutboxStore):
         return sum(file.stat().st_size for file in files if file.exists())
 
     def accept(
-        self, record: JobRecord, payload: JobPayload, claim: IdempotencyClaim | None = None
+        self,
+        record: JobRecord,
+        payload: JobPayload,
+        claim: IdempotencyClaim | None = None,
+        message: str | None = None,
     ) -> RecordedResponse | None:
         """Store a job with its files; if its idempotency key has a recorded response, only return that response.
+
+        `message` is the webhook message about its start.
 
         Raises `RequestInProgress` if a job with that id exists.
         """
@@ -118,6 +124,7 @@ class SqliteJobStore(OutboxStore):
                 "webhook_url": record.webhook_url,
                 "share": record.share,
                 "bytes": record.bytes,
+                "form": record.form,
             }
             cursor.execute(
                 f"INSERT INTO jobs ({', '.join(given)}) VALUES ({', '.join('?' * len(given))})",  # noqa: S608  # names of columns
@@ -127,6 +134,7 @@ class SqliteJobStore(OutboxStore):
             cursor.executemany("INSERT INTO files (job_id, parameter, data) VALUES (?, ?, ?)", rows)
             if claim is not None:
                 insert_claim(cursor, claim, record.accepted_at, record.id)
+            insert_message(cursor, record, message, record.accepted_at, "start")
             return None
 
         return self._insert_with_eviction(size, write)
@@ -161,11 +169,7 @@ class SqliteJobStore(OutboxStore):
         """Store the end of a job and its webhook message, and delete the job's files."""
         with self._transaction() as cursor:
             freed = _write_end(cursor, record)
-            if message is not None:
-                cursor.execute(
-                    "INSERT OR REPLACE INTO messages (job_id, url, body, due) VALUES (?, ?, ?, ?)",
-                    (record.id, record.webhook_url, message, record.ended_at),
-                )
+            insert_message(cursor, record, message, record.ended_at or 0.0)
         if freed:
             self._reclaim_disk_space()
 
@@ -306,8 +310,8 @@ def _translate_sqlite_errors(what: str) -> Iterator[None]:
 def _write_end(cursor: sqlite3.Cursor, record: JobRecord) -> int:
     """Store the end of a job and delete its files; return the number of deleted files."""
     cursor.execute(
-        "UPDATE jobs SET state = ?1, ended_at = ?2, outcome = ?3, bytes = length(written) + coalesce(length(?3), 0) "
-        "WHERE id = ?4",
+        "UPDATE jobs SET state = ?1, ended_at = ?2, outcome = ?3, "
+        "bytes = length(written) + length(form) + coalesce(length(?3), 0) WHERE id = ?4",
         (record.state, record.ended_at, dump_outcome(record.outcome), record.id),
     )
     return cursor.execute("DELETE FROM files WHERE job_id = ?", (record.id,)).rowcount
