@@ -12,12 +12,14 @@ from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines import (
     MODELS,
     REAL_MODELS,
+    ControlNetFolder,
     EmbeddingFolder,
     ImagePromptFolder,
     LoraFolder,
     ModelSpec,
     ModelTable,
     OwnedModels,
+    WeightDigests,
     choose_models,
     find_owned_models,
 )
@@ -132,8 +134,10 @@ def check_model_names(settings: Settings, names: Collection[str]) -> None:
 def folders_of(settings: Settings) -> dict[str, Any]:
     """Return what requests may name beside models, as `ModelState` takes it. Reads no file yet."""
     kept = (settings.data_dir / f"image-prompt-{name}.json" for name in ("files", "digests"))
+    digests = WeightDigests(settings.data_dir / "controlnets.json")
     return {
         "loras": LoraFolder(settings.lora_dir, settings.max_lora_bytes),
         "embeddings": EmbeddingFolder(settings.embeddings_dir),
         "image_prompts": ImagePromptFolder(settings.models_dir, *kept),
+        "controlnets": ControlNetFolder(settings.models_dir, digests, settings.data_dir / "control-files.json"),
     }

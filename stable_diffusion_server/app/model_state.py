@@ -18,6 +18,7 @@ from stable_diffusion_server.pipelines import (
     CLIP_L,
     MODELS,
     REAL_MODELS,
+    ControlNetFolder,
     Embedding,
     EmbeddingFolder,
     EmbeddingList,
@@ -53,8 +54,8 @@ class ModelState:
     `facts` holds the specs of the configured models (`asked`); loading replaces them by specs with the revision of the
     files. `unusable` maps models that could not be loaded to the reason. `fault` is the reason if no model can be
     loaded, `default_model` is for requests that name no model, `progress` returns the state of a download as a text,
-    `loras`, `embeddings` and `image_prompts` are the folders of those, `most_references` is MAX_REFERENCES, `notes` are
-    remarks on the files in MODELS_DIR. `revisions` remembers what loading decided.
+    `loras`, `embeddings`, `image_prompts`, `controlnets` are the folders of those, `most_references` is MAX_REFERENCES,
+    `notes` are remarks on the files in MODELS_DIR. `revisions` remembers what loading decided.
     """
 
     facts: ModelTable[ModelSpec]
@@ -67,6 +68,7 @@ class ModelState:
     loras: LoraFolder = field(default_factory=lambda: LoraFolder(None))
     embeddings: EmbeddingFolder = field(default_factory=lambda: EmbeddingFolder(None))
     image_prompts: ImagePromptFolder = field(default_factory=ImagePromptFolder)
+    controlnets: ControlNetFolder | None = None
     most_references: int = 4
     notes: tuple[str, ...] = ()
     revisions: KnownRevisions | None = None
@@ -215,10 +217,7 @@ class ModelState:
         return self.loras.available({facts.denoiser_part for facts in self.facts.values()})
 
     def clip_widths(self, name: str) -> Mapping[str, int]:
-        """Return the widths of a model's CLIPs: of one that is not loaded, those of its family; empty without a CLIP.
-
-        They are those that the vectors of an embedding must have.
-        """
+        """Return the widths that vectors of an embedding need, by CLIP; of a model not loaded those of its family."""
         info = next((model for model in getattr(self.models, "loaded", ()) if model.name == name), None)
         if info is not None:
             return dict(getattr(info, "clip_widths", {}))

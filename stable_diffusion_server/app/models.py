@@ -16,6 +16,7 @@ from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.app.warmup import warm_up
 from stable_diffusion_server.engine import Denoiser, Engine
 from stable_diffusion_server.generation import (
+    NO_CONTROLNETS,
     DecodedPixels,
     GenerationOptions,
     PromptExpander,
@@ -58,6 +59,7 @@ def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
         loras=loaded.loras,
         embeddings=loaded.embeddings,
         image_prompts=loaded.image_prompts,
+        controlnets=loaded.controlnets,
         controlnet_lora=settings.controlnet_lora,
         dfloat11=settings.df11_model_path,
         offload=settings.offload,
@@ -168,6 +170,7 @@ def generation_options(settings: Settings, loaded: ModelState, stores: StorageSt
         unusable=MappingProxyType(loaded.unusable),
         stop_words=stop_words,
         embeddings=loaded.embeddings,
+        controlnets=loaded.controlnets or NO_CONTROLNETS,
     )
 
 

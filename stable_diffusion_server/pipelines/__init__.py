@@ -1,7 +1,7 @@
 """Diffusion: loads models and generates images. The only package that imports torch.
 
-This face imports no torch: it exports the catalogue, the model library, the folders of LoRAs, embeddings and image
-prompt files, and the hub client. `registry` loads the rest.
+This face imports no torch: it exports the catalogue, the model library, the folders of LoRAs, embeddings, image
+prompt files and ControlNets, and the hub client. `registry` loads the rest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from stable_diffusion_server.pipelines.catalog import (
     with_quantization,
     without_identity,
 )
+from stable_diffusion_server.pipelines.conditioning.controlnet_folder import ControlNetFacts, ControlNetFolder
 from stable_diffusion_server.pipelines.conditioning.embedding_files import CLIP_G, CLIP_L, Embedding
 from stable_diffusion_server.pipelines.conditioning.embedding_folder import EmbeddingFolder, EmbeddingList
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
@@ -90,6 +91,8 @@ __all__ = [
     "SCHEDULES",
     "TRUE_GUIDANCE",
     "UPSCALER_TILES",
+    "ControlNetFacts",
+    "ControlNetFolder",
     "Embedding",
     "EmbeddingFolder",
     "EmbeddingList",

@@ -106,7 +106,7 @@ class PipelineState(Generic[C]):
     segments: tuple[DenoisingSegment, ...]
     conditioning: C
     inpaint: InpaintConstraint | None = None
-    control: ControlNetInput | None = None
+    controls: tuple[ControlNetInput, ...] = ()
     index: int = 0
     segment_start: int = 0
     passes: int = 0
@@ -167,7 +167,7 @@ class PipelineState(Generic[C]):
         """
         self.segments, self.segment_start, self.passes = self.segments[1:], self.index, 0
         if self.segments[0].conditioning is not None:
-            self.conditioning, self.control = self.segments[0].conditioning, None
+            self.conditioning, self.controls = self.segments[0].conditioning, ()
             return
         if self.inpaint is not None:
             self.inpaint = replace(self.inpaint, latents=self.latents)

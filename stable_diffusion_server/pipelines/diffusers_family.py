@@ -19,10 +19,12 @@ from stable_diffusion_server.pipelines.base import (
     decode,
     translate_torch_errors,
 )
+from stable_diffusion_server.pipelines.conditioning.controlnet_folder import ControlNetFolder
 from stable_diffusion_server.pipelines.conditioning.embedding_folder import EmbeddingFolder
 from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.conditioning.prompt_embeddings import EmbeddingReader, clips_of
+from stable_diffusion_server.pipelines.controlnet_cache import ControlNetCache
 from stable_diffusion_server.pipelines.enlarged_latents import kept_latents
 from stable_diffusion_server.pipelines.family import Family, LoadedFamily, LoadedModelInfo
 from stable_diffusion_server.pipelines.latent_preview import LatentPreviewer
@@ -48,6 +50,7 @@ class DiffusersFamily(Family):
     """
 
     embeddings = EmbeddingReader({}, None)
+    _controlnet_folder: ControlNetFolder | None = None
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class DiffusersFamily(Family):
         family = cls(placed.pipeline, placed.spec, placed.controlnet, placed.loras, prompt_cache, placed.tiling)
         family.offer_embeddings(options.embeddings)
         family.offer_image_prompts(options.image_prompts)
+        family.offer_controlnets(options.controlnets)
         resident = placed.placement.residency is Residency.RESIDENT
         return LoadedFamily(
             family=family,
@@ -94,6 +98,18 @@ class DiffusersFamily(Family):
     def offer_embeddings(self, folder: EmbeddingFolder | None) -> None:
         """Let prompts name the embeddings of a folder, if the model reads them. Call it before the first request."""
         self.embeddings = EmbeddingReader(clips_of(self.pipeline) if self.spec.weighs_prompts else {}, folder)
+
+    def offer_controlnets(self, folder: ControlNetFolder | None) -> None:
+        """Let requests name the ControlNets of a folder. Call it before the first request."""
+        self._controlnet_folder = folder
+
+    @functools.cached_property
+    def controlnets(self) -> ControlNetCache:
+        """The ControlNets that requests named."""
+        return ControlNetCache(self._controlnet_folder, self.spec, self.pipeline, self.device, self._adapt)
+
+    def _adapt(self, network: Any) -> None:
+        """Fit a ControlNet to the pipeline."""
 
     def offer_image_prompts(self, folder: ImagePromptFolder) -> None:
         """Let requests name what reads image prompts, if the model draws by them. Call it before the first request."""

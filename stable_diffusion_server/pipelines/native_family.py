@@ -112,7 +112,7 @@ class NativeFamily(DiffusersFamily, Generic[C]):
         latents: torch.Tensor | None = None,
         lengths: tuple[object, ...] = (),
         inpaint: InpaintConstraint | None = None,
-        control: ControlNetInput | None = None,
+        controls: Sequence[ControlNetInput] = (),
     ) -> PipelineState[C]:
         """The state that starts with the segment `first`, from its noise or from `latents`.
 
@@ -126,7 +126,7 @@ class NativeFamily(DiffusersFamily, Generic[C]):
             segments=segments,
             conditioning=conditioning,
             inpaint=inpaint,
-            control=control,
+            controls=tuple(controls),
             loras=loras,
         )
 

@@ -24,9 +24,15 @@ from stable_diffusion_server.pipelines.base import (
 )
 from stable_diffusion_server.pipelines.catalog import scheduler_of
 from stable_diffusion_server.pipelines.conditioning.clip_prompts import ClipEncoder
-from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput, check_grid, unet_residuals
+from stable_diffusion_server.pipelines.conditioning.controlnet import (
+    ControlNetInput,
+    check_grid,
+    row_controls,
+    unet_residuals,
+)
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras
 from stable_diffusion_server.pipelines.conditioning.prompt_reader import StepPrompts, read_prompts
+from stable_diffusion_server.pipelines.controlnet_cache import named_controls
 from stable_diffusion_server.pipelines.image_prompts import ImagePromptReader
 from stable_diffusion_server.pipelines.loading.image_prompt_folder import ImagePromptFolder
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import (
@@ -44,7 +50,7 @@ from stable_diffusion_server.pipelines.unet_inputs import (
     scaled_latents,
     vae_statistics,
 )
-from stable_diffusion_server.types import DiffusionRequest
+from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
 
 class UnetFamily(NativeFamily[UnetConditioning]):
@@ -93,7 +99,7 @@ class UnetFamily(NativeFamily[UnetConditioning]):
 
     def _state_of(self, request: DiffusionRequest, skipped: int, loras: ActiveLoras) -> PipelineState[UnetConditioning]:
         pipe = self.pipeline
-        control = self._control(request)
+        controls = self._controls(request)
         conditioning = self._encode(request, loras)
         dtype = conditioning.embeds.dtype
         generator = seeded(request.seed)
@@ -110,7 +116,7 @@ class UnetFamily(NativeFamily[UnetConditioning]):
             torch.randn(latents.shape, generator=generator, dtype=pipe.vae.dtype)
         lengths = (conditioning.embeds.shape[1],)
         state = self._state(
-            request, loras, conditioning, first, latents=latents, lengths=lengths, inpaint=inpaint, control=control
+            request, loras, conditioning, first, latents=latents, lengths=lengths, inpaint=inpaint, controls=controls
         )
         state.warnings, state.images = conditioning.warnings, self._read_images(request, conditioning)
         return state
@@ -136,8 +142,10 @@ class UnetFamily(NativeFamily[UnetConditioning]):
                 name: torch.cat([c.added[name] for c in conditionings]) for name in conditionings[0].added
             },
         }
-        controls = [state.control for state, n in zip(states, rows, strict=True) for _ in range(n)]
-        residuals = unet_residuals(self.controlnet, inputs, controls)
+        controls = [
+            units for state, n in zip(states, rows, strict=True) for units in row_controls(state, n, positive=n - 1)
+        ]
+        residuals = unet_residuals(inputs, controls)
         images = attended_by_row(map(_images_now, states), rows) if unet is self.pipeline.unet else []
         with self.loras.applied_by_row([state.loras for state in states], rows), attending(images):
             predicted: torch.Tensor = unet(**inputs, **residuals, return_dict=False)[0]
@@ -221,11 +229,22 @@ class UnetFamily(NativeFamily[UnetConditioning]):
             return segment.noise * segment.scheduler.init_noise_sigma, inpaint
         return segment.add_noise(original, 0), inpaint
 
-    def _control(self, request: DiffusionRequest) -> ControlNetInput | None:
-        if request.control is None:
-            return None
-        hint = to_tensor(request.control, self.device).to(self.controlnet.dtype)
-        return ControlNetInput(hint, request.control_scale)
+    def _controls(self, request: DiffusionRequest) -> list[ControlNetInput]:
+        """The request's edges for the model's own ControlNet, then its control units."""
+        inputs = []
+        if request.control is not None:
+            hint = self._hint(self.controlnet, request.control, None).to(self.controlnet.dtype)
+            inputs.append(ControlNetInput(self.controlnet, hint, request.control_scale))
+        scale = self.pipeline.vae_scale_factor
+        return [*inputs, *named_controls(request.controls, self.controlnets, self._hint, self.device, scale)]
+
+    def _hint(self, network: Any, image: ImageArray, mask: ImageArray | None) -> torch.Tensor:
+        """Pixels in 0..1; what is repainted is marked as the networks were trained: -1, and black for unions."""
+        hint = to_tensor(image, self.device)
+        if mask is None:
+            return hint
+        hidden = to_tensor(mask, self.device)[:, :1] >= 0.5
+        return torch.where(hidden, 0.0 if "num_control_type" in network.config else -1.0, hint)
 
 
 def _images_now(state: PipelineState[UnetConditioning]) -> list[ReadImage]:

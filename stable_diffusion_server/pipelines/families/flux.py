@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,13 @@ from stable_diffusion_server.pipelines.base import (
     seeded,
     to_tensor,
 )
-from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput, transformer_residuals
+from stable_diffusion_server.pipelines.conditioning.controlnet import (
+    ControlNetInput,
+    row_controls,
+    transformer_residuals,
+)
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
+from stable_diffusion_server.pipelines.controlnet_cache import named_controls
 from stable_diffusion_server.pipelines.flux_inputs import (
     as_reference,
     image_and_mask,
@@ -74,7 +80,7 @@ class Flux(NativeFamily[Conditioning]):
         conditioning = self._encode(request, loras)
         dtype = conditioning.embeds.dtype
         generator = seeded(request.seed)
-        control = self._control(request, generator)
+        controls = self._controls(request, generator)
         original = None
         if request.starts_from_image:
             original = self._packed(self._scaled(self._original(request, generator))).to(dtype)
@@ -95,7 +101,7 @@ class Flux(NativeFamily[Conditioning]):
             latents=None if original is None else first.add_noise(original, 0),
             lengths=(conditioning.embeds.shape[1],),
             inpaint=inpaint,
-            control=control,
+            controls=controls,
         )
 
     def _predicted(self, states: Sequence[PipelineState[Conditioning]]) -> Sequence[torch.Tensor]:
@@ -113,10 +119,19 @@ class Flux(NativeFamily[Conditioning]):
             "txt_ids": conditionings[0].text_ids,
             "img_ids": conditionings[0].image_ids,
         }
-        controls = [state.control for state, n in zip(states, rows, strict=True) for _ in range(n)]
+        controls = [
+            units for state, n in zip(states, rows, strict=True) for units in row_controls(state, n, positive=n - 1)
+        ]
         # The prompt is the last row of each state, and its edges are those of the negative prompt too.
         sources = [end - 1 for end, n in zip(itertools.accumulate(rows), rows, strict=True) for _ in range(n)]
-        residuals = transformer_residuals(self.controlnet, inputs, guidance, controls, sources)
+        residuals = transformer_residuals(
+            inputs,
+            guidance,
+            controls,
+            sources,
+            blocks=(len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)),
+            grid=self._grid(states[0].request),
+        )
         guided = guidance if transformer.config.guidance_embeds else None
         with self.loras.applied_by_row([state.loras for state in states], rows):
             predicted = transformer(**inputs, **residuals, guidance=guided, return_dict=False)[0]
@@ -203,15 +218,26 @@ class Flux(NativeFamily[Conditioning]):
         pixels = self._packed(pixels_as_channels(hidden, self.pipeline.vae_scale_factor)).to(dtype)
         return torch.cat([latents, pixels], dim=-1)
 
-    def _control(self, request: DiffusionRequest, generator: torch.Generator) -> ControlNetInput | None:
-        """The edges as the ControlNet takes them: packed latents, or pixels in -1..1."""
-        if request.control is None:
-            return None
-        if self.controlnet.input_hint_block is None:
-            hint = self._latents_of(request.control, generator)
-        else:
-            hint = 2 * to_tensor(request.control, self.device) - 1
-        return ControlNetInput(hint.to(self.controlnet.dtype), request.control_scale)
+    def _controls(self, request: DiffusionRequest, generator: torch.Generator) -> list[ControlNetInput]:
+        """The request's edges for the model's own ControlNet, then its control units; draws from `generator`."""
+
+        def hint_of(network: Any, image: ImageArray, mask: ImageArray | None) -> torch.Tensor:
+            """Packed latents, or pixels in -1..1 where the network has a hint block of its own."""
+            if network.input_hint_block is None:
+                return self._latents_of(image, generator)
+            return 2 * to_tensor(image, self.device) - 1
+
+        inputs = []
+        if request.control is not None:
+            hint = hint_of(self.controlnet, request.control, None).to(self.controlnet.dtype)
+            inputs.append(ControlNetInput(self.controlnet, hint, request.control_scale))
+        scale = self.pipeline.vae_scale_factor
+        return [*inputs, *named_controls(request.controls, self.controlnets, hint_of, self.device, scale)]
+
+    def _grid(self, request: DiffusionRequest) -> tuple[int, int]:
+        """Height and width of a request's patches."""
+        height, width = self._size(request)
+        return height // 2, width // 2
 
     def _latents_of(self, image: ImageArray, generator: torch.Generator) -> torch.Tensor:
         """The packed latents of an image, scaled as the transformer takes them."""

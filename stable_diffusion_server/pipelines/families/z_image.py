@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
@@ -17,13 +18,14 @@ from stable_diffusion_server.pipelines.base import (
     seeded,
     to_tensor,
 )
-from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput, layer_residuals
+from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput, layer_residuals, row_controls
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
+from stable_diffusion_server.pipelines.controlnet_cache import named_controls
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import chat_counter
 from stable_diffusion_server.pipelines.native_family import NativeFamily
 from stable_diffusion_server.pipelines.starting_noise import starting_noise
 from stable_diffusion_server.pipelines.stock.position_tables import check_size
-from stable_diffusion_server.types import DiffusionRequest
+from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,12 @@ class ZImage(NativeFamily[Conditioning]):
     _mixes_loras = False  # its embedders take the patches of all rows as one row
 
     def _adapt_controlnet(self) -> None:
-        if self.controlnet is not None:  # it has no embedders of its own
-            type(self.controlnet).from_transformer(self.controlnet, self.pipeline.transformer)
+        if self.controlnet is not None:
+            self._adapt(self.controlnet)
+
+    def _adapt(self, network: Any) -> None:
+        """Give a ControlNet, which has no embedders of its own, those of the model."""
+        type(network).from_transformer(network, self.pipeline.transformer)
 
     @functools.cached_property
     def _count(self) -> Callable[[str], int]:
@@ -61,8 +67,9 @@ class ZImage(NativeFamily[Conditioning]):
         check_size(self.pipeline, request.width, request.height)
         conditioning = self._encode(request, loras)
         generator = seeded(request.seed)
-        control = self._control(request)
-        original, inpaint, dtype, shown = None, None, torch.float32, self._shows_mask(request)
+        controls = self._controls(request)
+        original, inpaint, dtype = None, None, torch.float32
+        shown = request.mask is not None and any(self._shows_mask(control.network) for control in controls)
         if request.starts_from_image:
             # Pictures from text start in fp32, and so does what is repainted by the ControlNet.
             dtype = dtype if shown else conditioning.captions[0].dtype
@@ -73,7 +80,7 @@ class ZImage(NativeFamily[Conditioning]):
             mask = latent_mask(request.mask, original, soft=request.soft)
             inpaint = InpaintConstraint(mask, original, request.soft)
         start = None if original is None else first.add_noise(original, 0)
-        return self._state(request, loras, conditioning, first, latents=start, inpaint=inpaint, control=control)
+        return self._state(request, loras, conditioning, first, latents=start, inpaint=inpaint, controls=controls)
 
     def _predicted(self, states: Sequence[PipelineState[Conditioning]]) -> Sequence[torch.Tensor]:
         """Captions are padded to the longest. Noise levels are counted from 0, all noise, to 1."""
@@ -83,9 +90,11 @@ class ZImage(NativeFamily[Conditioning]):
         pictures = [state.latents[0].to(transformer.dtype).unsqueeze(1) for state in by_row]
         captions = [caption for state in states for caption in state.conditioning.captions]
         levels = (1000 - torch.stack([state.timestep for state in by_row])) / 1000
-        controls = [state.control for state in by_row]
+        controls = [
+            units for state, count in zip(states, rows, strict=True) for units in row_controls(state, count, positive=0)
+        ]
         with self.loras.applied(states[0].loras):
-            residuals = layer_residuals(self.controlnet, pictures, levels, captions, controls)
+            residuals = layer_residuals(pictures, levels, captions, controls)
             predicted = iter(transformer(pictures, levels, captions, return_dict=False, **residuals)[0])
         found = []
         for state, count in zip(states, rows, strict=True):
@@ -95,32 +104,38 @@ class ZImage(NativeFamily[Conditioning]):
             found.append(-velocity.squeeze(1)[None])
         return found
 
-    def _control(self, request: DiffusionRequest) -> ControlNetInput | None:
-        """The edges as the ControlNet takes them: latents, then what is kept in inpainting, otherwise zeros."""
-        if request.control is None:
-            return None
-        hint = self._scaled(self._encoded(to_tensor(request.control, self.device), None))
-        if request.image is not None and request.mask is not None and self._shows_mask(request):
+    def _controls(self, request: DiffusionRequest) -> list[ControlNetInput]:
+        """The request's edges for the model's own ControlNet, then its control units."""
+
+        def hint_of(network: Any, image: ImageArray, mask: ImageArray | None) -> torch.Tensor:
+            return self._hint(network, image, request)
+
+        inputs = []
+        if request.control is not None:
+            hint = hint_of(self.controlnet, request.control, None)
+            inputs.append(ControlNetInput(self.controlnet, hint, request.control_scale))
+        scale = self.pipeline.vae_scale_factor
+        return [*inputs, *named_controls(request.controls, self.controlnets, hint_of, self.device, scale)]
+
+    def _hint(self, network: Any, image: ImageArray, request: DiffusionRequest) -> torch.Tensor:
+        """A control image as a ControlNet takes it: latents, then what is kept in inpainting, otherwise zeros."""
+        hint = self._scaled(self._encoded(to_tensor(image, self.device), None))
+        if request.image is not None and request.mask is not None and self._shows_mask(network):
             hidden = (to_tensor(request.mask, self.device)[:, :1] >= 0.5).float()
             # Grey where the image is hidden.
             visible = to_tensor(request.image, self.device) * (1 - hidden) + 0.5 * hidden
             kept = self._scaled(self._encoded(visible, None))
             hint = torch.cat([hint, 1 - latent_mask(request.mask, hint), kept], dim=1)
-        hint = hint.to(self.controlnet.dtype).unsqueeze(2)
-        lacking = self.controlnet.config.control_in_dim - hint.shape[1]
-        hint = torch.cat([hint, hint.new_zeros(1, lacking, *hint.shape[2:])], dim=1) if lacking else hint
-        return ControlNetInput(hint, request.control_scale)
+        hint = hint.to(network.dtype).unsqueeze(2)
+        lacking = network.config.control_in_dim - hint.shape[1]
+        return torch.cat([hint, hint.new_zeros(1, lacking, *hint.shape[2:])], dim=1) if lacking else hint
 
-    def _shows_mask(self, request: DiffusionRequest) -> bool:
-        """Whether what is repainted and what is kept is an input of the ControlNet, as it is from version 2.0 on.
+    def _shows_mask(self, network: Any) -> bool:
+        """Whether what is repainted and what is kept is an input of a ControlNet, as it is from version 2.0 on.
 
         As in the stock pipeline nothing else keeps it while steps are taken.
         """
-        wide = (
-            self.controlnet is not None
-            and self.controlnet.config.control_in_dim > self.pipeline.transformer.in_channels
-        )
-        return wide and request.control is not None and request.mask is not None
+        return bool(network.config.control_in_dim > self.pipeline.transformer.in_channels)
 
     def _vae_latents(self, state: PipelineState[Conditioning], latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from stable_diffusion_server.pipelines.loading.added_parts import load_added, wi
 from stable_diffusion_server.pipelines.loading.blocks_pipeline import blocks_pipeline
 from stable_diffusion_server.pipelines.loading.compatibility import check_pipeline
 from stable_diffusion_server.pipelines.loading.complete_networks import class_of, empty_network, load_complete
-from stable_diffusion_server.pipelines.loading.controlnet_file import controlnet_of_file
+from stable_diffusion_server.pipelines.loading.controlnet_file import class_of_file, controlnet_of_file
 from stable_diffusion_server.pipelines.loading.footprint import dtype_of
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.model_files import (
@@ -137,17 +137,27 @@ def load_controlnet(
     if folder is None or spec.control_folder is None:
         return None
     with translate_load_errors(spec.control_folder, folder):
-        if folder.is_file():
-            network = controlnet_of_file(folder, spec.control_class, dtype_of(spec, device))
-            return network.to(device) if move else network
-        found = read_json(folder / "config.json").get("_class_name")
-        if found != spec.control_class:
-            raise ModelLoadError(f"{spec.control_folder} holds a {found}, and a {spec.control_class} is needed.")
-        variant = check_part(folder, DIFFUSERS, CONTROL_VARIANT).variant
-        control_class = getattr(diffusers, spec.control_class)
-        network = load_complete(control_class, folder, spec.control_folder, dtype_of(spec, device), variant)
-    network.requires_grad_(False)
+        network = control_network(spec.control_folder, folder, (spec.control_class,), dtype_of(spec, device))
     return network.to(device) if move else network
+
+
+def control_network(name: str, place: Path, classes: Sequence[str], dtype: torch.dtype) -> Any:
+    """The ControlNet of one of these diffusers classes in a file or folder, on the CPU.
+
+    Raises `ModelLoadError` for one of another class, `WeightFileError` for files that do not fit together, and the
+    libraries' errors.
+    """
+    if place.is_file():
+        found = class_of_file(place) if len(classes) > 1 else classes[0]
+        network = controlnet_of_file(place, found, dtype)
+    else:
+        found = str(read_json(place / "config.json").get("_class_name"))
+        if found not in classes:
+            raise ModelLoadError(f"{name} holds a {found[:100]}, and a {' or '.join(classes)} is needed.")
+        variant = check_part(place, DIFFUSERS, CONTROL_VARIANT).variant
+        network = load_complete(getattr(diffusers, found), place, name, dtype, variant)
+    network.requires_grad_(False)
+    return network
 
 
 def empty_pipeline(

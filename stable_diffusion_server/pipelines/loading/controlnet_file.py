@@ -29,11 +29,32 @@ from stable_diffusion_server.pipelines.loading.weight_files import SAFETENSORS, 
 _PREFIX = "control_model."
 _CLASSES = {
     "ControlNetModel": diffusers.ControlNetModel,
+    "ControlNetUnionModel": diffusers.ControlNetUnionModel,
     "FluxControlNetModel": diffusers.FluxControlNetModel,
 }
+# Classes of files by their family, and whether they are unions.
+_CLASS_OF = {
+    ("sd15", False): "ControlNetModel",
+    ("sdxl", False): "ControlNetModel",
+    ("sdxl", True): "ControlNetUnionModel",
+    ("flux", False): "FluxControlNetModel",
+    ("flux", True): "FluxControlNetModel",
+}
+# Variants that are loaded; `xlabs` has names of its own, which diffusers converts nowhere.
+_VARIANTS = ("", "union")
 # SDXL's size and crop, which diffusers' own conversion leaves out.
 _ADDED = {f"label_emb.0.{old}.": f"add_embedding.linear_{new}." for old, new in ((0, 1), (2, 2))}
+_MODES = "controlnet_mode_embedder.weight"
 _HINT, _COND = "input_hint_block", "controlnet_cond_embedding"
+
+
+def class_of_file(file: Path) -> str:
+    """The diffusers class of the ControlNet in a file. Raises `ModelLoadError` for a file that holds none."""
+    identity = identify(file)
+    found = _CLASS_OF.get((identity.family, identity.variant == "union"))
+    if identity.kind is not Kind.CONTROLNET or identity.reason or found is None:
+        raise ModelLoadError(f"{shown(file)} {identity.reason or 'is not a ControlNet that is read from one file'}.")
+    return found
 
 
 def controlnet_of_file(file: Path, control_class: str, dtype: torch.dtype, *, meta: bool = False) -> Any:
@@ -47,6 +68,8 @@ def controlnet_of_file(file: Path, control_class: str, dtype: torch.dtype, *, me
     shapes = shapes_of(tensors)
     if control_class == "FluxControlNetModel":
         config = _flux_config(shapes)
+    elif control_class == "ControlNetUnionModel":
+        config = _union_config(shapes, identity)
     elif identity.layout == "original":
         config = _config(shapes, identity.family)
         tensors = _names(tensors, config)
@@ -66,13 +89,13 @@ def _identified(file: Path, control_class: str) -> FileIdentity:
     identity = identify(file)
     if identity.kind is not Kind.CONTROLNET or identity.reason:
         raise ModelLoadError(f"{name} {identity.reason or f'holds a {identity.kind}, and no ControlNet'}.")
-    families = {"ControlNetModel": ("sd15", "sdxl"), "FluxControlNetModel": ("flux",)}.get(control_class)
-    if families is None:
+    if control_class not in _CLASSES:
         raise ModelLoadError(
             f"{name} is a file, and a {control_class} is read from a diffusers folder, since the file does not say "
             f"which layers its blocks belong to."
         )
-    if identity.family not in families or identity.variant:
+    known = identity.variant in _VARIANTS
+    if not known or _CLASS_OF.get((identity.family, identity.variant == "union")) != control_class:
         what = " ".join(part for part in (identity.variant, *identity.families) if part)
         raise ModelLoadError(f"{name} is a ControlNet of the kind {what}, and a {control_class} is needed.")
     return identity
@@ -107,6 +130,22 @@ def _diffusers_config(shapes: Shapes, family: str) -> dict[str, Any]:
     )
 
 
+def _union_config(shapes: Shapes, identity: FileIdentity) -> dict[str, Any]:
+    """As the files of xinsir's ControlNet++ are, whose names are diffusers'; heads are not in the file."""
+    if identity.layout != "diffusers":
+        raise WeightFileError("a union with the original names is not read; take the diffusers file")
+    kinds, channels = (side_of(shapes, "task_embedding", axis) for axis in (0, 1))
+    return {
+        **_diffusers_config(shapes, identity.family),
+        "num_control_type": kinds,
+        "num_trans_channel": channels,
+        "num_trans_layer": count(shapes, r"transformer_layes\.(\d+)\."),
+        "num_proj_channel": side_of(shapes, "spatial_ch_projs.weight", 0),
+        # The kinds' embeddings come after the projection of each of them.
+        "projection_class_embeddings_input_dim": side_of(shapes, "add_embedding.linear_1.weight", 1),
+    }
+
+
 def _flux_config(shapes: Shapes) -> dict[str, Any]:
     hint = "input_hint_block.conv_out.weight"
     base = base_configs("flux")["denoiser"]
@@ -115,6 +154,7 @@ def _flux_config(shapes: Shapes) -> dict[str, Any]:
         **transformer_sizes(shapes),
         "in_channels": side_of(shapes, "x_embedder.weight", 1),
         "conditioning_embedding_channels": side_of(shapes, hint, 0) if hint in shapes else None,
+        "num_mode": side_of(shapes, _MODES, 0) if _MODES in shapes else None,
     }
     return _known(config, diffusers.FluxControlNetModel)
 

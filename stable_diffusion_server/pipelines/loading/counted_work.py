@@ -97,10 +97,10 @@ def _count_unet(model: CountedModel, name: str, side: int) -> int:
     }
 
     def step() -> object:
-        guided = CONTROL in model.parts and name in DENOISERS
-        guide = [ControlNetInput(model.empty(name, 1, 3, side, side), 1.0) if guided else None]
-        network = model.plain(CONTROL) if guided else None
-        return unet(**inputs, **unet_residuals(network, inputs, guide), return_dict=False)
+        guide = []
+        if CONTROL in model.parts and name in DENOISERS:
+            guide.append(ControlNetInput(model.plain(CONTROL), model.empty(name, 1, 3, side, side), 1.0))
+        return unet(**inputs, **unet_residuals(inputs, [guide]), return_dict=False)
 
     return peak_bytes(step)
 
@@ -120,15 +120,15 @@ def _count_transformer(model: CountedModel, name: str, side: int) -> int:
     guidance = torch.empty(1, device=META)
 
     def step() -> object:
-        network, guide = None, None
+        guide = []
         if CONTROL in model.parts:
             network = model.plain(CONTROL)
             pixels = network.input_hint_block is not None
             hint = (1, 3, side, side) if pixels else (1, patches, network.config.in_channels)
-            guide = ControlNetInput(model.empty(name, *hint), 1.0)
+            guide.append(ControlNetInput(network, model.empty(name, *hint), 1.0))
         return transformer(
             **inputs,
-            **transformer_residuals(network, inputs, guidance, [guide]),
+            **transformer_residuals(inputs, guidance, [guide]),
             guidance=guidance if config.guidance_embeds else None,
             return_dict=False,
         )
@@ -166,11 +166,11 @@ def _count_z_image(model: CountedModel, name: str, side: int) -> int:
 
     def step() -> object:
         pictures, levels = [model.empty(name, transformer.config.in_channels, 1, latents, latents)], torch.empty(1)
-        guide = None
+        guide = []
         if network is not None:
             hint = model.empty(name, 1, network.config.control_in_dim, 1, latents, latents)
-            guide = ControlNetInput(hint, 1.0)
-        residuals = layer_residuals(network, pictures, levels.to(META), [caption], [guide])
+            guide.append(ControlNetInput(network, hint, 1.0))
+        residuals = layer_residuals(pictures, levels.to(META), [caption], [guide])
         return transformer(pictures, levels.to(META), [caption], return_dict=False, **residuals)
 
     return peak_bytes(step)

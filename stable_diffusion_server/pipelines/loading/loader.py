@@ -16,6 +16,7 @@ from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraph
 from stable_diffusion_server.pipelines.acceleration.onednn import linear
 from stable_diffusion_server.pipelines.catalog import MODELS, with_quantization, with_weights
 from stable_diffusion_server.pipelines.conditioning.controlnet import check_grid
+from stable_diffusion_server.pipelines.conditioning.controlnet_folder import ControlNetFolder
 from stable_diffusion_server.pipelines.conditioning.embedding_folder import EmbeddingFolder
 from stable_diffusion_server.pipelines.conditioning.lora import LoraManager, add_to_controlnet
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
@@ -61,7 +62,7 @@ class LoadOptions:
 
     `digests` identify weights, and `cpu_dtypes` chooses the dtype on a CPU. With `mapped`, weights stay memory-mapped,
     those of 16 bits also where fp32 is computed. `lora_dir`, or the shared `loras`, holds the LoRAs that requests may
-    name, `embeddings` what their prompts may name, `image_prompts` what reads their image prompts. `controlnet_lora` is
+    name, `embeddings` and `controlnets` what else, `image_prompts` what reads their image prompts. `controlnet_lora` is
     added to the ControlNet and `dfloat11` are compressed weights, for models that take them. `offload` and `quantize`
     override what free memory decides; `performance` names the optimizations of resident, unquantized weights.
     `attention_slicing`, `vae_slicing` and `vae_tiling` save memory and change images slightly. Each model caches up to
@@ -84,6 +85,7 @@ class LoadOptions:
     loras: LoraFolder | None = None
     embeddings: EmbeddingFolder | None = None
     image_prompts: ImagePromptFolder = field(default_factory=ImagePromptFolder)
+    controlnets: ControlNetFolder | None = None
     controlnet_lora: str = ""
     dfloat11: str = ""
     offload: Offload = "auto"

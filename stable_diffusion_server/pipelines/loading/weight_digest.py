@@ -31,7 +31,7 @@ def ignore_progress(share: float) -> None:
 class WeightDigests:
     """SHA-256 of files, cached in `file` by device, inode, size and times, so that a restart reads none again.
 
-    Every write updates a file's ctime, which programs cannot set. Not thread-safe.
+    Every write updates a file's ctime, which programs cannot set. `of` and `of_file` are for one thread at a time.
     """
 
     def __init__(self, file: Path | None = None, clock: Callable[[], float] = time.time) -> None:
@@ -65,7 +65,7 @@ class WeightDigests:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def remembered(self, files: Mapping[str, Path]) -> str | None:
-        """The same digest if it is cached for every file."""
+        """The same digest if it is cached for every file. Thread-safe."""
         try:
             known = all(self._remembered(_facts_of(file)) is not None for file in files.values())
         except ModelLoadError:
