@@ -92,6 +92,8 @@ def build_service(
     expander: PromptExpander,
 ) -> GenerationService:
     """Build the generation service; opens and starts nothing."""
+    if stores.credentials.signer is not None:
+        stores.credentials.signer.sandbox = readers.decoder.handle_credentials
     return GenerationService(
         stores.bucket,
         engine,

@@ -142,7 +142,7 @@ class OutputWriter:
     async def write_image(self, resolved: ResolvedOutput, made: ComposedImage, caller: Caller) -> StoredOutput:
         """Store an image under the resolved key. Raises the errors of `write`."""
         started = time.perf_counter()
-        data = await self._encode(resolved, made)
+        data = await self._encode(resolved, made, caller.share)
         record = {**made.record(len(data)), **self._ownership.owner_record(caller)}
         encoded = time.perf_counter()
         stored, created = await self._store(resolved, data, record, caller)
@@ -151,21 +151,22 @@ class OutputWriter:
         timings = {"encode": encoded - started, "store": time.perf_counter() - encoded}
         return StoredOutput(stored, created, data, timings)
 
-    async def _encode(self, resolved: ResolvedOutput, made: ComposedImage) -> bytes:
+    async def _encode(self, resolved: ResolvedOutput, made: ComposedImage, share: str) -> bytes:
         embedded = {"full": made.metadata, "digest": {"digest": resolved.content_digest}}.get(self._embed)
         xmp = "" if self._embed == "none" else made.xmp
 
-        signer = self._signer
+        signer, inputs = self._signer, [part.file for part in made.authorship.inputs]
+        manifest = credentials_manifest(made.authorship, with_prompt=self._embed == "full")
 
         def encode() -> bytes:
             file = encode_image(made.compose(), resolved.file_format, resolved.quality, embedded, xmp)
-            if signer is None:
-                return file
-            manifest = credentials_manifest(made.authorship, with_prompt=self._embed == "full")
-            return signer.sign(file, resolved.file_format, manifest)
+            return file if signer is None or inputs else signer.sign(file, resolved.file_format, manifest)
 
         lossless = resolved.file_format is not Format.JPEG and resolved.quality == 100
-        return await self._encoders.encode(made.size[0] * made.size[1] * 3, encode, lossless=lossless)
+        file = await self._encoders.encode(made.size[0] * made.size[1] * 3, encode, lossless=lossless)
+        if signer is None or not inputs:
+            return file
+        return await signer.sign_edited(file, resolved.file_format, manifest, inputs, share)
 
     async def _store(
         self, resolved: ResolvedOutput, data: bytes, record: Mapping[str, str], caller: Caller

@@ -198,3 +198,58 @@ def test_replicas_share_a_certificate_by_setting(run_app: Callable[..., RunningA
     (file,) = stored_files(running_app)
     assert read_credentials(file)[0] == "Valid"
     assert not (tmp_path / "data" / "content-credentials.pem").exists()
+
+
+def edit_image(app: RunningApp, file: bytes, name: str) -> bytes:
+    """The stored file of an edit of a file."""
+    data = {"prompt": "a red square", "canny": "false", "save_path": name}
+    media_type = "image/webp" if file[:4] == b"RIFF" else "image/png" if file[:4] == b"\x89PNG" else "image/jpeg"
+    files = {"image_file": ("a", file, media_type)}
+    answer = app.client.post("/style_transfer_and_upload_image", data=data, files=files)
+    assert answer.status_code == 200, answer.text
+    return app.client.get(answer.json()["path"]).content
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_an_edit_of_an_edit_keeps_the_credentials_of_both(running_app: RunningApp, file_format: str) -> None:
+    """Three manifests in a chain: created, edited, edited again; the reader follows it, in every format."""
+    answer = running_app.draw(prompt="a red square", save_path=f"first.{file_format}", format=file_format)
+    first = running_app.client.get(answer.json()["path"]).content
+    third = edit_image(running_app, edit_image(running_app, first, f"b.{file_format}"), f"c.{file_format}")
+    state, store = _credentials_as(third, f"image/{file_format}")
+    assert state == "Valid"
+    manifest, chain = store["manifests"][store["active_manifest"]], []
+    while True:
+        chain.append(actions_of(manifest)[-1]["action"])
+        if not manifest.get("ingredients"):
+            break
+        (parent,) = manifest["ingredients"]
+        assert not [
+            code["code"]
+            for code in parent["validation_results"]["activeManifest"]["failure"]
+            if code["code"] != "signingCredential.untrusted"
+        ]
+        manifest = store["manifests"][parent["active_manifest"]]
+    assert chain == ["c2pa.edited", "c2pa.edited", "c2pa.created"]
+    assert len(store["manifests"]) == 3
+
+
+def test_an_input_without_credentials_is_an_ingredient_all_the_same(running_app: RunningApp) -> None:
+    """It has no manifest of its own."""
+    store = _credentials_as(edit_image(running_app, file_of(disc()), "a.png"), "image/png")[1]
+    manifest = store["manifests"][store["active_manifest"]]
+    (parent,) = manifest["ingredients"]
+    assert parent["relationship"] == "parentOf"
+    assert parent["format"] == "image/png"
+    assert "active_manifest" not in parent
+
+
+def test_a_tampered_input_is_told_from_an_intact_one(running_app: RunningApp) -> None:
+    """Its ingredient says that its credentials do not fit its content."""
+    running_app.draw(prompt="a red square", save_path="first.jpeg", format="jpeg")
+    tampered = bytearray(*stored_files(running_app))
+    tampered[-40] ^= 1
+    _, store = _credentials_as(edit_image(running_app, bytes(tampered), "b.png"), "image/png")
+    (parent,) = store["manifests"][store["active_manifest"]]["ingredients"]
+    codes = [code["code"] for code in parent["validation_results"]["activeManifest"]["failure"]]
+    assert "assertion.dataHash.mismatch" in codes

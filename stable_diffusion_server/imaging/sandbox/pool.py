@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,8 @@ _POLL_INTERVAL = 0.005
 _REAP_SECONDS = 1.0
 # Added to twice the time limit of an image before the pool counts as stalled.
 _STALL_MARGIN = 5.0
+# Signed files are larger by their ingredients' credentials, of 1 MB each, which are in the request too.
+_MAX_GROWTH = 2**20
 
 
 class DecoderPool:
@@ -85,10 +88,35 @@ class DecoderPool:
         """
         if len(data) > self._max_bytes:
             raise TooLarge(f"{field} is larger than {self._max_bytes} bytes.", field=field)
+        kind = worker_program.SHOW_TRANSPARENCY if transparency else worker_program.DECODE
+        width, height, pixels = await self._run(kind, data, field, share)
+        return pixels.reshape(height, width, 3)
+
+    async def handle_credentials(
+        self,
+        head: Mapping[str, object],
+        files: Sequence[bytes],
+        field: str,
+        *,
+        sign: Callable[[bytes], bytes] | None = None,
+        share: str = "",
+    ) -> bytes:
+        """Sign the first of the files, the others being its ingredients, or without `sign` read its credentials.
+
+        `head` and the answer are those of `credentials.sign` and `credentials.inspect`. Raises as `decode` does.
+        """
+        text = json.dumps({**head, "sizes": [len(file) for file in files]}).encode()
+        data = b"".join((worker_program.SIGNATURE.pack(len(text)), text, *files))
+        kind = worker_program.READ_CREDENTIALS if sign is None else worker_program.SIGN_CREDENTIALS
+        return (await self._run(kind, data, field, share, sign))[2].tobytes()
+
+    async def _run(
+        self, kind: int, data: bytes, field: str, share: str, sign: Callable[[bytes], bytes] | None = None
+    ) -> tuple[int, int, NDArray[np.uint8]]:
         with self._monitor.track():
             try:
                 async with self._limiter.hold(share):
-                    return await self._decode(data, field, transparency)
+                    return await self._decode(kind, data, field, sign)
             except BaseException:
                 if self._dying:  # the limiter is released already; give the killed process time to end
                     await asyncio.wait(self._dying, timeout=_REAP_SECONDS)
@@ -110,15 +138,17 @@ class DecoderPool:
         if self._dying:
             await asyncio.wait(self._dying, timeout=_KILL_SECONDS)
 
-    async def _decode(self, data: bytes, field: str, transparency: bool) -> NDArray[np.uint8]:
-        """Decode in one process, or in a second one if the first had died while it was idle."""
+    async def _decode(
+        self, kind: int, data: bytes, field: str, sign: Callable[[bytes], bytes] | None
+    ) -> tuple[int, int, NDArray[np.uint8]]:
+        """Use one process, or a second one if the first had died while it was idle."""
         try:
             async with asyncio.timeout(self._seconds):
                 while True:
                     worker = self._idle.pop() if self._idle else await self._start()
                     is_new = worker.images == 0
                     try:
-                        verdict, width, height, pixels = await self._ask(worker, data, transparency)
+                        verdict, width, height, pixels = await self._ask(worker, kind, data, sign)
                         break
                     except _Died as death:
                         # An idle process may have died before; only for a new one the image must be the cause.
@@ -127,18 +157,19 @@ class DecoderPool:
                             raise InvalidInput(f"{field} could not be decoded.", field=field) from death
         except TimeoutError as error:
             raise InvalidInput(f"{field} took too long to decode.", field=field) from error
-        if verdict != worker_program.PIXELS:
+        expected = worker_program.PIXELS if kind < worker_program.SIGN_CREDENTIALS else worker_program.RESULT
+        if verdict != expected:
             raise self._refusal(verdict, width, height, field)
-        return pixels.reshape(height, width, 3)
+        return width, height, pixels
 
     async def _ask(
-        self, worker: _WorkerProcess, data: bytes, transparency: bool
+        self, worker: _WorkerProcess, kind: int, data: bytes, sign: Callable[[bytes], bytes] | None
     ) -> tuple[bytes, int, int, NDArray[np.uint8]]:
         """The answer of a process, which becomes idle again only if it answered completely."""
         self._busy.add(worker)
         answered = False
         try:
-            answer = await worker.ask(data, transparency, self._fits)
+            answer = await worker.ask(kind, data, self._fits, sign)
             answered = True
             return answer
         finally:
@@ -227,25 +258,39 @@ class _WorkerProcess:
         return self._process.pid
 
     async def ask(
-        self, data: bytes, transparency: bool, fits: Callable[[int, int], bool]
+        self, kind: int, data: bytes, fits: Callable[[int, int], bool], sign: Callable[[bytes], bytes] | None
     ) -> tuple[bytes, int, int, NDArray[np.uint8]]:
-        """Send a file; return verdict, width, height and pixels. Raises `_Died`.
+        """Send a file; return verdict, width, height and pixels or result. Signs once if asked. Raises `_Died`.
 
         After any exception, including cancellation, the process must not be reused. A process that a malicious image
         controls may answer anything, so a size over the limits is rejected.
         """
         loop = asyncio.get_running_loop()
         try:
-            await loop.sock_sendall(self._socket, worker_program.REQUEST.pack(len(data), transparency))
+            await loop.sock_sendall(self._socket, worker_program.REQUEST.pack(len(data), kind))
             await loop.sock_sendall(self._socket, data)
-            verdict, width, height = worker_program.ANSWER.unpack((await self._read(worker_program.ANSWER.size)).data)
-            if verdict == worker_program.PIXELS and not fits(width, height):
-                raise _Died
-            pixels = await self._read(width * height * 3 if verdict == worker_program.PIXELS else 0)
+            verdict, width, height, answer = await self._read_answer(len(data) + _MAX_GROWTH, fits)
+            if verdict == worker_program.TO_SIGN and sign is not None:
+                signature = await asyncio.to_thread(sign, answer.tobytes())
+                await loop.sock_sendall(self._socket, worker_program.SIGNATURE.pack(len(signature)) + signature)
+                verdict, width, height, answer = await self._read_answer(len(data) + _MAX_GROWTH, fits)
         except OSError as error:
             raise _Died from error
         self.images += 1
-        return verdict, width, height, pixels
+        return verdict, width, height, answer
+
+    async def _read_answer(
+        self, most: int, fits: Callable[[int, int], bool]
+    ) -> tuple[bytes, int, int, NDArray[np.uint8]]:
+        verdict, width, height = worker_program.ANSWER.unpack((await self._read(worker_program.ANSWER.size)).data)
+        size = {worker_program.PIXELS: width * height * 3}.get(verdict, 0)
+        if verdict in (worker_program.RESULT, worker_program.TO_SIGN):
+            size = width
+        if (size > most and verdict != worker_program.PIXELS) or (
+            verdict == worker_program.PIXELS and not fits(width, height)
+        ):
+            raise _Died
+        return verdict, width, height, await self._read(size)
 
     def kill(self) -> None:
         """Kill the process and close the socket, without waiting."""
