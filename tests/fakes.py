@@ -164,7 +164,7 @@ class FakeImageDenoiser(FakeDenoiser):
             mixed = np.where(job.mask.pixels[..., None] > 0, colour, job.image.pixels)
         if job.control is not None:
             mixed = np.where(job.control.pixels > 0, 255, mixed)
-        return FakePixels(np.rint(mixed).astype(np.uint8))
+        return FakePixels(np.rint(mixed).astype(np.uint8), latents=fine.latents)
 
 
 def bumpy_pixels(width: int, height: int, ends: float) -> NDArray[np.uint8]:

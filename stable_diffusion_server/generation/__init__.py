@@ -5,6 +5,7 @@ from __future__ import annotations
 from stable_diffusion_server.generation.control_units import NO_CONTROLNETS, ControlNetwork, ControlNetworks
 from stable_diffusion_server.generation.executor import SubmissionContext
 from stable_diffusion_server.generation.expansion import STYLES_MAX, PromptExpander, image_seed
+from stable_diffusion_server.generation.hires_choices import latent_resize
 from stable_diffusion_server.generation.interfaces import NO_UPSCALER, ChosenUpscaler, DecodeImage, ImageUpscaler
 from stable_diffusion_server.generation.library import ImageLibrary
 from stable_diffusion_server.generation.limits import (
@@ -82,6 +83,7 @@ __all__ = [
     "extension_fields",
     "extension_of",
     "image_seed",
+    "latent_resize",
     "load_stop_words",
     "not_permitted",
     "parse_int",

@@ -23,7 +23,10 @@ from stable_diffusion_server.types import NOISE_SEEDS, GenerationRequest, digest
 
 # Maximum styles of a request.
 STYLES_MAX = 16
-_FIELDS = ("prompt", "negative_prompt", "prompt_2")
+_FIELDS = ("prompt", "negative_prompt", "prompt_2", "hires_prompt", "hires_negative_prompt")
+# Prompts of a second pass, by the names of both APIs: styles are put around those that are there.
+_SECOND = {"hires_prompt": "prompt", "hr_prompt": "prompt"}
+_SECOND |= {"hires_negative_prompt": "negative_prompt", "hr_negative_prompt": "negative_prompt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ class PromptExpander:
             prompt=after["prompt"],
             negative_prompt=after.get("negative_prompt"),
             prompt_2=after.get("prompt_2"),
+            hires_prompt=after.get("hires_prompt"),
+            hires_negative_prompt=after.get("hires_negative_prompt"),
             seed=seed,
             styles=(),
             wildcards=False,
@@ -89,7 +94,9 @@ class PromptExpander:
             raise InvalidInput(f"{unknown[:100]!r} is not a style here.", field="styles")
         result = dict(texts)
         for style in map(there.__getitem__, names):
-            for parameter, text in (("prompt", style.prompt), ("negative_prompt", style.negative_prompt)):
+            own = {"prompt": style.prompt, "negative_prompt": style.negative_prompt}
+            own |= {name: own[like] for name, like in _SECOND.items() if name in texts}
+            for parameter, text in own.items():
                 before = result.get(parameter, "")
                 if text or before:
                     try:

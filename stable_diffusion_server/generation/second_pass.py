@@ -103,7 +103,9 @@ async def draw_passes(
     image, coalesced = await executor.generate(first, context, progress)
     started, drawn = time.perf_counter(), image.product
     size, latents = second_size(resolved.request, layout.width, layout.height), None
-    if resolved.second.latents is not None and drawn.latents is not None:
+    if resolved.second.latents is not None:
+        if drawn.latents is None:
+            raise ValueError("the first pass kept no latents")
         pixels, latents = None, LatentArray(drawn.latents, resolved.second.latents)
     else:
         pixels = await asyncio.to_thread(layout.compose_output, drawn.pixels)

@@ -34,7 +34,13 @@ from stable_diffusion_server.imaging.formats import (
     media_type_of,
     media_types,
 )
-from stable_diffusion_server.imaging.infotext import SAMPLER_NAMES, SCHEDULE_NAMES, parameters_text, parse_parameters
+from stable_diffusion_server.imaging.infotext import (
+    LATENT_UPSCALERS,
+    SAMPLER_NAMES,
+    SCHEDULE_NAMES,
+    parameters_text,
+    parse_parameters,
+)
 from stable_diffusion_server.imaging.masks import binarize_mask, feather_mask, paste_back, to_mask
 from stable_diffusion_server.imaging.metadata import (
     DigitalSourceType,
@@ -58,6 +64,7 @@ from stable_diffusion_server.imaging.upscaling import Resampling, blend, crop_to
 __all__ = [
     "ALIGNMENT",
     "DEFAULT_FORMATS",
+    "LATENT_UPSCALERS",
     "NO_PREPROCESSOR",
     "OPTIONAL_FORMATS",
     "PREPROCESSORS",

@@ -43,6 +43,15 @@ SCHEDULE_NAMES: Mapping[str, str] = {
     "ddim_uniform": "DDIM",
     "ays": "Align Your Steps",
 }
+# Its names of ways to enlarge latents, by ours.
+LATENT_UPSCALERS: Mapping[str, str] = {
+    "latent": "Latent",
+    "latent-antialiased": "Latent (antialiased)",
+    "latent-bicubic": "Latent (bicubic)",
+    "latent-bicubic-antialiased": "Latent (bicubic antialiased)",
+    "latent-nearest": "Latent (nearest)",
+    "latent-nearest-exact": "Latent (nearest-exact)",
+}
 # Further options of a sampler, by AUTOMATIC1111's names.
 _OPTION_NAMES: Mapping[str, str] = {
     "eta": "Eta",
@@ -68,7 +77,7 @@ def parameters_text(record: Mapping[str, object]) -> str:
     """Return the record as AUTOMATIC1111 writes it: prompt with its LoRAs, negative prompt, and a line of parameters.
 
     `record` has the fields of a `DiffusionRequest`; `hires` in it has `from` (the size of the first pass), `to`,
-    `steps` and `strength`.
+    `steps` and `strength`, and what the second pass has of its own.
     """
     prompt = " ".join(
         [str(record.get("prompt", "")), *_lora_tags(record.get("loras"), record.get("lora_parts"))]
@@ -138,7 +147,22 @@ def _hires_pairs(hires: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     else:
         yield "Hires resize", f"{wide}x{high}"
     yield "Hires steps", hires.get("steps")
-    yield "Hires upscaler", "Lanczos"
+    upscaler, scheduler, schedule = (hires.get(name) for name in ("upscaler", "scheduler", "schedule"))
+    yield "Hires upscaler", "Lanczos" if upscaler is None else LATENT_UPSCALERS.get(str(upscaler), upscaler)
+    own = {
+        "Hires sampler": None if scheduler is None else SAMPLER_NAMES.get(str(scheduler), scheduler),
+        "Hires schedule type": None if schedule is None else SCHEDULE_NAMES.get(str(schedule), "Automatic"),
+        "Hires CFG Scale": hires.get("guidance_scale"),
+        "Hires prompt": _hires_prompt(hires),
+        "Hires negative prompt": hires.get("negative_prompt") or None,
+    }
+    yield from ((name, value) for name, value in own.items() if value is not None)
+
+
+def _hires_prompt(hires: Mapping[str, Any]) -> str | None:
+    """Return the prompt of the second pass with its LoRAs; `None` if it has none of its own."""
+    prompt = hires.get("prompt")
+    return None if prompt is None else " ".join([str(prompt), *_lora_tags(hires.get("loras"), None)]).strip()
 
 
 def _sampling_of(pairs: object) -> Mapping[str, object]:

@@ -24,9 +24,9 @@ from stable_diffusion_server.pipelines import MODELS
 
 EMPTY = (
     *("sd-vae", "sd-modules", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles"),
-    *("latent-upscale-modes", "extensions", "lycos", "artists", "artist-categories"),
+    *("extensions", "lycos", "artists", "artist-categories"),
 )
-LISTS = [*EMPTY, "upscalers", "schedulers", "script-info"]
+LISTS = [*EMPTY, "upscalers", "latent-upscale-modes", "schedulers", "script-info"]
 OBJECTS = {"embeddings": {"loaded", "skipped"}, "scripts": {"txt2img", "img2img"}, "memory": {"ram", "cuda"}}
 ORDERS = "refresh-checkpoints refresh-vae refresh-loras refresh-embeddings unload-checkpoint reload-checkpoint".split()
 STOPPING = ["server-kill", "server-restart", "server-stop"]

@@ -347,8 +347,8 @@ def test_hires_fix_draws_a_second_pass_at_the_asked_size(
 ) -> None:
     """The first image, enlarged, is the input of the second pass; both are in `info`, and the infotext repeats them."""
     body, info = asked(
-        running, enable_hr=True, denoising_strength=0.5, hr_second_pass_steps=6, hr_upscaler="Latent", seed=5, steps=4,
-        **change,
+        running, enable_hr=True, denoising_strength=0.5, hr_second_pass_steps=6, seed=5, steps=4,
+        hr_upscaler="R-ESRGAN 4x+", **change,
     )  # fmt: skip
     assert image_of(body).size == size
     first, second = running.squares.finished
@@ -358,7 +358,8 @@ def test_hires_fix_draws_a_second_pass_at_the_asked_size(
     assert sentence in info["infotexts"][0]
     assert "Denoising strength: 0.5" in info["infotexts"][0]
     assert info["extra_generation_params"]["Hires steps"] == "6"
-    assert "Latent is replaced by Lanczos" in said(info)
+    assert "'R-ESRGAN 4x+' is not an upscaler here" in said(info)
+    assert "Lanczos enlarges the image" in said(info)
     again = json.loads(running.client.post(TXT2IMG, json={"infotext": info["infotexts"][0]}).json()["info"])
     assert again["keys"] == info["keys"]
 

@@ -142,6 +142,13 @@ def _facts(generation: GenerationRequest, result: GenerationResult | None, spec:
         "to": [generation.hires_width, generation.hires_height],
         "steps": generation.hires_steps,
         "strength": generation.hires_strength,
+        "upscaler": generation.hires_upscaler,
+        "scheduler": generation.hires_scheduler,
+        "schedule": generation.hires_schedule,
+        "guidance_scale": generation.hires_guidance,
+        "prompt": generation.hires_prompt,
+        "negative_prompt": generation.hires_negative_prompt,
+        "loras": generation.hires_loras,
     }
     asked = {
         "num_inference_steps": _or(generation.num_inference_steps, spec.default_steps),

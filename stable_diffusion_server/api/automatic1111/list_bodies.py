@@ -14,7 +14,7 @@ from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict bef
 from stable_diffusion_server.api.automatic1111.adetailer import ADETAILER
 from stable_diffusion_server.api.automatic1111.sampler_names import schedules_of
 from stable_diffusion_server.api.dependencies import DialectContext
-from stable_diffusion_server.imaging import SCHEDULE_NAMES, Resampling
+from stable_diffusion_server.imaging import LATENT_UPSCALERS, SCHEDULE_NAMES, Resampling
 from stable_diffusion_server.pipelines import Embedding
 
 _FILTERS = ("None", *Resampling)
@@ -98,6 +98,17 @@ class Automatic1111MemoryBody(TypedDict):
 
     ram: dict[str, object]
     cuda: dict[str, object]
+
+
+class Automatic1111LatentModeBody(TypedDict):
+    """A way to enlarge latents, for `hr_upscaler`."""
+
+    name: str
+
+
+def latent_modes_body(context: DialectContext) -> list[Automatic1111LatentModeBody]:
+    """List the ways to enlarge latents between the passes of hires fix."""
+    return [{"name": name} for name in LATENT_UPSCALERS.values()]
 
 
 def upscalers_body(context: DialectContext) -> list[Automatic1111UpscalerBody]:

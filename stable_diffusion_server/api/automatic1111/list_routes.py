@@ -13,6 +13,7 @@ from stable_diffusion_server.api.automatic1111 import list_bodies, responses
 from stable_diffusion_server.api.automatic1111.list_bodies import (
     Automatic1111EmbeddingsBody,
     Automatic1111FlagsBody,
+    Automatic1111LatentModeBody,
     Automatic1111MemoryBody,
     Automatic1111SchedulerBody,
     Automatic1111ScriptInfoBody,
@@ -39,7 +40,7 @@ LIST_CONCURRENCY, MAX_LISTS_PER_CALLER = 4, 64
 # Lists that are empty here: `sd-modules` is Forge's, `lycos` an extension's, the artists those of versions before 2023.
 _EMPTY = (
     *("sd-vae", "sd-modules", "hypernetworks", "face-restorers", "realesrgan-models"),
-    *("latent-upscale-modes", "extensions", "lycos", "artists", "artist-categories"),
+    *("extensions", "lycos", "artists", "artist-categories"),
 )
 # Orders that change nothing here, with AUTOMATIC1111's answer: each request reads these lists.
 _DONE: dict[str, Any] = dict.fromkeys(("refresh-vae", "refresh-loras", "refresh-embeddings"))
@@ -72,6 +73,7 @@ def add_list_routes(routes: APIRouter, context: DialectContext, options: CallerO
         ("samplers", responses.samplers_body, list[Automatic1111SamplerBody]),
         ("loras", responses.loras_body, list[Automatic1111LoraBody]),
         ("upscalers", list_bodies.upscalers_body, list[Automatic1111UpscalerBody]),
+        ("latent-upscale-modes", list_bodies.latent_modes_body, list[Automatic1111LatentModeBody]),
         ("schedulers", list_bodies.schedulers_body, list[Automatic1111SchedulerBody]),
         ("prompt-styles", list_bodies.styles_body, list[Automatic1111StyleBody]),
         ("embeddings", list_bodies.embeddings_body, Automatic1111EmbeddingsBody),

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from stable_diffusion_server.api.automatic1111.prompt_syntax import read_prompt, resolve_loras
-from stable_diffusion_server.api.automatic1111.task_params import Txt2Img
+from stable_diffusion_server.api.automatic1111.prompt_syntax import Lora, read_prompt, resolve_loras
+from stable_diffusion_server.api.automatic1111.task_params import Img2Img, Txt2Img
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import STYLES_MAX, PromptExpander, image_seed
@@ -32,9 +32,18 @@ def check_length(params: Txt2Img, context: DialectContext) -> None:
             raise InvalidInput(f"{name} must not be longer than {longest} characters, tags included.", field=name)
 
 
+def has_hires(params: Txt2Img) -> bool:
+    """Return whether hires fix is asked for, which image to image does not have."""
+    return bool(params.enable_hr) and not isinstance(params, Img2Img)
+
+
 def texts_of(params: Txt2Img) -> dict[str, str]:
-    """Return the prompt and the negative prompt, by the names of their parameters."""
-    return {"prompt": params.prompt, "negative_prompt": params.negative_prompt or ""}
+    """Return the prompts, by the names of their parameters; those of hires fix only if they are other ones."""
+    texts = {"prompt": params.prompt, "negative_prompt": params.negative_prompt or ""}
+    if not has_hires(params):
+        return texts
+    hires = {"hr_prompt": params.hr_prompt, "hr_negative_prompt": params.hr_negative_prompt}
+    return texts | {name: text for name, text in hires.items() if text and text != texts[name.removeprefix("hr_")]}
 
 
 def with_styles(params: P, context: DialectContext) -> tuple[P, list[str]]:
@@ -86,16 +95,42 @@ def read_texts(
         read_prompt(texts[name], name, steps, weighted=spec.weighs_prompts) for name in ("prompt", "negative_prompt")
     )
     loras, about_loras = resolve_loras(positive.loras, lambda: list(context.loras()))
-    ignored = [*positive.ignored, *about_loras, *negative.ignored]
+    second, about_second = _read_hires(texts, params, spec, context)
+    ignored = [*positive.ignored, *about_loras, *negative.ignored, *about_second]
     if negative.loras:
         ignored.append("negative_prompt: <lora:…> has no effect there.")
     fields = {
         "prompt": positive.words,
         "negative_prompt": negative.words or None,
         "loras": tuple((lora.name, lora.weight) for lora in loras),
-        "lora_parts": tuple({lora.name: lora.parts for lora in loras if lora.parts}.items()),
+        "lora_parts": tuple({lora.name: lora.parts for lora in (*second.loras, *loras) if lora.parts}.items()),
     }
-    return fields, ignored
+    return {**fields, **second.fields}, ignored
+
+
+class _HiresWords(NamedTuple):
+    """The fields of a request for the words of its second pass, and the LoRAs among them."""
+
+    fields: dict[str, Any]
+    loras: tuple[Lora, ...] = ()
+
+
+def _read_hires(
+    texts: Mapping[str, str], params: Txt2Img, spec: ModelSpec, context: DialectContext
+) -> tuple[_HiresWords, list[str]]:
+    """Return the words of the second pass, which has the LoRAs of its own prompt only, and sentences."""
+    fields, loras, ignored = dict[str, Any](), tuple[Lora, ...](), list[str]()
+    steps = params.hr_second_pass_steps or params.steps or spec.default_steps
+    if "hr_prompt" in texts:
+        read = read_prompt(texts["hr_prompt"], "hr_prompt", steps, weighted=spec.weighs_prompts)
+        loras, about_loras = resolve_loras(read.loras, lambda: list(context.loras()))
+        fields = {"hires_prompt": read.words, "hires_loras": tuple((lora.name, lora.weight) for lora in loras)}
+        ignored = [*read.ignored, *about_loras]
+    if "hr_negative_prompt" in texts:
+        read = read_prompt(texts["hr_negative_prompt"], "hr_negative_prompt", steps, weighted=spec.weighs_prompts)
+        fields["hires_negative_prompt"] = read.words
+        ignored += read.ignored
+    return _HiresWords(fields, loras), ignored
 
 
 def _expander(context: DialectContext) -> PromptExpander:

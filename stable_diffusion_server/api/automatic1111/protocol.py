@@ -23,7 +23,7 @@ from stable_diffusion_server.api.automatic1111.prompt_expansion import (
 from stable_diffusion_server.api.automatic1111.sampler_params import RANDOM_SOURCE, read_sampler
 from stable_diffusion_server.api.automatic1111.sampling_params import SAMPLING_PARAMETERS
 from stable_diffusion_server.api.automatic1111.sdnext_params import FALLBACK, is_scheduler_parameter
-from stable_diffusion_server.api.automatic1111.second_pass_params import SecondPass, parse_second_pass
+from stable_diffusion_server.api.automatic1111.second_pass_params import parse_second_pass
 from stable_diffusion_server.api.automatic1111.task_params import Img2Img, Txt2Img, with_infotext
 from stable_diffusion_server.api.dependencies import DialectContext
 from stable_diffusion_server.errors import Forbidden, InvalidInput
@@ -94,7 +94,7 @@ def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Opt
     own, about_model = _model(overridden, told_model, options, context)
     spec = context.model(own)
     width, height = _pixels(params, context)
-    second = None if isinstance(params, Img2Img) else parse_second_pass(params, width, height, context.limits)
+    second = parse_second_pass(params, width, height, spec, context)
     generation, ignored = _words_and_numbers(params, spec, context, settings)
     clip_skip, settings = _clip_skip(settings, spec)
     generation = replace(
@@ -104,7 +104,7 @@ def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Opt
         height=height,
         model=own,
         format=_format(settings),
-        **_second_pass_fields(second, generation, spec),
+        **(second.fields if second else {}),
     )
     units, about_scripts = parse_units(params.alwayson_scripts or {})
     chosen = choose_units(units, params, spec, context)
@@ -204,18 +204,6 @@ def _clip_skip(settings: dict[str, object], spec: ModelSpec) -> tuple[int | None
     if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= _LAYERS:
         raise InvalidInput(f"{_CLIP_SKIP} must be between 1 and {_LAYERS}.", field="override_settings")
     return layer - 1, {name: value for name, value in settings.items() if name != _CLIP_SKIP}
-
-
-def _second_pass_fields(second: SecondPass | None, first: GenerationRequest, spec: ModelSpec) -> dict[str, Any]:
-    if second is None:
-        return {}
-    steps = spec.default_steps if first.num_inference_steps is None else first.num_inference_steps
-    return {
-        "hires_width": second.width,
-        "hires_height": second.height,
-        "hires_steps": second.steps or steps,
-        "hires_strength": second.strength,
-    }
 
 
 def _pixels(params: Txt2Img, context: DialectContext) -> tuple[int, int]:

@@ -43,6 +43,11 @@ _OF_INFOTEXT = {
     "Hires upscale": "hr_scale",
     "Hires upscaler": "hr_upscaler",
     "Hires steps": "hr_second_pass_steps",
+    "Hires sampler": "hr_sampler_name",
+    "Hires schedule type": "hr_scheduler",
+    "Hires CFG Scale": "hr_cfg",
+    "Hires prompt": "hr_prompt",
+    "Hires negative prompt": "hr_negative_prompt",
     "Hires resize-1": "hr_resize_x",
     "Hires resize-2": "hr_resize_y",
 }
@@ -113,7 +118,18 @@ class Txt2Img(BaseModel):
     )
     enable_hr: bool | None = Field(None, description="Enlarge the image and draw it again (hires fix).")
     hr_scale: float | None = Field(None, description="How much larger the second pass is, by default 2.")
-    hr_upscaler: str | None = Field(None, max_length=NAME_MAX, description="Lanczos is used for every upscaler.")
+    hr_upscaler: str | None = Field(
+        None,
+        max_length=NAME_MAX,
+        description="A name in `/sdapi/v1/upscalers` or `latent-upscale-modes`; Lanczos stands for others.",
+    )
+    hr_sampler_name: str | None = Field(None, max_length=NAME_MAX, description="Sampler of the second pass.")
+    hr_scheduler: str | None = Field(None, max_length=NAME_MAX, description="Spacing of its steps.")
+    hr_prompt: str | None = Field(
+        None, description="Its prompt with its LoRAs; if empty, those of the first pass are taken."
+    )
+    hr_negative_prompt: str | None = Field(None, description="Its negative prompt, likewise.")
+    hr_cfg: float | None = Field(None, description="`cfg_scale` of the second pass; 1 or omitted: as in the first.")
     hr_second_pass_steps: int | None = Field(
         None, ge=0, description="Denoising steps of the second pass; 0: as the first."
     )

@@ -24,6 +24,7 @@ from stable_diffusion_server.api.schemas.control_params import (
     control_units,
 )
 from stable_diffusion_server.api.schemas.extra_parameters import read_extra
+from stable_diffusion_server.api.schemas.hires_params import HiresParams
 from stable_diffusion_server.api.schemas.prompt_params import PromptParams
 from stable_diffusion_server.api.schemas.repair_params import RepairParams
 from stable_diffusion_server.api.schemas.sampling_params import SamplingParams
@@ -37,7 +38,8 @@ from stable_diffusion_server.types import LORA_NAME_PATTERN, Format, GenerationR
 _NUMBERS = frozenset(
     "seed num_inference_steps guidance_scale quality timeout width height strength feather canny_low canny_high "
     "control_scale n output_compression partial_images clip_skip eta s_churn s_tmin s_tmax s_noise "
-    "guidance_rescale subseed subseed_strength solver_order shift".split()
+    "guidance_rescale subseed subseed_strength solver_order shift hires_scale hires_width hires_height hires_steps "
+    "hires_strength hires_guidance".split()
 )
 _BOOLEANS = frozenset("overwrite refine canny stream zero_snr wildcards".split())
 # Maximum characters of `lora`: far more than MAX_LORAS entries need, and short enough to split before counting.
@@ -52,7 +54,7 @@ File = Annotated[UploadedFile | None, WithJsonSchema(BINARY)]
 P = TypeVar("P", bound=RequestParams)
 
 
-class GenerationParams(RepairParams, SamplingParams, PromptParams, ControlParams):
+class GenerationParams(RepairParams, HiresParams, SamplingParams, PromptParams, ControlParams):
     """Parameters that every dialect takes. `RequestLimits` checks their bounds, which are settings."""
 
     lists: ClassVar[frozenset[str]] = PromptParams.lists | ControlParams.lists
