@@ -56,11 +56,11 @@ def _positions(kind: str, config: Any) -> int:
     if isinstance(listed, int):
         return math.isqrt(listed) if kind == _SQUARE else listed
     # Of three axes, text or time is the first; Cosmos' are latents, and one length serves all.
-    return min(listed[1:]) if _KEYS[kind] == _AXES else max(listed) // _last(config.patch_size)
+    return int(min(listed[1:]) if _KEYS[kind] == _AXES else max(listed) // _last(config.patch_size))
 
 
 def _pixels_of_a_patch(pipeline: Any, config: Any) -> int:
-    scale = getattr(pipeline, "vae_scale_factor", None) or getattr(pipeline, "vae_scale_factor_spatial", 1)
+    scale: Any = getattr(pipeline, "vae_scale_factor", None) or getattr(pipeline, "vae_scale_factor_spatial", 1)
     return int(scale) * _last(config.get("patch_size") or (config.get("all_patch_size") or [1])[0])
 
 
