@@ -15,6 +15,7 @@ from stable_diffusion_server.generation import (
     ControlNetworks,
     DetailDetector,
     ImagePreprocessor,
+    ImagePromptAdapters,
     ImageUpscaler,
     InProcessPreprocessor,
     NoDetector,
@@ -23,7 +24,7 @@ from stable_diffusion_server.generation import (
     not_permitted,
     permitted_models,
 )
-from stable_diffusion_server.pipelines import Embedding, ModelSpec, known_names
+from stable_diffusion_server.pipelines import Embedding, ImagePromptFolder, ModelSpec, known_names
 from stable_diffusion_server.types import Caller, GenerationRequest
 
 _OPENAI_MODELS = ("gpt-image-", "chatgpt-image-", "dall-e-")
@@ -86,8 +87,8 @@ class DialectContext:
     `status_of` returns family, size and place of a model by its name.
     `response_format` is what the OpenAI endpoints answer if a request does not say it: url, b64_json or auto.
     `limited`: the caller may use these models only, of more. `expander` knows the styles and wildcards, `upscaler` the
-    upscalers, `detector` the detectors of details, `controlnets` the networks of control units and `preprocessor` what
-    makes their images.
+    upscalers, `detector` the detectors of details, `controlnets` the networks of control units, `preprocessor` what
+    makes their images, and `image_prompts` what reads those.
     """
 
     limits: RequestLimits
@@ -107,6 +108,7 @@ class DialectContext:
     detector: DetailDetector = field(default_factory=NoDetector)
     controlnets: ControlNetworks = NO_CONTROLNETS
     preprocessor: ImagePreprocessor = field(default_factory=InProcessPreprocessor)
+    image_prompts: ImagePromptAdapters = field(default_factory=ImagePromptFolder)
 
     def for_caller(self, caller: Caller) -> DialectContext:
         """Return the context with the models that a caller may use, and with no others in lists and sentences."""

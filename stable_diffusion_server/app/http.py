@@ -157,4 +157,5 @@ def build_dialect_context(
         detector=options.detector,
         controlnets=options.controlnets,
         preprocessor=options.preprocessor,
+        image_prompts=options.image_prompts,
     )

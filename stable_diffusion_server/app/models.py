@@ -154,6 +154,7 @@ def generation_options(settings: Settings, loaded: ModelState, stores: StorageSt
         max_timeout=settings.max_timeout,
         max_references=settings.max_references,
         max_controls=settings.max_controls,
+        max_image_prompts=settings.max_image_prompts,
         max_upscaled_side=settings.max_upscaled_side,
         max_upscaled_pixels=settings.max_upscaled_pixels,
     )
@@ -171,6 +172,7 @@ def generation_options(settings: Settings, loaded: ModelState, stores: StorageSt
         stop_words=stop_words,
         embeddings=loaded.embeddings,
         controlnets=loaded.controlnets or NO_CONTROLNETS,
+        image_prompts=loaded.image_prompts,
     )
 
 

@@ -6,6 +6,7 @@ from stable_diffusion_server.generation.control_units import NO_CONTROLNETS, Con
 from stable_diffusion_server.generation.executor import SubmissionContext
 from stable_diffusion_server.generation.expansion import STYLES_MAX, PromptExpander, image_seed
 from stable_diffusion_server.generation.hires_choices import latent_resize
+from stable_diffusion_server.generation.image_prompts import ImagePromptAdapters
 from stable_diffusion_server.generation.interfaces import NO_UPSCALER, ChosenUpscaler, DecodeImage, ImageUpscaler
 from stable_diffusion_server.generation.library import ImageLibrary
 from stable_diffusion_server.generation.limits import (
@@ -68,6 +69,7 @@ __all__ = [
     "GenerationService",
     "ImageLibrary",
     "ImagePreprocessor",
+    "ImagePromptAdapters",
     "ImageUpscaler",
     "InProcessPreprocessor",
     "NoDetector",

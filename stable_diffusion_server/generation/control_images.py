@@ -10,6 +10,7 @@ import numpy as np
 
 from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.generation.control_units import ResolvedControl
+from stable_diffusion_server.generation.image_prompts import prompt_images
 from stable_diffusion_server.generation.layout import ImageLayout, InputLoader
 from stable_diffusion_server.generation.preprocessing import ImagePreprocessor
 from stable_diffusion_server.generation.request_resolution import RequestResolver
@@ -34,7 +35,7 @@ DecodeSource = Callable[[ImageInput], Awaitable[Pixels]]
 
 @dataclass(frozen=True, slots=True)
 class ControlLayout:
-    """Makes the control images of requests, one unit after the other. For one event loop."""
+    """Makes control images, one unit after the other, and decodes image prompts. For one event loop."""
 
     inputs: InputLoader
     requests: RequestResolver
@@ -54,7 +55,10 @@ class ControlLayout:
     async def with_controls(
         self, layout: ImageLayout, resolved: ResolvedRequest, fetched: Mapping[str, bytes], share: str
     ) -> ImageLayout:
-        """Return the layout whose request has the control images. Raises `InvalidInput`, and the errors of decoding."""
+        """Return the layout whose request has the control images, and the image prompts.
+
+        Raises `InvalidInput`, and the errors of decoding.
+        """
         images: list[ControlImage] = []
 
         async def decode(source: ImageInput) -> Pixels:
@@ -63,7 +67,8 @@ class ControlLayout:
         async with self.limiter.hold(share):
             for number, control in enumerate(resolved.parameters.controls):
                 images.append(await self._image(layout, control, f"controls[{number}]", decode, share))
-        return replace(layout, request=replace(layout.request, controls=tuple(images)))
+            prompts = await prompt_images(resolved.parameters.image_prompts, decode)
+        return replace(layout, request=replace(layout.request, controls=tuple(images), image_prompts=prompts))
 
     async def _image(
         self, layout: ImageLayout, control: ResolvedControl, name: str, decode: DecodeSource, share: str

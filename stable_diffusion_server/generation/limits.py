@@ -39,7 +39,7 @@ HIRES_OWN = tuple(
 )
 _HIRES_RARE = ("hires_upscaler", "hires_scale", *HIRES_OWN)
 HIRES_FIELDS = ("hires_width", "hires_height", "hires_steps", "hires_strength", *_HIRES_RARE)
-_PARTS = ("controls", "image_prompts", "repairs")
+_PARTS = ("controls", "repairs")
 # Maximum digits of an integer in a text: Python's `int` refuses thousands, and is slow for hundreds.
 _MOST_DIGITS = 20
 
@@ -55,16 +55,16 @@ def _parts_fault(text: str) -> str:
     return "" if within else range_sentence("lora weights by parts", -LORA_WEIGHT_MAX, LORA_WEIGHT_MAX)
 
 
-def _unit_faults(unit: ControlUnit, name: str) -> list[tuple[str, str]]:
-    """Return (parameter, sentence) of each number of a control unit out of its bounds."""
+def _unit_faults(unit: ControlUnit | ImagePrompt, name: str) -> list[tuple[str, str]]:
+    """Return (parameter, sentence) of each number of a unit or an image prompt out of its bounds."""
     bounds = {"weight": (0, 2), "start": (0, 1), "end": (0, 1), "resolution": (64, 2048)}
-    values = {part: value for part in bounds if (value := getattr(unit, part)) is not None}
+    values = {part: value for part in bounds if (value := getattr(unit, part, None)) is not None}
     faults = [
         (f"{name}.{part}", range_sentence(f"{name}.{part}", *bounds[part]))
         for part, value in values.items()
         if not bounds[part][0] <= value <= bounds[part][1]
     ]
-    if any(isinstance(value, bool | str) or not math.isfinite(value) for _, value in unit.options):
+    if any(isinstance(value, bool | str) or not math.isfinite(value) for _, value in getattr(unit, "options", ())):
         faults.append((f"{name}.options", f"{name}.options must be numbers."))
     return faults or ([] if unit.start < unit.end else [(f"{name}.end", f"{name}.end must be above start.")])
 
@@ -93,6 +93,7 @@ class RequestLimits:
     max_loras: int = 4
     max_references: int = 4
     max_controls: int = 4
+    max_image_prompts: int = 4
     max_upscaled_side: int = 8192
     max_upscaled_pixels: int = 33_554_432
     max_scale: float = 16.0
@@ -171,6 +172,13 @@ class RequestLimits:
             sentence = f"At most {self.max_controls} control images are taken, as MAX_CONTROLS says."
             faults.append((f"controls[{self.max_controls}]", sentence))
         faults += [fault for number, unit in enumerate(controls) for fault in _unit_faults(unit, f"controls[{number}]")]
+        prompts = value_of("image_prompts") or ()
+        if len(prompts) > self.max_image_prompts:
+            sentence = f"At most {self.max_image_prompts} image prompts are taken, as MAX_IMAGE_PROMPTS says."
+            faults.append((f"image_prompts[{self.max_image_prompts}]", sentence))
+        faults += [
+            fault for number, one in enumerate(prompts) for fault in _unit_faults(one, f"image_prompts[{number}]")
+        ]
         hires_loras = value_of("hires_loras") or ()
         if len(hires_loras) > self.max_loras:
             faults.append(("hires_loras", f"hires_loras must not name more than {self.max_loras}."))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stable_diffusion_server.generation.control_units import ResolvedControl
+from stable_diffusion_server.generation.image_prompts import ResolvedImagePrompt
 from stable_diffusion_server.generation.interfaces import ChosenUpscaler
 from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import ExtraValue, GenerationRequest, LatentResize, PromptSyntax, RequestWarning
@@ -35,6 +36,7 @@ class ResolvedParameters:
     sampling: tuple[tuple[str, ExtraValue], ...] = ()
     embeddings: tuple[tuple[str, str], ...] = ()
     controls: tuple[ResolvedControl, ...] = ()
+    image_prompts: tuple[ResolvedImagePrompt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

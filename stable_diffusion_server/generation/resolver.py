@@ -15,6 +15,7 @@ from stable_diffusion_server.generation.control_units import (
     resolve_controls,
 )
 from stable_diffusion_server.generation.hires_choices import resolve_second
+from stable_diffusion_server.generation.image_prompts import ImagePromptAdapters, resolve_image_prompts
 from stable_diffusion_server.generation.interfaces import NO_UPSCALER, ImageUpscaler
 from stable_diffusion_server.generation.limits import (
     RequestLimits,
@@ -53,6 +54,7 @@ from stable_diffusion_server.imaging import ContentSigner
 from stable_diffusion_server.pipelines import (
     MODELS,
     EmbeddingFolder,
+    ImagePromptFolder,
     ModelSpec,
     check_strength,
     resolve_sampling,
@@ -75,7 +77,7 @@ class GenerationOptions:
     of usable models by name, maybe without the default. `loras` returns usable LoRAs: name → digest of the content; a
     lookup may read the file, and raises `InvalidInput` if it cannot be used. `controlnets` finds networks of control
     units, `preprocessor` makes their images, `credentials` signs. `unusable` are models that could not be loaded.
-    `upscaler` finds the upscalers of second passes.
+    `upscaler` finds the upscalers of second passes, `image_prompts` what reads those.
     """
 
     limits: RequestLimits
@@ -91,6 +93,7 @@ class GenerationOptions:
     stop_words: StopWords = BUILTIN_STOP_WORDS
     unusable: Mapping[str, str] = field(default_factory=dict)
     controlnets: ControlNetworks = NO_CONTROLNETS
+    image_prompts: ImagePromptAdapters = field(default_factory=ImagePromptFolder)
     preprocessor: ImagePreprocessor = field(default_factory=InProcessPreprocessor)
     detector: DetailDetector = field(default_factory=NoDetector)
     upscaler: ImageUpscaler = NO_UPSCALER
@@ -210,6 +213,7 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         sampling=request.sampling and resolve_sampling(spec, scheduler, max(steps, hires_steps), request.sampling),
         embeddings=named.used,
         controls=controls,
+        image_prompts=resolve_image_prompts(request, spec, options.image_prompts) if request.image_prompts else (),
     )
     scheduler_of(spec, scheduler, steps)
     scheduler_of(spec, scheduler, hires_steps)
@@ -299,6 +303,7 @@ def _identity_fields(
         **({"sampling": parameters.sampling} if parameters.sampling else {}),
         **({"embeddings": parameters.embeddings} if parameters.embeddings else {}),
         **({"controls": [one.identity for one in parameters.controls]} if parameters.controls else {}),
+        **({"image_prompts": [one.identity for one in parameters.image_prompts]} if request.image_prompts else {}),
     }
 
 

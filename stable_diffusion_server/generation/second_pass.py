@@ -113,7 +113,8 @@ async def draw_passes(
             pixels = await enlarge(resolved.second.upscaler.name, pixels, size, context.caller.share)
     layout = await asyncio.to_thread(_lay_out_second_pass, resolved, size, image.request, pixels)
     controls = await asyncio.to_thread(_enlarged_controls, first, layout.request)
-    layout = replace(layout, request=replace(layout.request, latents=latents, controls=controls))
+    kept = replace(layout.request, latents=latents, controls=controls, image_prompts=first.image_prompts)
+    layout = replace(layout, request=kept)
     if resolved.second.own is not None:
         own = await asyncio.to_thread(executor.fit_prompts, layout.request, resolved)
         layout = replace(layout, request=own)

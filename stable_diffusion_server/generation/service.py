@@ -287,7 +287,7 @@ class GenerationService:
         await self.check_capacity(context)
         with self._tracing.span("prepare"):
             layout = await self._inputs.lay_out(resolved, fetched, context.caller.share)
-            if resolved.parameters.controls:
+            if resolved.parameters.controls or resolved.parameters.image_prompts:
                 layout = await self.controls.with_controls(layout, resolved, fetched, context.caller.share)
             request = await asyncio.to_thread(self._executor.fit_prompts, layout.request, resolved)
         attributes: dict[str, str | int] = {"sds.model": request.model, "sds.steps": request.num_inference_steps}

@@ -80,6 +80,12 @@ class LimitSettings(SettingsGroup):
         le=16,
         description="Maximum number of control images of a request; each adds the work of a ControlNet to its steps.",
     )
+    max_image_prompts: int = Field(
+        4,
+        ge=1,
+        le=16,
+        description="Maximum number of image prompts of a request; each is attended to at every step.",
+    )
     extra_image_formats: Names = Field(
         (),
         description="Input formats besides PNG, JPEG and WebP: `avif`, `bmp`, `gif`, `tiff`. The first frame is used.",

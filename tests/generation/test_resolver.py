@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from control_networks import KnownNetworks
 from fakes import disc
+from image_prompt_adapters import KnownAdapters
 from pydantic import TypeAdapter
 
 from stable_diffusion_server.errors import InvalidInput
@@ -51,6 +52,7 @@ OPTIONS = GenerationOptions(
     "up",
     loras=lambda: {"pastel": "1a2b", "ink": "3c4d"},
     controlnets=KnownNetworks(),
+    image_prompts=KnownAdapters(),
     detector=AnyDetector(),
 )
 EDGELESS_FLUX = replace(OPTIONS, models={**MODELS, "flux": replace(MODELS["flux"], control_folder=None)})

@@ -22,6 +22,7 @@ from stable_diffusion_server.api.automatic1111.controlnet_names import (
     row_of,
     shown_name,
 )
+from stable_diffusion_server.api.automatic1111.image_prompt_units import ADAPTER_MODULE, adapter_names
 from stable_diffusion_server.api.automatic1111.image_work import ImageWorker, json_of, read_body
 from stable_diffusion_server.api.base64_images import bytes_of, text_of
 from stable_diffusion_server.api.concurrency import run_if_large
@@ -163,13 +164,14 @@ def _encoded(pixels: Pixels) -> str:
 
 
 def controlnet_names(context: DialectContext) -> list[str]:
-    """Return the names of all ControlNets, each with the start of its hash. Reads folders; blocks."""
-    return [shown_name(name, digest) for name, digest, _ in networks_of(context)]
+    """Return the names of all ControlNets, each with the start of its hash, and of IP-Adapters. Blocks."""
+    return [*(shown_name(name, digest) for name, digest, _ in networks_of(context)), *adapter_names(context)]
 
 
 def module_names(context: DialectContext) -> list[str]:
     """Return the names of the detectors that can be used. Reads folders; blocks."""
-    return [NO_PREPROCESSOR, *(row.name for row in context.preprocessor.usable()), INPAINT_MODULE]
+    adapters = [ADAPTER_MODULE] if adapter_names(context) else []
+    return [NO_PREPROCESSOR, *(row.name for row in context.preprocessor.usable()), INPAINT_MODULE, *adapters]
 
 
 def _add_list_route(

@@ -11,6 +11,7 @@ from stable_diffusion_server.api.automatic1111.checkpoint_names import model_nam
 from stable_diffusion_server.api.automatic1111.controlnet_mapping import CannyUnit, choose_units
 from stable_diffusion_server.api.automatic1111.controlnet_units import parse_units
 from stable_diffusion_server.api.automatic1111.image_inputs import with_images
+from stable_diffusion_server.api.automatic1111.image_prompt_units import take_image_prompts
 from stable_diffusion_server.api.automatic1111.options import FORMATS, Option
 from stable_diffusion_server.api.automatic1111.prompt_expansion import (
     check_length,
@@ -107,8 +108,9 @@ def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Opt
         **(second.fields if second else {}),
     )
     units, about_scripts = parse_units(params.alwayson_scripts or {})
+    prompts, units, about_prompts = take_image_prompts(units, params, spec, context) if units else ((), [], [])
     chosen = choose_units(units, params, spec, context)
-    generation = replace(generation, controls=chosen.controls)
+    generation = replace(generation, controls=chosen.controls, image_prompts=prompts)
     generations, batch, about_images = with_images(generation, params, chosen.edges, context.max_n, spec)
     repairs, about_repairs = read_repairs(
         params.alwayson_scripts or {}, generation, spec, context, edits=isinstance(params, Img2Img)
@@ -125,6 +127,7 @@ def parse_task(sent: Txt2Img, context: DialectContext, options: Mapping[str, Opt
         *(second.ignored if second else []),
         *about_scripts,
         *about_repairs,
+        *about_prompts,
         *chosen.ignored,
         *_ignored_parameters(params, settings),
         *about_images,

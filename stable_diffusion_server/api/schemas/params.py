@@ -18,13 +18,13 @@ from stable_diffusion_server.api.request_parsing import RawJson, UploadedFile, r
 from stable_diffusion_server.api.schemas.control_params import (
     BINARY,
     CONTROL_FILES,
-    ControlParams,
     ListedFile,
     check_controls,
     control_units,
 )
 from stable_diffusion_server.api.schemas.extra_parameters import read_extra
 from stable_diffusion_server.api.schemas.hires_params import HiresParams
+from stable_diffusion_server.api.schemas.image_prompt_params import IMAGE_PROMPT_FILES, ImagePromptParams
 from stable_diffusion_server.api.schemas.prompt_params import PromptParams
 from stable_diffusion_server.api.schemas.repair_params import RepairParams
 from stable_diffusion_server.api.schemas.sampling_params import SamplingParams
@@ -54,10 +54,10 @@ File = Annotated[UploadedFile | None, WithJsonSchema(BINARY)]
 P = TypeVar("P", bound=RequestParams)
 
 
-class GenerationParams(RepairParams, HiresParams, SamplingParams, PromptParams, ControlParams):
+class GenerationParams(RepairParams, HiresParams, SamplingParams, PromptParams, ImagePromptParams):
     """Parameters that every dialect takes. `RequestLimits` checks their bounds, which are settings."""
 
-    lists: ClassVar[frozenset[str]] = PromptParams.lists | ControlParams.lists
+    lists: ClassVar[frozenset[str]] = PromptParams.lists | ImagePromptParams.lists
     numbers: ClassVar[frozenset[str]] = _NUMBERS
 
     save_path: str | None = Field(
@@ -119,11 +119,13 @@ class GenerationParams(RepairParams, HiresParams, SamplingParams, PromptParams, 
         return self
 
     def to_request_fields(self) -> dict[str, Any]:
-        """Return the fields of a `GenerationRequest`, without the images except those of `controls`."""
+        """Return the fields of a `GenerationRequest`, without the images except those that guide it."""
         images = {
             "controls",
             "repairs",
             CONTROL_FILES,
+            "image_prompts",
+            IMAGE_PROMPT_FILES,
             "image_url",
             "image_file",
             "mask_url",
@@ -143,6 +145,8 @@ class GenerationParams(RepairParams, HiresParams, SamplingParams, PromptParams, 
         chosen = "strength" in self.model_fields_set and getattr(self, "strength", None) is not None
         if self.controls:
             values["controls"] = control_units(self.controls, self.control_file)
+        if self.image_prompts:
+            values["image_prompts"] = self.prompting_images
         values |= {"loras": loras, "lora_parts": tuple((name, text) for name, text in parts.items() if text)}
         return {
             **values,
