@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from stable_diffusion_server.api.image_sources import OptionalSource
@@ -74,19 +74,13 @@ class ImagePromptParams(ControlParams):
     def _read_image_prompts(cls, value: object) -> object:
         return read_objects(value, "image_prompts", ImagePromptEntry, _MOST, _MOST_JSON) if value else ()
 
-    @model_validator(mode="after")
-    def _check_image_prompts(self) -> Self:
-        if self.image_prompts or self.image_prompt_file:
-            _check(self.image_prompts, len(self.image_prompt_file))
-        return self
-
     @property
     def prompting_images(self) -> tuple[ImagePrompt, ...]:
         """The image prompts with their images."""
         return tuple(entry.to_prompt(number, self.image_prompt_file) for number, entry in enumerate(self.image_prompts))
 
 
-def _check(entries: Sequence[ImagePromptEntry], files: int) -> None:
+def check_image_prompts(entries: Sequence[ImagePromptEntry], files: int) -> None:
     """Raise `PydanticCustomError` that names each entry without one image, and a file that none names."""
     faults: list[tuple[str, str]] = []
     for number, entry in enumerate(entries):

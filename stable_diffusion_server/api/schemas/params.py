@@ -24,7 +24,11 @@ from stable_diffusion_server.api.schemas.control_params import (
 )
 from stable_diffusion_server.api.schemas.extra_parameters import read_extra
 from stable_diffusion_server.api.schemas.hires_params import HiresParams
-from stable_diffusion_server.api.schemas.image_prompt_params import IMAGE_PROMPT_FILES, ImagePromptParams
+from stable_diffusion_server.api.schemas.image_prompt_params import (
+    IMAGE_PROMPT_FILES,
+    ImagePromptParams,
+    check_image_prompts,
+)
 from stable_diffusion_server.api.schemas.prompt_params import PromptParams
 from stable_diffusion_server.api.schemas.repair_params import RepairParams
 from stable_diffusion_server.api.schemas.sampling_params import SamplingParams
@@ -113,9 +117,11 @@ class GenerationParams(RepairParams, HiresParams, SamplingParams, PromptParams, 
         return read_extra(value)
 
     @model_validator(mode="after")
-    def _check_controls(self) -> Self:
+    def _check_files(self) -> Self:
         if self.controls or self.control_file:
             check_controls(self.controls, self.control_file)
+        if self.image_prompts or self.image_prompt_file:
+            check_image_prompts(self.image_prompts, len(self.image_prompt_file))
         return self
 
     def to_request_fields(self) -> dict[str, Any]:
