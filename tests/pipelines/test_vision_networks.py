@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,13 @@ def test_a_classifier_from_a_folder_equals_transformers(tmp_path: Path) -> None:
         found = asked("classify", tmp_path / kind)[0]["labels"]
         assert [label for label, _ in found] == [labels[int(number)] for number in scores.argsort(descending=True)]
         assert np.allclose([score for _, score in found], scores.sort(descending=True)[0], atol=1e-4)
+
+
+def test_without_onnx_runtime_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence says what to install."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(Refused, match=r"c\.onnx: It needs ONNX Runtime: pip install onnxruntime"):
+        asked("classify", vision_files.classifier(tmp_path / "c.onnx", None))
 
 
 async def test_folders_work_in_the_process_itself(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from stable_diffusion_server.pipelines.model_spec import known_names
 _FRESH = 2.0
 # Endings that names may have; ADetailer names files of PyTorch, which here were exported.
 _ENDINGS = (".onnx", ".pt", ".pth")
+# Letters of a word that other words hold by chance, such as `hed` in sketched.
+_SHORT = 3
 # Of a folder of transformers, what decides its answers.
 _FOLDER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
@@ -87,8 +89,7 @@ class PictureModelFiles:
     def fitting(self, need: NeededFile) -> PictureModelFile | None:
         """The first network of control images whose name says that it is what a preprocessor needs."""
         for file in self.files(PictureModelRole.ANNOTATOR):
-            letters = "".join(sign for sign in file.name.lower() if sign.isalnum())
-            if any(word in letters for word in need.words) and not any(word in letters for word in need.without):
+            if _says(file.name, need.words) and not _says(file.name, need.without):
                 return file
         return None
 
@@ -108,6 +109,24 @@ class PictureModelFiles:
                 continue
             for place in places:
                 yield from _models_in(place)
+
+
+def _says(name: str, words: Sequence[str]) -> bool:
+    """Whether a name holds one of some words, without signs; short ones only as a word of the name's own."""
+    letters, own = "".join(sign for sign in name.lower() if sign.isalnum()), _words_of(name)
+    return any(word in (letters if len(word) > _SHORT else own) for word in words)
+
+
+def _words_of(name: str) -> list[str]:
+    """The words of a name in small letters: `ControlNetHED-v2` has control, net, hed, v and 2."""
+    words = [""]
+    for before, sign, after in zip(f" {name}", name, f"{name[1:]} ", strict=False):
+        number = sign.isdigit() != before.isdigit()
+        capital = sign.isupper() and (not before.isupper() or after.islower())
+        if number or capital or not before.isalnum():
+            words.append("")
+        words[-1] += sign.lower() if sign.isalnum() else ""
+    return words
 
 
 def _models_in(folder: Path) -> Iterator[PictureModelFile]:
