@@ -6,6 +6,7 @@ Read from a table that `scripts/pipeline_classes.py` makes, so that nothing here
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,16 @@ _WHY = {
     "promptless": "takes no prompt",
     "onnx": "runs ONNX files, and weights in safetensors are read here",
     "broken": "cannot be used as shipped in this version of diffusers",
+}
+# Packages that a class imports and that are no dependencies here: class → package.
+_PACKAGES = {
+    "PRXPipeline": "ftfy",
+    "PRXPixelPipeline": "ftfy",
+    "OmniGenPipeline": "torchvision",
+    "KolorsPipeline": "sentencepiece",
+    "KolorsImg2ImgPipeline": "sentencepiece",
+    "KolorsPAGPipeline": "sentencepiece",
+    "Cosmos2TextToImagePipeline": "cosmos_guardrail",
 }
 
 
@@ -100,6 +111,9 @@ def is_of_diffusers(name: str) -> bool:
 
 def why_not_drawn(name: str) -> str:
     """Why a class of diffusers is not drawn, as the end of a sentence on it; empty for an unknown class."""
+    package = _PACKAGES.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        return f"needs the Python package {package}, which is not installed"
     why: str = _table()["refused"].get(name, "")
     kind, _, argument = why.partition(":")
     return f"needs {argument} with each request, which no request has here" if argument else _WHY.get(kind, "")

@@ -83,7 +83,14 @@ _ROWS = (
         quantizable_parts=_T5,
         guidance_name=TRUE_GUIDANCE,
     ),
-    _edit("QwenImageEdit", 50, 1, "model card of Qwen/Qwen-Image-Edit", guidance_name=TRUE_GUIDANCE),
+    _edit(
+        "QwenImageEdit",
+        50,
+        1,
+        "model card of Qwen/Qwen-Image-Edit",
+        guidance_name=TRUE_GUIDANCE,
+        tasks=(_MASK, _EDIT),
+    ),
     _edit("QwenImageEditPlus", 40, 3, "model card of Qwen/Qwen-Image-Edit-2509", guidance_name=TRUE_GUIDANCE),
     _row("Krea2", 28, 4.5, _CLASS, text_tokens=512, quantizable_parts=_T5),
     _row(

@@ -79,4 +79,4 @@ def direct_call(pipeline: Any, request: DiffusionRequest, **arguments: Any) -> P
         given["image"] = [Image.fromarray(image.pixels) for image in request.references]
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(request.seed)
-    return np.asarray(pipeline(**given, **arguments, generator=generator).images[0])
+    return np.asarray(pipeline(**given, **arguments, generator=generator)[0][0])

@@ -61,9 +61,13 @@ def whole_call(name: str, request: DiffusionRequest) -> Pixels:
         pipeline = getattr(diffusers, kind.name)(**{key: part for key, part in parts.items() if key in wanted})
     if name == "hidream":  # it draws every picture at this area, of 1024 × 1024 by default
         pipeline.default_sample_size = SIDE // 8
-    given = {key: value for key, value in PLAIN.items() if key in kind.parameters.names}
+    if hasattr(pipeline, "resolutions"):  # Kandinsky 5 draws one of its own
+        pipeline.resolutions = [(request.width, request.height)]
+    given: dict[str, Any] = {key: value for key, value in PLAIN.items() if key in kind.parameters.names}
     if "_auto_resize" in kind.parameters.names:
         given |= {"_auto_resize": False}
+    if "intermediate_timesteps" in kind.parameters.names and request.num_inference_steps != 2:
+        given["intermediate_timesteps"] = None
     if "max_area" in kind.parameters.names:
         given |= {"max_area": request.width * request.height}
     if kind.parameters.guidance:

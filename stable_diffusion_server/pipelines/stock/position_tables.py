@@ -21,10 +21,20 @@ _KEYS = {
 }
 # HiDream pads pictures that are not square to this number of patches. Kandinsky 5 has 128 positions to each side.
 _PADS, _KANDINSKY, _KANDINSKY_SIDE = "HiDreamImageTransformer2DModel", "Kandinsky5Transformer3DModel", 128
+# Their two stages have 42.67 and 4 pixels to a latent, and patches of 2: other sizes come out rounded, or fail.
+_ROUNDS, _ROUNDED = ("StableCascadeCombinedPipeline", "WuerstchenCombinedPipeline"), 128
 
 
 def check_size(pipeline: Any, width: int, height: int) -> None:
     """Raise `InvalidInput` for a size in pixels that the pipeline's transformer has no positions for."""
+    if type(pipeline).__name__ in _ROUNDS:
+        faults = [
+            (name, f"{name} must be a multiple of {_ROUNDED} for this model.")
+            for name, side in (("width", width), ("height", height))
+            if side % _ROUNDED
+        ]
+        if faults:
+            raise InvalidInput.from_faults(faults)
     transformer = getattr(pipeline, "transformer", None)
     if transformer is None:
         return
