@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import DeviceLost, NotFinite, OutOfMemory
-from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput
+from stable_diffusion_server.pipelines.conditioning.control_groups import ControlNetInput
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras
 from stable_diffusion_server.pipelines.vae_tiles import WHOLE, VaeTiling, runs_in_tiles
 from stable_diffusion_server.pipelines.wrapping import current_tiling, wrapping

@@ -12,8 +12,9 @@ import structlog
 import torch
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError, OutOfMemory
+from stable_diffusion_server.pipelines.conditioning.control_groups import ControlNetInput
 from stable_diffusion_server.pipelines.conditioning.control_kinds import union_index
-from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput, check_grid
+from stable_diffusion_server.pipelines.conditioning.controlnet import check_grid
 from stable_diffusion_server.pipelines.conditioning.controlnet_folder import ControlNetFolder
 from stable_diffusion_server.pipelines.loading.compatibility import check_controlnet
 from stable_diffusion_server.pipelines.loading.components import control_network
@@ -24,7 +25,7 @@ from stable_diffusion_server.types import ControlImage, ControlKind, ImageArray
 
 # The diffusers classes that guide each kind of denoiser.
 _OF_UNET = ("ControlNetModel", "ControlNetUnionModel")
-_OF_FLUX, _OF_Z_IMAGE = ("FluxControlNetModel",), ("ZImageControlNetModel",)
+_OF_FLUX, _OF_Z_IMAGE, _OF_SD3 = ("FluxControlNetModel",), ("ZImageControlNetModel",), ("SD3ControlNetModel",)
 # Networks that stay loaded beside the ones in use, and the share of the device's memory that they may take.
 _MOST, _SHARE = 4, 0.125
 _ALWAYS = 2 * 2**30
@@ -77,7 +78,8 @@ class ControlNetCache:
 
     def _load(self, unit: ControlImage) -> Any:
         if self._folder is None:
-            raise InvalidInput(f"{self._spec.name} has no ControlNets here.", field="controls")
+            sentence = f"{self._spec.name} follows no ControlNets by name while its weights wait outside the device."
+            raise InvalidInput(sentence, field="controls")
         facts = self._folder.find(unit.network, unit.kind, self._spec)
         if facts.digest != unit.revision:
             raise InvalidInput(f"{facts.name} was changed since the request was accepted; ask again.", field="controls")
@@ -96,7 +98,8 @@ class ControlNetCache:
     def _read(self, name: str, place: Path) -> Any:
         classes: Sequence[str] = _OF_UNET
         if not hasattr(self._pipeline, "unet"):
-            classes = _OF_Z_IMAGE if "dim" in self._pipeline.transformer.config else _OF_FLUX
+            config = self._pipeline.transformer.config
+            classes = _OF_Z_IMAGE if "dim" in config else _OF_SD3 if "caption_projection_dim" in config else _OF_FLUX
         network = control_network(name, place, classes, dtype_of(self._spec, self._device))
         try:
             return network.to(self._device)

@@ -78,8 +78,10 @@ class DiffusersFamily(Family):
         family = cls(placed.pipeline, placed.spec, placed.controlnet, placed.loras, prompt_cache, placed.tiling)
         family.offer_embeddings(options.embeddings)
         family.offer_image_prompts(options.image_prompts)
-        family.offer_controlnets(options.controlnets)
         resident = placed.placement.residency is Residency.RESIDENT
+        # A network that computes with layers of the denoiser needs them on the device.
+        shares = placed.spec.control_shares_layers and not resident
+        family.offer_controlnets(None if shares else options.controlnets)
         return LoadedFamily(
             family=family,
             spec=placed.spec,

@@ -22,7 +22,7 @@ from stable_diffusion_server.pipelines.base import (
     translate_torch_errors,
 )
 from stable_diffusion_server.pipelines.catalog import refine_steps_skipped, scheduler_of, steps_skipped
-from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput
+from stable_diffusion_server.pipelines.conditioning.control_groups import ControlNetInput
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, remarks_of
 from stable_diffusion_server.pipelines.diffusers_family import DiffusersFamily
 from stable_diffusion_server.pipelines.enlarged_latents import enlarged

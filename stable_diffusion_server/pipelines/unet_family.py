@@ -24,12 +24,8 @@ from stable_diffusion_server.pipelines.base import (
 )
 from stable_diffusion_server.pipelines.catalog import scheduler_of
 from stable_diffusion_server.pipelines.conditioning.clip_prompts import ClipEncoder
-from stable_diffusion_server.pipelines.conditioning.controlnet import (
-    ControlNetInput,
-    check_grid,
-    row_controls,
-    unet_residuals,
-)
+from stable_diffusion_server.pipelines.conditioning.control_groups import ControlNetInput, row_controls
+from stable_diffusion_server.pipelines.conditioning.controlnet import check_grid, unet_residuals
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras
 from stable_diffusion_server.pipelines.conditioning.prompt_reader import StepPrompts, read_prompts
 from stable_diffusion_server.pipelines.controlnet_cache import named_controls

@@ -23,6 +23,7 @@ from tiny_parts import SIDE
 from stable_diffusion_server.pipelines.catalog import scheduler_of
 from stable_diffusion_server.pipelines.conditioning.controlnet_folder import ControlNetFolder
 from stable_diffusion_server.pipelines.families.flux import Flux
+from stable_diffusion_server.pipelines.families.sd3 import StableDiffusion3
 from stable_diffusion_server.pipelines.families.sd15 import Sd15
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.families.z_image import ZImage
@@ -34,7 +35,7 @@ from stable_diffusion_server.types import ControlImage, ControlKind, DiffusionRe
 EDGES = ImageArray(np.repeat(np.atleast_3d(outline(SIDE, SIDE).pixels), 3, axis=2))
 BLOCKS = ImageArray(np.asarray(tiny_families.picture(seed=9)))
 
-_HINTS = ("controlnet_cond_embedding.", "controlnet_x_embedder.", "control_all_x_embedder.")
+_HINTS = ("controlnet_cond_embedding.", "pos_embed_input.", "controlnet_x_embedder.", "control_all_x_embedder.")
 
 
 def alive(network: Any, seed: int, std: float = 0.05) -> Any:
@@ -77,7 +78,16 @@ def _z_image() -> tuple[Any, dict[str, Any]]:
     return ZImage(tiny_families.build("z-image"), tiny_row("z-image", "base", cpu_dtype="float32")), networks
 
 
-_MAKERS = {"sd15": _sd15, "sdxl": _sdxl, "flux": _flux, "z-image": _z_image}
+def _sd3() -> tuple[Any, dict[str, Any]]:
+    pipeline = tiny_families.build("sd3")
+    given = pipeline.transformer.config.items()
+    config = {name: value for name, value in given if not name.startswith("_")} | {"extra_conditioning_channels": 0}
+    names = {"canny": {}, "depth": {"force_zeros_for_pooled_projection": False, "num_layers": 1}}
+    networks = {name: diffusers.SD3ControlNetModel.from_config({**config, **own}) for name, own in names.items()}
+    return StableDiffusion3(pipeline, tiny_row("sd3", cpu_dtype="float32")), networks
+
+
+_MAKERS = {"sd3": _sd3, "sd15": _sd15, "sdxl": _sdxl, "flux": _flux, "z-image": _z_image}
 
 
 @dataclass(frozen=True)

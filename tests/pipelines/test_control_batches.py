@@ -40,7 +40,7 @@ def units_of(model: Guided) -> list[ControlImage]:
     return [*units, *(model.unit(name, CANNY, weight=0.7) for name in names[2:])]
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux", "z-image"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "z-image"])
 def test_six_requests_with_unlike_units_share_passes(family: str, models: Callable[[str], Guided]) -> None:
     """Each as if it were alone, to 45 dB or better; each network runs once a step over its rows."""
     model = models(family)

@@ -4,67 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
-from torch.nn.functional import interpolate
 
 from stable_diffusion_server.errors import ModelLoadError
-from stable_diffusion_server.types import ControlMode
-
-# Where prompt or control counts more: factor from a residual to the one before it, and the number of a UNet's last one.
-# As in AUTOMATIC1111's extension, SDXL's ten have the factors of the first ten of SD 1.5's thirteen.
-_SOFT, _LAST = 0.825, 12
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ControlNetInput:
-    """One unit of a request: `hint` is what `network` takes, `scale` multiplies its residuals.
-
-    UNets take pixels in 0..1, 1 × 3 × height × width; Flux packed latents, 1 × patches × channels, or pixels in
-    -1..1 where the network has a hint block of its own. `kind` is the number that a union is told. The unit acts in
-    steps from the share `start` to `end`, with its residuals multiplied by `mask` (1 × 1 × h × w of latents, 0..1).
-    """
-
-    network: Any
-    hint: torch.Tensor
-    scale: float
-    kind: int | None = None
-    start: float = 0.0
-    end: float = 1.0
-    mask: torch.Tensor | None = None
-    mode: ControlMode = ControlMode.BALANCED
-
-    def acts_in(self, step: int, steps: int) -> bool:
-        """Whether it acts in a step of so many, by the rule of diffusers' pipelines."""
-        return not (step / steps < self.start or (step + 1) / steps > self.end)
-
-
-# The active units of one row.
-RowControls = Sequence[ControlNetInput]
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Rows that one run of a network guides, with the unit of each."""
-
-    network: Any
-    rows: tuple[int, ...]
-    controls: tuple[ControlNetInput, ...]
-
-    def index(self, device: torch.device) -> torch.Tensor:
-        return torch.tensor(self.rows, device=device)
-
-    def scales(self, like: torch.Tensor) -> torch.Tensor:
-        """One factor a row, shaped to multiply tensors of as many dimensions as `like`."""
-        scales = torch.tensor([control.scale for control in self.controls], device=like.device, dtype=like.dtype)
-        return scales.reshape(-1, *[1] * (like.ndim - 1))
-
-    @property
-    def hints(self) -> torch.Tensor:
-        return torch.cat([control.hint for control in self.controls])
+from stable_diffusion_server.pipelines.conditioning.control_groups import (
+    RowControls,
+    RowGroup,
+    groups_of,
+    spread_rows,
+    weigh,
+)
 
 
 def check_grid(controlnet: Any, pixels_per_latent: int) -> None:
@@ -76,19 +28,6 @@ def check_grid(controlnet: Any, pixels_per_latent: int) -> None:
         )
 
 
-def row_controls(state: Any, rows: int, positive: int) -> list[RowControls]:
-    """The units that act on each of a state's rows in its next pass; `positive` is the row of the prompt.
-
-    Units whose control counts more act on the prompt's row alone.
-    """
-    if not state.controls:
-        return [()] * rows
-    passes = len(state.segments[0].timesteps)
-    controls = [control for control in state.controls if control.acts_in(state.passes, passes)]
-    rest = [control for control in controls if control.mode is not ControlMode.CONTROL]
-    return [controls if row == positive else rest for row in range(rows)]
-
-
 def unet_residuals(inputs: Mapping[str, Any], controls: Sequence[RowControls]) -> dict[str, Any]:
     """The UNet's further arguments for a batch whose row `i` is guided by `controls[i]`; empty when none is.
 
@@ -97,17 +36,17 @@ def unet_residuals(inputs: Mapping[str, Any], controls: Sequence[RowControls]) -
     as they were. Several units of a row are added up.
     """
     added: list[torch.Tensor] | None = None
-    for group in _groups(controls, by_kind=True):
+    for group in groups_of(controls, by_kind=True):
         rows = group.index(inputs["sample"].device)
-        residuals = _weighted(_run_unet(group, inputs, rows), group)
-        spread = [_spread(residual, rows, len(controls)) for residual in residuals]
+        residuals = weigh(_run_unet(group, inputs, rows), group)
+        spread = [spread_rows(residual, rows, len(controls)) for residual in residuals]
         added = spread if added is None else [one + other for one, other in zip(added, spread, strict=True)]
     if added is None:
         return {}
     return {"down_block_additional_residuals": added[:-1], "mid_block_additional_residual": added[-1]}
 
 
-def _run_unet(group: _Group, inputs: Mapping[str, Any], rows: torch.Tensor) -> list[torch.Tensor]:
+def _run_unet(group: RowGroup, inputs: Mapping[str, Any], rows: torch.Tensor) -> list[torch.Tensor]:
     arguments: dict[str, Any] = {"controlnet_cond": group.hints}
     scales: Any = group.scales(like=inputs["sample"])
     kind = group.controls[0].kind
@@ -145,7 +84,7 @@ def transformer_residuals(
     networks need; `grid` are height and width of a picture's patches.
     """
     read = range(len(controls)) if sources is None else sources
-    found = [_run_transformer(group, read, inputs, guidance, grid) for group in _groups(controls, by_kind=False)]
+    found = [_run_transformer(group, read, inputs, guidance, grid) for group in groups_of(controls, by_kind=False)]
     if len(found) <= 1:
         return found[0] if found else {}
     doubles, singles = (
@@ -160,11 +99,11 @@ def transformer_residuals(
 
 
 def _run_transformer(
-    whole: _Group, read: Sequence[int], inputs: Mapping[str, Any], guidance: torch.Tensor, grid: tuple[int, int]
+    whole: RowGroup, read: Sequence[int], inputs: Mapping[str, Any], guidance: torch.Tensor, grid: tuple[int, int]
 ) -> dict[str, Any]:
     """What the network says of the rows that it reads, for all rows of the group."""
     kept = [(row, control) for row, control in zip(whole.rows, whole.controls, strict=True) if read[row] == row]
-    group = _Group(whole.network, *zip(*kept, strict=True))
+    group = RowGroup(whole.network, *zip(*kept, strict=True))
     network, rows = group.network, group.index(guidance.device)
     by_row = ("hidden_states", "timestep", "pooled_projections", "encoder_hidden_states")
     kinds = [[control.kind] for control in group.controls]
@@ -187,8 +126,8 @@ def _run_transformer(
     def spread(residuals: Sequence[torch.Tensor] | None) -> list[torch.Tensor] | None:
         if residuals is None:
             return None
-        weighted = _weighted(residuals, group, grid)
-        return [_spread(residual if own else residual[which], at, len(read)) for residual in weighted]
+        weighted = weigh(residuals, group, grid)
+        return [spread_rows(residual if own else residual[which], at, len(read)) for residual in weighted]
 
     return {
         "controlnet_block_samples": spread(double),
@@ -217,6 +156,30 @@ def _added(lists: Iterable[list[torch.Tensor]]) -> list[torch.Tensor] | None:
     return whole or None
 
 
+def joint_residuals(
+    inputs: Mapping[str, Any], controls: Sequence[RowControls], blocks: int, grid: tuple[int, int]
+) -> dict[str, Any]:
+    """The SD 3 transformer's further arguments, as `unet_residuals`: a residual for each of its `blocks`.
+
+    `grid` are height and width of a picture's patches. As the stock pipeline does, networks that ask for it get zeros
+    as the pooled prompt, and those without a text projection no prompt.
+    """
+    found = []
+    for group in groups_of(controls, by_kind=False):
+        rows, config = group.index(inputs["hidden_states"].device), group.network.config
+        taken = {name: value[rows] for name, value in inputs.items()}
+        if config.force_zeros_for_pooled_projection:
+            taken["pooled_projections"] = torch.zeros_like(taken["pooled_projections"])
+        if config.joint_attention_dim is None:
+            taken["encoder_hidden_states"] = None
+        scales = group.scales(like=inputs["encoder_hidden_states"])
+        (samples,) = group.network(**taken, controlnet_cond=group.hints, conditioning_scale=scales, return_dict=False)
+        spread = [spread_rows(residual, rows, len(controls)) for residual in weigh(samples, group, grid)]
+        found.append([spread[int(number / (blocks / len(spread)))] for number in range(blocks)])
+    added = _added(found)
+    return {"block_controlnet_hidden_states": added} if added else {}
+
+
 def layer_residuals(
     pictures: Sequence[torch.Tensor],
     times: torch.Tensor,
@@ -233,7 +196,7 @@ def layer_residuals(
         _padded(picture.shape[-2] // 2 * (picture.shape[-1] // 2)) + _padded(len(caption))
         for picture, caption in zip(pictures, captions, strict=True)
     )
-    for group in _groups(controls, by_kind=False):
+    for group in groups_of(controls, by_kind=False):
         rows, hints = group.index(times.device), group.hints
         samples = group.network(
             [pictures[row] for row in group.rows],
@@ -243,10 +206,10 @@ def layer_residuals(
             conditioning_scale=group.scales(like=hints[:, 0, 0]),
         )
         grid = (pictures[0].shape[-2] // 2, pictures[0].shape[-1] // 2)
-        weighted = dict(zip(samples, _weighted([*samples.values()], group, grid), strict=True))
+        weighted = dict(zip(samples, weigh([*samples.values()], group, grid), strict=True))
         for layer, sample in weighted.items():
             filled = torch.nn.functional.pad(sample, (0, 0, 0, length - sample.shape[1]))
-            spread = _spread(filled, rows, len(controls))
+            spread = spread_rows(filled, rows, len(controls))
             added[layer] = added[layer] + spread if layer in added else spread
     return {"controlnet_block_samples": added} if added else {}
 
@@ -255,65 +218,3 @@ def _padded(tokens: int) -> int:
     """Tokens of a picture or caption with those that fill it up."""
     unit: int = SEQ_MULTI_OF
     return -(-tokens // unit) * unit
-
-
-def _groups(controls: Sequence[RowControls], *, by_kind: bool) -> list[_Group]:
-    """The units of all rows by network (and kind), so that each group has a row once."""
-    found: dict[tuple[object, ...], list[tuple[int, ControlNetInput]]] = {}
-    for row, units in enumerate(controls):
-        turns: dict[tuple[object, ...], int] = {}
-        for control in units:
-            key = (id(control.network), control.kind if by_kind else None)
-            turns[key] = turns.get(key, -1) + 1
-            found.setdefault((*key, turns[key]), []).append((row, control))
-    return [_Group(members[0][1].network, *zip(*members, strict=True)) for members in found.values()]
-
-
-def _weighted(
-    residuals: Sequence[torch.Tensor], group: _Group, grid: tuple[int, int] | None = None
-) -> list[torch.Tensor]:
-    """Residuals times what modes and masks of their rows say; as they are where all are balanced and whole.
-
-    Where prompt or control counts more, residuals near the picture count less: 0.825 to the power of how many come
-    after, of thirteen in a UNet.
-
-    Residuals of pictures have rows × channels × h × w, those of tokens rows × tokens × channels, of which the first
-    are the patches of a picture of height × width `grid`.
-    """
-    if any(control.mode is not ControlMode.BALANCED for control in group.controls):
-        soft = [control.mode is not ControlMode.BALANCED for control in group.controls]
-        last = _LAST if grid is None else len(residuals) - 1
-        residuals = [
-            residual
-            * residual.new_tensor([_SOFT ** (last - place) if is_soft else 1.0 for is_soft in soft]).reshape(
-                -1, *[1] * (residual.ndim - 1)
-            )
-            for place, residual in enumerate(residuals)
-        ]
-    if all(control.mask is None for control in group.controls):
-        return [*residuals]
-    return [residual * _mask_like(residual, group, grid) for residual in residuals]
-
-
-def _mask_like(residual: torch.Tensor, group: _Group, grid: tuple[int, int] | None) -> torch.Tensor:
-    """Masks of a group's rows, shaped to multiply a residual; tokens that are no patches take the mean of a mask."""
-    size = grid if grid is not None else tuple(residual.shape[-2:])
-    masks = []
-    for control in group.controls:
-        mask = residual.new_ones(1, 1, *size)
-        if control.mask is not None:
-            mask = interpolate(control.mask.float(), size=size, mode="area").to(residual.dtype)
-        masks.append(mask)
-    mask = torch.cat(masks)
-    if grid is None:
-        return mask
-    tokens = mask.flatten(1)
-    others = tokens.mean(1, keepdim=True).expand(-1, residual.shape[1] - tokens.shape[1])
-    return torch.cat([tokens, others], dim=1).unsqueeze(-1)
-
-
-def _spread(residual: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
-    """`residual` at its rows in a tensor of `count` rows; the other rows are zero."""
-    if len(rows) == count:
-        return residual
-    return residual.new_zeros(count, *residual.shape[1:]).index_copy_(0, rows, residual)

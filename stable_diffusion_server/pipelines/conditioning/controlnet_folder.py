@@ -20,7 +20,7 @@ from stable_diffusion_server.types import ControlKind
 
 _ROLE = Kind.CONTROLNET.value
 # Modules of the families that draw with ControlNets → the library's names of those.
-_FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "flux": "flux", "z_image": "z-image"}
+_FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux", "z_image": "z-image"}
 # Variants that are not read.
 _UNREAD = {
     "t2i-adapter": "is a T2I adapter, which is not read",

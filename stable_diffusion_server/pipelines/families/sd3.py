@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
@@ -17,13 +18,17 @@ from stable_diffusion_server.pipelines.base import (
     classifier_free,
     latent_mask,
     seeded,
+    to_tensor,
 )
+from stable_diffusion_server.pipelines.conditioning.control_groups import row_controls
+from stable_diffusion_server.pipelines.conditioning.controlnet import joint_residuals
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
+from stable_diffusion_server.pipelines.controlnet_cache import named_controls
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import token_counter
 from stable_diffusion_server.pipelines.native_family import NativeFamily
 from stable_diffusion_server.pipelines.starting_noise import starting_noise
 from stable_diffusion_server.pipelines.stock.position_tables import check_size
-from stable_diffusion_server.types import DiffusionRequest
+from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,8 @@ class StableDiffusion3(NativeFamily[Conditioning]):
         conditioning = self._encode(request, loras)
         dtype, generator = conditioning.embeds.dtype, seeded(request.seed)
         original, inpaint = None, None
+        scale = self.pipeline.vae_scale_factor
+        controls = named_controls(request.controls, self.controlnets, self._hint, self.device, scale)
         if request.starts_from_image:
             config = self.pipeline.vae.config
             latents = self._original(request, generator)
@@ -64,19 +71,41 @@ class StableDiffusion3(NativeFamily[Conditioning]):
             inpaint = InpaintConstraint(mask, original, request.soft)
         start = None if original is None else first.add_noise(original, 0)
         lengths = (conditioning.embeds.shape[1],)
-        return self._state(request, loras, conditioning, first, latents=start, lengths=lengths, inpaint=inpaint)
+        return self._state(
+            request, loras, conditioning, first, latents=start, lengths=lengths, inpaint=inpaint, controls=controls
+        )
+
+    def _adapt(self, network: Any) -> None:
+        """Give a ControlNet without positions, as SD 3.5's, those of the model."""
+        if not network.config.use_pos_embed:
+            network._get_pos_embed_from_transformer(self.pipeline.transformer)
+
+    def _hint(self, network: Any, image: ImageArray, mask: ImageArray | None) -> torch.Tensor:
+        """The latents of a control image, as a ControlNet takes them."""
+        config = self.pipeline.vae.config
+        # As in the stock pipeline: networks that take zeros as the pooled prompt were trained without the shift.
+        shift = 0.0 if network.config.force_zeros_for_pooled_projection else config.shift_factor
+        return (self._encoded(to_tensor(image, self.device), None) - shift) * config.scaling_factor
 
     def _predicted(self, states: Sequence[PipelineState[Conditioning]]) -> Sequence[torch.Tensor]:
         conditionings = [state.conditioning for state in states]
         rows = [len(conditioning.embeds) for conditioning in conditionings]
+        inputs = {
+            "hidden_states": by_row([state.latents for state in states], rows),
+            "timestep": by_row([state.timestep.reshape(1) for state in states], rows),
+            "encoder_hidden_states": torch.cat([conditioning.embeds for conditioning in conditionings]),
+            "pooled_projections": torch.cat([conditioning.pooled for conditioning in conditionings]),
+        }
+        controls = [
+            units for state, n in zip(states, rows, strict=True) for units in row_controls(state, n, positive=n - 1)
+        ]
+        transformer = self.pipeline.transformer
+        patch, (height, width) = transformer.config.patch_size, states[0].latents.shape[-2:]
+        residuals = joint_residuals(
+            inputs, controls, len(transformer.transformer_blocks), (height // patch, width // patch)
+        )
         with self.loras.applied_by_row([state.loras for state in states], rows):
-            predicted = self.pipeline.transformer(
-                hidden_states=by_row([state.latents for state in states], rows),
-                timestep=by_row([state.timestep.reshape(1) for state in states], rows),
-                encoder_hidden_states=torch.cat([conditioning.embeds for conditioning in conditionings]),
-                pooled_projections=torch.cat([conditioning.pooled for conditioning in conditionings]),
-                return_dict=False,
-            )[0]
+            predicted = transformer(**inputs, **residuals, return_dict=False)[0]
         return [
             classifier_free(prediction, state.request.guidance_scale)
             for state, prediction in zip(states, predicted.split(rows), strict=True)

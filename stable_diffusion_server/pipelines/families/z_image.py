@@ -18,7 +18,8 @@ from stable_diffusion_server.pipelines.base import (
     seeded,
     to_tensor,
 )
-from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput, layer_residuals, row_controls
+from stable_diffusion_server.pipelines.conditioning.control_groups import ControlNetInput, row_controls
+from stable_diffusion_server.pipelines.conditioning.controlnet import layer_residuals
 from stable_diffusion_server.pipelines.conditioning.lora import ActiveLoras, digests_and_weights
 from stable_diffusion_server.pipelines.controlnet_cache import named_controls
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import chat_counter

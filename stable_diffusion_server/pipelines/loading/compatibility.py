@@ -13,6 +13,11 @@ TOKENIZERS = (
     ("tokenizer_2", "text_encoder_2"),
     ("tokenizer_3", "text_encoder_3"),
 )
+# What a transformer's ControlNet has in common with it.
+_OF_TRANSFORMERS = (
+    *("in_channels", "joint_attention_dim", "pooled_projection_dim"),
+    *("num_attention_heads", "attention_head_dim"),
+)
 
 
 def check_pipeline(folder: str, pipeline: Any) -> None:
@@ -45,12 +50,17 @@ def check_controlnet(folder: str, pipeline: Any, controlnet: Any) -> None:
         names: Iterable[str] = ("in_channels", "cross_attention_dim", "block_out_channels", "addition_time_embed_dim")
         whole = pipeline.unet.config
     else:
-        of_flux, of_z_image = ("in_channels", "joint_attention_dim", "pooled_projection_dim"), ("dim", "n_heads")
+        of_flux, of_z_image = _OF_TRANSFORMERS, ("dim", "n_heads")
         names, whole = of_z_image if "dim" in controlnet.config else of_flux, pipeline.transformer.config
     for name in names:
         own, wanted = controlnet.config.get(name), whole.get(name)
+        if own is None and name == "joint_attention_dim":
+            continue  # SD 3.5's networks read no prompt
         if own != wanted and not (isinstance(own, list | tuple) and [*own] == [*wanted]):
             raise ModelLoadError(f"{folder} was made for another model: its {name} is {own}, and the model's {wanted}.")
+    config = controlnet.config
+    if config.get("extra_conditioning_channels") or config.get("conditioning_channels", 3) != 3:
+        raise ModelLoadError(f"{folder} takes more than the colours of a control image, which is not supported.")
 
 
 def check_refiner(folder: str, pipeline: Any, refiner: Any) -> None:

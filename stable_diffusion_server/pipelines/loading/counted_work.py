@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from stable_diffusion_server.pipelines.conditioning.control_groups import ControlNetInput
 from stable_diffusion_server.pipelines.conditioning.controlnet import (
-    ControlNetInput,
     layer_residuals,
     transformer_residuals,
     unet_residuals,
