@@ -109,3 +109,20 @@ def test_a_detector_file_repairs_what_it_finds(app: RunningApp, annotators: Path
     broken = post(app, repairs=[{**repair, "detector": "broken"}])
     assert broken.status_code == 422
     assert "not an ONNX file" in broken.json()["detail"]
+
+
+def test_automatic1111_lists_and_runs_what_has_a_file(app: RunningApp, annotators: Path) -> None:
+    """`module_list` has the preprocessors with a file; `detect` runs them, and refuses a file that is no network."""
+    (annotators / "hed.onnx").write_bytes(b"PK\3\4")
+    modules = app.client.get("/controlnet/module_list").json()["module_list"]
+    assert {"none", "canny", "depth_midas", "normal_depth", "softedge_hed"} <= {*modules}
+    assert not {"depth_zoe", "openpose_full", "lineart_anime"} & {*modules}
+    asked = {"controlnet_input_images": [TEXT], "controlnet_processor_res": 64}
+    made = app.client.post("/controlnet/detect", json={**asked, "controlnet_module": "depth_midas"})
+    assert made.status_code == 200, made.text
+    pixels = cv2.imdecode(np.frombuffer(base64.b64decode(made.json()["images"][0]), np.uint8), cv2.IMREAD_COLOR)
+    assert pixels is not None
+    assert (pixels.shape, pixels.min(), pixels.max()) == ((64, 64, 3), 0, 255)
+    refused = app.client.post("/controlnet/detect", json={**asked, "controlnet_module": "softedge_hed"})
+    assert refused.status_code == 422
+    assert "not an ONNX file" in refused.text
