@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -41,7 +42,8 @@ class RefusedError(Exception):
 class UiRequest:
     """One image to request: path, form fields, files by field, and a caption if it is not the seed.
 
-    `references` are files of the field `image_file`, which an edit takes several times, in order.
+    `references` are files of the field `image_file`, which an edit takes several times, in order; `controls` those of
+    `control_file`.
     """
 
     path: str
@@ -49,6 +51,7 @@ class UiRequest:
     files: Files = field(default_factory=dict)
     name: str = ""
     references: tuple[bytes, ...] = ()
+    controls: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class ApiClient:
 
     async def start(self, request: UiRequest) -> Job:
         """Start a job. Requests with files wait in a fair queue of all visitors. Raises `RefusedError`."""
-        if not request.files and not request.references:
+        if not request.files and not request.references and not request.controls:
             return await self._start(request)
         try:
             async with self.turns.hold(f"{self.key} {self.client.address}"):
@@ -89,6 +92,7 @@ class ApiClient:
 
     async def _start(self, request: UiRequest) -> Job:
         named = [*request.files.items(), *(("image_file", content) for content in request.references)]
+        named += [("control_file", content) for content in request.controls]
         files = [(name, (f"{name}.png", content)) for name, content in named]
         body = {"data": dict(request.fields), "files": files or None}
         return await self._json("POST", request.path, headers={"Prefer": "respond-async"}, **body)
@@ -137,6 +141,17 @@ class ApiClient:
     async def replay(self, picture: bytes) -> Job:
         """Generate an image again from its embedded metadata. Raises `RefusedError`."""
         return await self._json("POST", "/v1/replay", files={"picture_file": ("picture", picture)}, timeout=_GENERATION)
+
+    async def control_image(self, module: str, picture: bytes) -> str:
+        """Return what a preprocessor makes of an image, as a data URL. Raises `RefusedError`."""
+        body = {"controlnet_module": module, "controlnet_input_images": [base64.b64encode(picture).decode()]}
+        answer = await self._json("POST", "/controlnet/detect", json=body, timeout=_LONG)
+        return f"data:image/png;base64,{answer['images'][0]}"
+
+    async def control_lists(self) -> tuple[list[str], list[str]]:
+        """Return the names of the ControlNets and of the preprocessors. Raises `RefusedError`."""
+        models = await self._json("GET", "/controlnet/model_list")
+        return models["model_list"], (await self._json("GET", "/controlnet/module_list"))["module_list"]
 
     async def readiness(self) -> Job:
         """Return whether the server is ready, the reasons if it is not, and its models. Raises `RefusedError`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stable_diffusion_server.ui.client import UiRequest
@@ -13,6 +15,8 @@ SEED_END = 2**32
 MOST_AT_ONCE = 8
 # The largest MAX_REFERENCES that a server can have.
 MOST_REFERENCES = 16
+# Control units that a tab has fields for.
+MOST_UNITS = 2
 # Prompt suffixes for which the original server's page generated images at one click.
 EXPLORED = ("", "awesome", "amazing", "detailed aesthetic", "wonderful", "anime hd")
 
@@ -47,6 +51,39 @@ class CommonFields:
             "guidance_scale": self.guidance,
         }
         return {name: value for name, value in given.items() if value or name == "prompt"}
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFields:
+    """Fields of a control unit; empty texts mean the server's default, and no image the request's own."""
+
+    kind: str
+    model: str = ""
+    preprocess: str = ""
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    image: bytes | None = None
+
+
+def guided(requests: list[UiRequest], units: Sequence[UnitFields], *, has_image: bool) -> list[UiRequest]:
+    """Add control units to requests; `has_image`: these have an input image. Raises `FormError` without any image."""
+    if not units:
+        return requests
+    if not has_image and any(unit.image is None for unit in units):
+        raise FormError("controls", "Choose the picture of each control image that is used.")
+    files = tuple(unit.image for unit in units if unit.image is not None)
+    listed, place = [], 0
+    for unit in units:
+        given: dict[str, object] = {"kind": unit.kind, "weight": unit.weight, "start": unit.start, "end": unit.end}
+        given |= {name: text for name, text in (("model", unit.model), ("preprocess", unit.preprocess)) if text}
+        if unit.image is not None:
+            given, place = {**given, "image_file": place}, place + 1
+        listed.append(given)
+    return [
+        replace(request, fields={**request.fields, "controls": json.dumps(listed)}, controls=files)
+        for request in requests
+    ]
 
 
 def create(

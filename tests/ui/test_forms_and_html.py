@@ -7,6 +7,7 @@ import json
 import shlex
 
 import numpy as np
+import pytest
 from conftest import RunningApp
 from PIL import Image
 
@@ -40,6 +41,21 @@ def test_exploring_draws_the_originals_six() -> None:
     all_wanted = forms.create(CommonFields("a star", seed="7"), 64, 64, explore=True)
     assert [wanted.fields["prompt"] for wanted in all_wanted][:2] == ["a star", "a star awesome"]
     assert (len(all_wanted), {wanted.fields["seed"] for wanted in all_wanted}) == (6, {"7"})
+
+
+def test_control_units_are_sent_with_their_pictures() -> None:
+    """A unit of its own picture names its file; one without has the request's, which must be there."""
+    units = [forms.UnitFields("canny", weight=0.5), forms.UnitFields("depth", "net", "none", image=b"depth")]
+    (guided,) = forms.guided(forms.restyle(CommonFields("a"), b"x", 0.5, canny=False), units, has_image=True)
+    listed = json.loads(guided.fields["controls"])
+    assert listed[0] == {"kind": "canny", "weight": 0.5, "start": 0.0, "end": 1.0}
+    assert (listed[1]["model"], listed[1]["preprocess"], listed[1]["image_file"]) == ("net", "none", 0)
+    assert guided.controls == (b"depth",)
+    made = forms.create(CommonFields("a"), 64, 64)
+    assert forms.guided(made, [], has_image=False) == made
+    with pytest.raises(forms.FormError) as refused:
+        forms.guided(made, units, has_image=False)
+    assert refused.value.field == "controls"
 
 
 def test_edges_are_asked_for_only_when_wanted() -> None:

@@ -144,3 +144,21 @@ def test_a_phone_shows_all_of_it_in_one_column(tab_of: Callable[..., Tab]) -> No
         assert (name, tab.page.evaluate("document.documentElement.scrollWidth <= 390")) == (name, True)
     tab.reported("It can draw")
     tab.was_quiet()
+
+
+def test_a_control_image_is_previewed_and_guides_the_picture(tab_of: Callable[..., Tab], tmp_path: Path) -> None:
+    """Without a picture a message; with one its edges are shown, and the request has the unit."""
+    (tmp_path / "disc.png").write_bytes(file_of(disc(256, 256)))
+    tab = tab_of()
+    inside = tab.open("Create")
+    inside.get_by_role("button", name="Control images").click()
+    preview = inside.get_by_role("button", name="Preview").first
+    preview.click()
+    inside.get_by_text("Choose a picture first.").wait_for()
+    inside.locator("#sds-create-controls-0-image input[type=file]").set_input_files(tmp_path / "disc.png")
+    inside.get_by_label("It shows").first.click()
+    tab.page.get_by_role("option", name="Edges (canny)").click()
+    preview.click()
+    inside.get_by_role("img", name="Control image 1").wait_for()
+    draw(inside, "a green circle on a yellow background")
+    tab.was_quiet()

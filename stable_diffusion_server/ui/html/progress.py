@@ -24,7 +24,7 @@ _LABELS = {
 }
 
 
-_NUMBERED = re.compile(r"(?P<slot>[a-z_]{1,64})\[(?P<number>[0-9]{1,3})\]")
+_NUMBERED = re.compile(r"(?P<slot>[a-z_]{1,64})\[(?P<number>[0-9]{1,3})\](?:\.[a-z_]{1,32})?")
 
 
 def _empty(lead: str, more: str) -> str:
@@ -125,7 +125,7 @@ def label(name: str) -> str:
 
 
 def slot_of(name: str) -> str:
-    """Return the field that a parameter belongs to: `image_file` of `image_file[1]`."""
+    """Return the field that a parameter is in: `image_file` of `image_file[1]`, `controls` of `controls[0].kind`."""
     numbered = _NUMBERED.fullmatch(name)
     return numbered["slot"] if numbered else name
 

@@ -18,7 +18,7 @@ from stable_diffusion_server.ui.gradio_events import GradioGuard, events_of
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.html import status as status_html
 from stable_diffusion_server.ui.image_intake import ImageIntake
-from stable_diffusion_server.ui.tabs import create, edit, history, img2img, inpaint, theme
+from stable_diffusion_server.ui.tabs import control_units, create, edit, history, img2img, inpaint, theme
 from stable_diffusion_server.ui.tabs.controls import QUIET, defaults_of
 from stable_diffusion_server.ui.tabs.navigation import Navigation, onward
 from stable_diffusion_server.ui.tabs.results_panel import ResultsPanel, client_for
@@ -94,13 +94,14 @@ class _Tabs:
     editing: edit.EditTab
     panels: list[ResultsPanel]
     past: history.HistoryTab
+    guides: list[control_units.UnitControls]
 
 
 def _tabs(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> _Tabs:
     """Build all tabs and the navigation between them."""
     with gr.Tabs() as tabs:
         with gr.Tab("Create", id="create"):
-            creating = create.tab(clients, blocks)
+            creating = create.tab(clients, intake, blocks)
         with gr.Tab("Restyle", id="restyle"):
             restyling = img2img.tab(clients, intake, blocks)
         with gr.Tab("Inpaint", id="inpaint"):
@@ -123,7 +124,7 @@ def _tabs(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> _Tabs:
             onward(clients, intake, panel.shown, panel.chosen, panel.message, ways)
     with past.below:
         onward(clients, intake, past.shown, past.chosen, past.message, ways)
-    return _Tabs(creating, editing, panels, past)
+    return _Tabs(creating, editing, panels, past, [creating.guides, restyling.guides])
 
 
 def _load_options(clients: ApiClients, blocks: gr.Blocks, built: _Tabs) -> None:
@@ -153,10 +154,22 @@ def _load_options(clients: ApiClients, blocks: gr.Blocks, built: _Tabs) -> None:
         )
 
     blocks.load(load, None, outputs, **QUIET)
+    _load_control_lists(clients, blocks, built.guides)
     editing.panel.fields.model.change(edit.takes_of, [models, editing.panel.fields.model], editing.takes, **QUIET)
     for panel in [*built.panels, editing.panel]:
         fields = panel.fields
         fields.model.change(defaults_of, [models, fields.model], fields.model_defaults, **QUIET)
+
+
+def _load_control_lists(clients: ApiClients, blocks: gr.Blocks, guides: list[control_units.UnitControls]) -> None:
+    """Fill the lists of ControlNets and of preprocessors when a page opens."""
+    outputs = [field for made in guides for field in (*made.models, *made.preprocessors)]
+
+    async def load(request: gr.Request) -> list[Any]:
+        models, modules = await control_units.choices_of(clients, request)
+        return [field for made in guides for field in (*[models] * len(made.models), *[modules] * len(made.models))]
+
+    blocks.load(load, None, outputs, **QUIET)
 
 
 def _status_tab(clients: ApiClients, tabs: gr.Tabs, opened: gr.Tab) -> None:

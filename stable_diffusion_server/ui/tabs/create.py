@@ -11,21 +11,23 @@ import gradio as gr
 from stable_diffusion_server.ui import forms, model_options
 from stable_diffusion_server.ui.client import ApiClients, UiRequest
 from stable_diffusion_server.ui.html import progress
-from stable_diffusion_server.ui.tabs import results_panel
+from stable_diffusion_server.ui.image_intake import ImageIntake
+from stable_diffusion_server.ui.tabs import control_units, results_panel
 from stable_diffusion_server.ui.tabs.controls import QUIET, ControlSlots, common_fields, fields, prompt_box
 
 
 @dataclass(frozen=True, slots=True)
 class CreateTab:
-    """Components that other tabs use: examples, the text beside them, the size, and the results panel."""
+    """Components that other tabs use: examples, the text beside them, the size, the results panel, control units."""
 
     examples: gr.Dataset
     words: gr.Markdown
     size: tuple[gr.Radio, gr.Number, gr.Number]
     panel: results_panel.ResultsPanel
+    guides: control_units.UnitControls
 
 
-def tab(clients: ApiClients, blocks: gr.Blocks) -> CreateTab:
+def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> CreateTab:
     """Build the tab."""
     slots = ControlSlots("create")
     with gr.Row(elem_classes="sds-layout"):
@@ -47,21 +49,22 @@ def tab(clients: ApiClients, blocks: gr.Blocks) -> CreateTab:
                 info="Six pictures of one seed: the prompt alone, then with awesome, amazing, anime hd … behind it.",
             )
             chosen = fields(slots, prompt)
+            guides = control_units.units(clients, intake, slots)
     here = results_panel.panel(slots, draw, cancel, chosen, at, beside=False)
 
     async def requests(
-        _: str, width: float | None, height: float | None, explore: bool, *values: Any
+        owner: str, width: float | None, height: float | None, explore: bool, *values: Any
     ) -> list[UiRequest]:
-        common = common_fields(*values)
+        common = common_fields(*values[: len(chosen.inputs)])
+        units = control_units.unit_fields(intake, owner, values[len(chosen.inputs) :])
         if explore and not common.seed:
             common = replace(common, seed=str(secrets.randbelow(forms.SEED_END)))
-        return forms.create(common, width, height, explore=explore)
+        return forms.guided(forms.create(common, width, height, explore=explore), units, has_image=False)
 
     examples.click(lambda row: row[0] if row else gr.skip(), examples, prompt, **QUIET)
-    results_panel.wire(
-        clients, blocks, here, [draw.click, prompt.submit], [width, height, explore, *chosen.inputs], requests
-    )
-    return CreateTab(examples, words, (preset, width, height), here)
+    inputs = [width, height, explore, *chosen.inputs, *guides.inputs]
+    results_panel.wire(clients, blocks, here, [draw.click, prompt.submit], inputs, requests)
+    return CreateTab(examples, words, (preset, width, height), here, guides)
 
 
 def _sizes(slots: ControlSlots) -> tuple[gr.Radio, gr.Number, gr.Number]:

@@ -13,7 +13,7 @@ from stable_diffusion_server.ui import forms, image_intake
 from stable_diffusion_server.ui.client import ApiClients, UiRequest
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.image_intake import ImageIntake
-from stable_diffusion_server.ui.tabs import navigation, results_panel
+from stable_diffusion_server.ui.tabs import control_units, navigation, results_panel
 from stable_diffusion_server.ui.tabs.controls import (
     QUIET,
     ControlSlots,
@@ -28,10 +28,11 @@ from stable_diffusion_server.ui.tabs.controls import (
 
 @dataclass(frozen=True, slots=True)
 class ImageToImageTab:
-    """Components that other tabs use: the input image, and the results panel."""
+    """Components that other tabs use: the input image, the results panel, and the control units."""
 
     image: gr.HTML
     panel: results_panel.ResultsPanel
+    guides: control_units.UnitControls
 
 
 def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> ImageToImageTab:
@@ -57,6 +58,7 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> ImageToI
             slots.slot("strength")
             edges = _edges(clients, intake, slots, image)
             chosen = fields(slots, prompt)
+            guides = control_units.units(clients, intake, slots, image)
     with at.results:
         beside = gr.HTML()
     here = results_panel.panel(slots, draw, cancel, chosen, at, beside=True)
@@ -69,13 +71,16 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> ImageToI
         if not picture:
             raise forms.FormError("image_file", "Choose a picture to start from first.")
         file = intake.file(owner, picture)
-        return forms.restyle(common_fields(*values), file, strength, canny=canny, low=low, high=high)
+        common = common_fields(*values[: len(chosen.inputs)])
+        units = control_units.unit_fields(intake, owner, values[len(chosen.inputs) :])
+        made = forms.restyle(common, file, strength, canny=canny, low=low, high=high)
+        return forms.guided(made, units, has_image=True)
 
-    inputs = [image, strength, *edges, *chosen.inputs]
+    inputs = [image, strength, *edges, *chosen.inputs, *guides.inputs]
     results_panel.wire(
         clients, blocks, here, [draw.click, prompt.submit], inputs, requests, settled(slots.id_of("image_file"))
     )
-    return ImageToImageTab(image, here)
+    return ImageToImageTab(image, here, guides)
 
 
 def _edges(
