@@ -167,9 +167,9 @@ def _fault(model: LibraryModel) -> str:
 
 
 def _fits(model: LibraryModel, spec: ModelSpec) -> bool:
-    if model.path.name in _EMBEDDED and not _is_own(model, spec):
-        return False
-    return _family(spec) in model.identity.families
+    if _is_own(model, spec):  # the embedded one has widths of no known family
+        return True
+    return model.path.name not in _EMBEDDED and _family(spec) in model.identity.families
 
 
 def _is_own(model: LibraryModel, spec: ModelSpec) -> bool:
