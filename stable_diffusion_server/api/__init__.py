@@ -27,6 +27,7 @@ from stable_diffusion_server.api.routes.history import history_router
 from stable_diffusion_server.api.routes.jobs import jobs_router
 from stable_diffusion_server.api.routes.models import models_router
 from stable_diffusion_server.api.routes.replay import replay_router
+from stable_diffusion_server.api.routes.verify import verify_router
 from stable_diffusion_server.api.schemas.responses import job_body
 
 __all__ = [
@@ -61,5 +62,6 @@ __all__ = [
     "replay_router",
     "replicate_router",
     "response_without_request",
+    "verify_router",
     "webhook_message",
 ]

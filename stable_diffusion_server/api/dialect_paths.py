@@ -19,7 +19,7 @@ _OTHER_ENDS = (
     "/audio/transcriptions",
 )
 # Paths of this server's own API and of Replicate's with the prefix of OpenAI's.
-_NATIVE = ("/v1/replay", "/v1/predictions", "/v1/webhooks/", "/v1/files")
+_NATIVE = ("/v1/replay", "/v1/verify", "/v1/predictions", "/v1/webhooks/", "/v1/files")
 _PREDICTIONS, _VERSIONS = "/predictions", "/versions/"
 # Below these, other parts of the server answer in their own format.
 _OTHER_DIALECTS = ("/sdapi/", "/internal/", "/controlnet/", "/adetailer/", "/ui/", "/files/", "/jobs/", "/history/")

@@ -89,7 +89,7 @@ def create_app(
     app.add_middleware(CloseConnectionsMiddleware, shutdown=shutdown)
     manager = ModelManager(settings, models, engine)
     add_routes(app, settings, service, jobs, stores, options, models, decode, manager, expander, upscalers)
-    add_replay(app, service, stores, options, decode)
+    add_replay(app, service, stores, options, readers)
     ui = mount_ui(app, settings, decode, sessions, hooks)
     app.include_router(
         health_router(readiness.missing, metrics.exposition, models.describe, models.remarks, models.may_use)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from ipaddress import ip_network
 
 import structlog
@@ -34,10 +35,12 @@ from stable_diffusion_server.api import (
     openai_router,
     replay_router,
     replicate_router,
+    verify_router,
 )
 from stable_diffusion_server.app.key_callers import build_keyring, rate_of
 from stable_diffusion_server.app.model_manager import ModelManager
 from stable_diffusion_server.app.model_state import ModelState
+from stable_diffusion_server.app.services import ImageReaders
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.generation import (
     DecodeImage,
@@ -46,6 +49,7 @@ from stable_diffusion_server.generation import (
     ImageUpscaler,
     PromptExpander,
     ReplayService,
+    VerificationService,
 )
 from stable_diffusion_server.jobs import JobManager
 from stable_diffusion_server.observability import Metrics, Tracing
@@ -129,11 +133,17 @@ def add_routes(
 
 
 def add_replay(
-    app: FastAPI, service: GenerationService, stores: StorageStack, options: GenerationOptions, decode: DecodeImage
+    app: FastAPI, service: GenerationService, stores: StorageStack, options: GenerationOptions, readers: ImageReaders
 ) -> None:
-    """Add the route that generates a stored image again."""
-    replays = ReplayService(service, decode, options, stores.library.find_by_digest)
+    """Add the routes that generate a stored image again, and that verify one where credentials can be read."""
+    find, decoder = stores.library.find_by_digest, readers.decoder
+    replays = ReplayService(service, decoder.decode, options, find)
     app.include_router(replay_router(replays, options.limits, stores.url_of))
+    if find_spec("c2pa") is not None:
+        verifications = VerificationService(
+            readers.fetcher.fetch, decoder.handle_credentials, options.credentials, find, decoder.max_bytes
+        )
+        app.include_router(verify_router(verifications, options.limits, stores.url_of))
 
 
 def build_dialect_context(

@@ -42,6 +42,7 @@ from stable_diffusion_server.generation.resolver import GenerationOptions
 from stable_diffusion_server.generation.service import GenerationService
 from stable_diffusion_server.generation.tiling import check_tiling
 from stable_diffusion_server.generation.upscaling import DEFAULT_UPSCALER, UpscaleStopped
+from stable_diffusion_server.generation.verification import Verdict, Verification, VerificationService
 
 __all__ = [
     "DEFAULT_QUALITY",
@@ -80,6 +81,9 @@ __all__ = [
     "RequestLimits",
     "SubmissionContext",
     "UpscaleStopped",
+    "Verdict",
+    "Verification",
+    "VerificationService",
     "able",
     "check_tiling",
     "extension_fields",

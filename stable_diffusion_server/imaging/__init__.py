@@ -21,7 +21,7 @@ from stable_diffusion_server.imaging.control_images.preprocessor_rows import (
     preprocessors_of,
 )
 from stable_diffusion_server.imaging.edges import canny
-from stable_diffusion_server.imaging.encode import ContentSigner, encode_image
+from stable_diffusion_server.imaging.encode import ContentSigner, Sandbox, encode_image
 from stable_diffusion_server.imaging.extension import cover_cells, extend_image, extend_mask
 from stable_diffusion_server.imaging.formats import (
     DEFAULT_FORMATS,
@@ -82,6 +82,7 @@ __all__ = [
     "Preprocessor",
     "PreprocessorOption",
     "Resampling",
+    "Sandbox",
     "binarize_mask",
     "blend",
     "canny",

@@ -110,6 +110,7 @@ def answers(running_app: RunningApp) -> Iterator[tuple[str, Any]]:
     yield from automatic1111_lists(running_app)
     picture = client.get(receipt.json()["path"]).content
     yield "ReplayResult", client.post("/v1/replay", files={"picture_file": ("a.png", picture, "image/png")}).json()
+    yield "Verification", client.post("/v1/verify", files={"image_file": ("a.png", picture, "image/png")}).json()
     yield "ImageRecord", client.get(f"/files/{receipt.json()['key']}?record=1").json()
     making = {"input": _ASKED, "version": "sdxl", "webhook_events_filter": ["completed"]}
     yield "Prediction", client.post("/v1/predictions", json=making, headers={"Prefer": "wait"}).json()

@@ -31,6 +31,7 @@ ROUTES = [
     ("/sdapi/v1/txt2img", "application/json", b"{"),
     ("/sdapi/v1/img2img", "application/json", b'{"init_images": ["'),
     ("/v1/replay", MULTIPART, b""),
+    ("/v1/verify", MULTIPART, b""),
 ]
 KEYS = {"api_keys": "a:secret-of-a-1234567,b:secret-of-b-1234567"}
 

@@ -16,7 +16,7 @@ import c2pa
 
 # A request is the length of a JSON head, the head, and the files that it lists with their sizes.
 HEAD = struct.Struct(">I")
-# Credentials of an ingredient beyond this are left out: a chain of edits grows by about 12 KB with each.
+# Credentials of an ingredient beyond this are left out: a chain of edits grows by about 15 KB with each.
 _MAX_CREDENTIALS = 1_000_000
 _MAX_MANIFESTS, _MAX_ENTRIES, _MAX_TEXT, _MAX_CODES = 20, 20, 200, 20
 _MAX_CHUNKS = 100_000

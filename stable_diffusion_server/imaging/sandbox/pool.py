@@ -65,7 +65,7 @@ class DecoderPool:
         formats: Sequence[str] = DEFAULT_FORMATS,
         program: str = worker_program.__file__,
     ) -> None:
-        self._max_bytes, self._max_pixels, self._max_side = max_bytes, max_pixels, max_side
+        self.max_bytes, self._max_pixels, self._max_side = max_bytes, max_pixels, max_side
         self._seconds, self._formats, self._program = seconds, formats, program
         self._processes = processes
         self._limiter = FairLimiter(processes)
@@ -86,8 +86,8 @@ class DecoderPool:
         Raises `TooLarge`, `UnsupportedMedia` for other formats, `InvalidInput` for a broken or malicious file,
         `NotReady` if no process can be started.
         """
-        if len(data) > self._max_bytes:
-            raise TooLarge(f"{field} is larger than {self._max_bytes} bytes.", field=field)
+        if len(data) > self.max_bytes:
+            raise TooLarge(f"{field} is larger than {self.max_bytes} bytes.", field=field)
         kind = worker_program.SHOW_TRANSPARENCY if transparency else worker_program.DECODE
         width, height, pixels = await self._run(kind, data, field, share)
         return pixels.reshape(height, width, 3)
@@ -186,7 +186,7 @@ class DecoderPool:
             await asyncio.wait(self._dying, return_when=asyncio.FIRST_COMPLETED)
         if self._closed:
             raise NotReady("The server is going down.", retry_after=5)
-        memory = _BASE_MEMORY + 2 * self._max_bytes + _MEMORY_PER_PIXEL * self._max_pixels
+        memory = _BASE_MEMORY + 2 * self.max_bytes + _MEMORY_PER_PIXEL * self._max_pixels
         limits = (self._max_pixels, self._max_side, memory, int(self._seconds) + 1)
         try:
             return _WorkerProcess([sys.executable, "-I", self._program, *map(str, limits), *self._formats])
