@@ -24,13 +24,14 @@ class KnownAdapter:
 
     name: str
     digest: str
+    takes_range: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class KnownAdapters:
-    """Two adapters for SDXL; other models have none."""
+    """Two adapters for SDXL, and one that counts at all steps; other models have none."""
 
-    names: tuple[str, ...] = ("ip-adapter_sdxl", "ip-adapter-plus-face_sdxl")
+    names: tuple[str, ...] = ("ip-adapter_sdxl", "ip-adapter-plus-face_sdxl", "redux")
 
     def usable(self, spec: ModelSpec) -> Sequence[str]:
         return self.names if spec.name == "sdxl" else ()
@@ -40,7 +41,7 @@ class KnownAdapters:
         if name not in (None, *names):
             raise InvalidInput(f"{name!r} is not here; there are {', '.join(names)}.")
         known = name or names[0]
-        return KnownAdapter(known, f"{names.index(known) + 10}" * 32)
+        return KnownAdapter(known, f"{names.index(known) + 10}" * 32, known != "redux")
 
 
 @pytest.fixture

@@ -27,6 +27,10 @@ class ImagePromptAdapter(Protocol):
     def digest(self) -> str:
         """SHA-256 of its weights and its encoder's."""
 
+    @property
+    def takes_range(self) -> bool:
+        """Whether it may count for a part of the steps."""
+
 
 class ImagePromptAdapters(Protocol):
     """What reads image prompts on this server. Its methods read files, and block."""
@@ -70,6 +74,9 @@ def resolve_image_prompts(
         except InvalidInput as error:
             faults.append((field, f"{field}: {error.detail}"))
             continue
+        if not found.takes_range and (prompt.start, prompt.end) != (0, 1):
+            field = f"image_prompts[{number}].{'start' if prompt.start else 'end'}"
+            faults.append((field, f"{field}: {found.name} counts at all steps."))
         resolved.append(ResolvedImagePrompt(prompt, found.name, found.digest))
     if faults:
         raise InvalidInput.from_faults(faults)

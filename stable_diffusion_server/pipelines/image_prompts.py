@@ -1,4 +1,4 @@
-"""Reads the image prompts of requests for a UNet, and says which rows of a pass attend to which."""
+"""Reads the image prompts of requests: by IP-Adapters for a UNet, by FLUX.1 Redux for Flux."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from PIL import Image
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.pipelines.adapters.image_attention import let_attend
 from stable_diffusion_server.pipelines.adapters.image_rows import ReadImage
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
+from stable_diffusion_server.pipelines.loading.compatibility import check_redux
 from stable_diffusion_server.pipelines.loading.image_adapter import ImageAdapter, read_image_adapter
 from stable_diffusion_server.pipelines.loading.image_prompt_folder import (
     KEPT_ADAPTERS,
     ImagePromptFile,
     ImagePromptFolder,
 )
+from stable_diffusion_server.pipelines.loading.redux_encoder import load_redux
 from stable_diffusion_server.pipelines.loading.vision_encoder import VisionEncoder, load_vision_encoder
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.types import DiffusionRequest, PromptImage
@@ -71,22 +74,18 @@ class ImagePromptReader:
             key = f"{prompt.revision} {dtype}"
             held = self._held.get(key)
             if held is None:
-                file = self._current(prompt.name, prompt.revision)
+                file = current_file(self._folder, prompt.name, prompt.revision, self._spec)
                 let_attend(self._unet)
                 adapter = read_image_adapter(file.path, self._unet, dtype, self._device)
-                self._current(prompt.name, prompt.revision)  # it may have been replaced while it was read
+                current_file(
+                    self._folder, prompt.name, prompt.revision, self._spec
+                )  # it may have been replaced while it was read
                 held = self._held[key] = LoadedImageAdapter(file, adapter)
             self._recent[key] = held
             self._recent.move_to_end(key)
             if len(self._recent) > KEPT_ADAPTERS:
                 self._recent.popitem(last=False)
             return held
-
-    def _current(self, name: str, revision: str) -> ImagePromptFile:
-        file = self._folder.find(name, self._spec)
-        if file.digest != revision:
-            raise InvalidInput(f"{name} was replaced while the order waited; ask again.")
-        return file
 
     def _tokens(
         self, held: LoadedImageAdapter, prompt: PromptImage, dtype: torch.dtype
@@ -110,6 +109,69 @@ class ImagePromptReader:
         if self._encoder is None or self._encoder[0] != key:
             self._encoder = None
             encoder = load_vision_encoder(file.encoder, dtype, self._device)
-            self._current(file.name, file.digest)
+            current_file(self._folder, file.name, file.digest, self._spec)
             self._encoder = key, encoder
         return self._encoder[1]
+
+
+class ReduxReader:
+    """Reads image prompts for a Flux by folders of FLUX.1 Redux, one at a time. Thread-safe.
+
+    Its weights stay in the memory of the machine, and are on the device while it reads an image.
+    """
+
+    def __init__(
+        self, pipeline: Any, spec: ModelSpec, folder: ImagePromptFolder, cache: PromptCache, device: torch.device
+    ) -> None:
+        self._pipeline, self._spec, self._folder, self._cache, self._device = pipeline, spec, folder, cache, device
+        self._lock = RLock()
+        self._loaded: tuple[object, Any] | None = None
+
+    def use(self, request: DiffusionRequest, dtype: torch.dtype) -> torch.Tensor:
+        """The tokens of a request's image prompts: images × tokens × channels.
+
+        Raises `InvalidInput` with the reason for a folder that does not fit the model, or was replaced.
+        """
+        read: list[torch.Tensor] = []
+        for number, prompt in enumerate(request.image_prompts):
+            key = ("image prompt", prompt.image.digest, prompt.revision, dtype)
+            try:
+                read += self._cache.get_or_create(key, lambda prompt=prompt: (self._read(prompt, dtype),))  # type: ignore[misc]  # bound at once
+            except (InvalidInput, ModelLoadError) as error:
+                field = f"image_prompts[{number}].model"
+                raise InvalidInput(f"{field}: {error.detail}", field=field) from error
+        return torch.cat(read)
+
+    def _read(self, prompt: PromptImage, dtype: torch.dtype) -> torch.Tensor:
+        with self._lock:
+            network = self._network(prompt, dtype)
+            try:
+                seen: torch.Tensor = network.to(self._device)([Image.fromarray(prompt.image.pixels)])
+            finally:
+                if self._device.type != "cpu":
+                    network.to("cpu")
+            return seen.to(dtype)
+
+    def _network(self, prompt: PromptImage, dtype: torch.dtype) -> Any:
+        key = (prompt.revision, dtype)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None
+            file = current_file(self._folder, prompt.name, prompt.revision, self._spec)
+            try:
+                network = load_redux(file.path, file.name, dtype, self._spec.variant, meta=False)
+            except ModelLoadError:
+                raise
+            except Exception as error:  # the folder is input, and the libraries raise many types
+                raise ModelLoadError(f"{file.name} is no folder of FLUX.1 Redux that can be read.") from error
+            check_redux(file.name, self._pipeline, network.image_embedder)
+            current_file(self._folder, prompt.name, prompt.revision, self._spec)
+            self._loaded = key, network
+        return self._loaded[1]
+
+
+def current_file(folder: ImagePromptFolder, name: str, revision: str, spec: ModelSpec) -> ImagePromptFile:
+    """The file of a name, if it has this digest still. Raises `InvalidInput`."""
+    file = folder.find(name, spec)
+    if file.digest != revision:
+        raise InvalidInput(f"{name} was replaced while the order waited; ask again.")
+    return file

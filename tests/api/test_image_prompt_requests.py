@@ -150,6 +150,11 @@ NOT_TAKEN: tuple[tuple[str, Any, set[str]], ...] = (
         {"image_prompts[1].weight", "image_prompts[1].end"},
     ),
     ("an end before the start", [{**USUAL, "start": 0.5, "end": 0.5}], {"image_prompts[0].end"}),
+    (
+        "a range for what counts at all steps",
+        [{**USUAL, "model": "redux", "end": 0.5}, {**USUAL, "model": "redux", "start": 0.5}],
+        {"image_prompts[0].end", "image_prompts[1].start"},
+    ),
     ("texts for numbers", [{**USUAL, "weight": "1"}], {"image_prompts[0].weight"}),
     ("true for a number", [{**USUAL, "weight": True}], {"image_prompts[0].weight"}),
     ("an unknown member", [{**USUAL, "colour": 1}], {"image_prompts[0].colour"}),

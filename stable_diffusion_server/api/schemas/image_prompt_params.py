@@ -36,7 +36,7 @@ class ImagePromptEntry(BaseModel):
         None, description=f"In multipart, which of the files in `{IMAGE_PROMPT_FILES}`, from 0."
     )
     model: str | None = Field(
-        None, min_length=1, max_length=NAME_MAX, description="Name of the IP-Adapter. If omitted, the model's first."
+        None, min_length=1, max_length=NAME_MAX, description="Name of the adapter. If omitted, the model's first."
     )
     weight: float = Field(1.0, ge=0, le=2, description="How much it counts.")
     start: float = Field(0.0, ge=0, le=1, description="Share of the steps before it takes effect.")
@@ -61,8 +61,8 @@ class ImagePromptParams(ControlParams):
     image_prompts: tuple[ImagePromptEntry, ...] = Field(
         (),
         description=(
-            "Images that are read as a prompt is, each by an IP-Adapter: a list of objects, in forms its JSON. "
-            "docs/image-prompts.md lists their members."
+            "Images that are read as a prompt is, each by an IP-Adapter or FLUX.1 Redux: a list of objects, in forms "
+            "its JSON. docs/image-prompts.md lists their members."
         ),
     )
     image_prompt_file: tuple[ListedFile, ...] = Field(

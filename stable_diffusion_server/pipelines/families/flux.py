@@ -34,6 +34,8 @@ from stable_diffusion_server.pipelines.flux_inputs import (
     pixels_as_channels,
     true_guidance,
 )
+from stable_diffusion_server.pipelines.image_prompts import ReduxReader
+from stable_diffusion_server.pipelines.loading.image_prompt_folder import ImagePromptFolder
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import token_counter
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.pipelines.native_family import NativeFamily
@@ -62,6 +64,12 @@ class Conditioning:
 
 class Flux(NativeFamily[Conditioning]):
     """Generates images with the components of a `FluxPipeline`; tests compare it with the stock pipelines."""
+
+    images: ReduxReader | None = None
+
+    def offer_image_prompts(self, folder: ImagePromptFolder) -> None:
+        """Let requests name what reads image prompts. Call it before the first request."""
+        self.images = ReduxReader(self.pipeline, self.spec, folder, self.prompt_cache, self.device)
 
     @functools.cached_property
     def _count(self) -> Callable[[str], int]:
@@ -144,7 +152,7 @@ class Flux(NativeFamily[Conditioning]):
         return unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
 
     def _encode(self, request: DiffusionRequest, loras: ActiveLoras = ()) -> Conditioning:
-        if request.references and getattr(self.pipeline, "image_encoder", None) is not None:
+        if request.image_prompts or (request.references and getattr(self.pipeline, "image_encoder", None) is not None):
             return self._prompted_by_images(request, loras)
         scale = true_guidance(request)
         prompts = [request.prompt] if scale is None else [request.negative_prompt or "", request.prompt]
@@ -166,20 +174,30 @@ class Flux(NativeFamily[Conditioning]):
         return Conditioning(embeds, pooled, guidance, found[0][2], image_ids, reference=reference)
 
     def _prompted_by_images(self, request: DiffusionRequest, loras: ActiveLoras) -> Conditioning:
-        """The conditioning of images as prompts (Redux): their embeddings, summed, after those of the text."""
+        """The conditioning of images as prompts (Redux): their embeddings, weighted and summed, after the text's."""
         if true_guidance(request) is not None:
             raise InvalidInput("Images as prompts take no negative prompt.", field="negative_prompt")
         embeds, pooled, _ = self._embeds(request.prompt, request.prompt_2, loras)
-        images = [Image.fromarray(image.pixels) for image in request.references]
-        seen = self.pipeline.image_encoder(images).to(embeds.dtype)
-        # The text is summed over the images too, as the stock pipeline does.
-        embeds = torch.cat([len(images) * embeds, seen.sum(dim=0, keepdim=True)], dim=1)
+        seen, weights = self._seen(request, embeds.dtype)
+        images = torch.einsum("i,itc->tc", torch.tensor(weights, device=seen.device, dtype=seen.dtype), seen)[None]
+        # The text is weighted and summed over the images too, as the stock pipeline does.
+        embeds = torch.cat([sum(weights) * embeds, images], dim=1)
         height, width = self._size(request)
         guidance = torch.full([1], request.guidance_scale, device=self.device, dtype=torch.float32)
         positions = torch.zeros(embeds.shape[1], 3, device=self.device, dtype=embeds.dtype)
         return Conditioning(
-            embeds, len(images) * pooled, guidance, positions, self._positions(height, width, embeds.dtype)
+            embeds, len(weights) * pooled, guidance, positions, self._positions(height, width, embeds.dtype)
         )
+
+    def _seen(self, request: DiffusionRequest, dtype: torch.dtype) -> tuple[torch.Tensor, list[float]]:
+        """The tokens of images as prompts (images × tokens × channels), and the weight of each."""
+        if not request.image_prompts:
+            images = [Image.fromarray(image.pixels) for image in request.references]
+            return self.pipeline.image_encoder(images).to(dtype), [1.0] * len(images)
+        if self.images is None or request.references:
+            lack = "takes no image prompts beside references" if self.images else "has nothing that reads image prompts"
+            raise InvalidInput(f"{self.spec.name} {lack}.", field="image_prompts")
+        return self.images.use(request, dtype), [prompt.weight for prompt in request.image_prompts]
 
     def _embeds(
         self, prompt: str, prompt_2: str | None, loras: ActiveLoras

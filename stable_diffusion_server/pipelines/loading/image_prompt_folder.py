@@ -19,10 +19,13 @@ from stable_diffusion_server.pipelines.model_spec import ModelSpec, known_names
 
 _ROLE = Kind.IMAGE_PROMPT.value
 # Modules of the families that draw by image prompts → the library's names of those.
-_FAMILIES = {"sd15": "sd15", "sdxl": "sdxl"}
+_FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "flux": "flux"}
 # Folders that hold nothing else, and beginnings of file names that say the same.
 _FOLDERS = ("ipadapter", "style_models")
 _NAMED = ("ip-adapter", "ip_adapter", "ipadapter")
+_REDUX = "redux"
+# Folders of FLUX.1 Redux that decide what it gives.
+_REDUX_PARTS = ("image_encoder", "image_embedder", "feature_extractor")
 # Seconds within which the folders are not read again.
 _FRESH = 2.0
 # Adapters that stay loaded at a time.
@@ -31,12 +34,12 @@ KEPT_ADAPTERS = 2
 
 @dataclass(frozen=True, slots=True)
 class ImagePromptFile:
-    """What reads image prompts: an IP-Adapter and the encoder that it was trained with.
+    """What reads image prompts: an IP-Adapter and the encoder that it was trained with, or FLUX.1 Redux with its own.
 
     Attributes:
         name: Its name.
-        path: Its file.
-        encoder: The file or folder of its encoder.
+        path: Its file, or the folder of Redux.
+        encoder: The file or folder of its encoder, that of Redux again.
         adapter_digest: SHA-256 of its file; empty until it is asked for by `find`.
         encoder_digest: SHA-256 of the encoder, likewise.
     """
@@ -46,6 +49,11 @@ class ImagePromptFile:
     encoder: Path
     adapter_digest: str = ""
     encoder_digest: str = ""
+
+    @property
+    def takes_range(self) -> bool:
+        """Whether it may count for a part of the steps: Redux makes the prompt longer, at all of them."""
+        return self.path != self.encoder
 
     @property
     def digest(self) -> str:
@@ -90,22 +98,23 @@ class ImagePromptFolder:
             ) from error
         if fault := self._fault(model):
             raise InvalidInput(fault)
-        encoder = self._encoder_for(model.path)
+        encoder = model.path if model.identity.variant == _REDUX else self._encoder_for(model.path)
         if encoder is None:
             raise InvalidInput(f"{model.name} was removed meanwhile.")
         return self._with_digest(ImagePromptFile(model.name, model.path, encoder))
 
     def largest_bytes(self, spec: ModelSpec) -> int:
-        """Bytes of the adapters that stay loaded with a model at most, the encoders left out."""
+        """Bytes of the adapters that stay loaded with a model at most; encoders and Redux do not stay."""
         names = set(self.usable(spec)) if self.is_offered else set()
-        sizes = sorted(model.size for model in self._adapters if model.name in names)
+        sizes = sorted(model.size for model in self._adapters if model.name in names and model.found.ending)
         return sum(sizes[-KEPT_ADAPTERS:])
 
     def _with_digest(self, file: ImagePromptFile) -> ImagePromptFile:
         """Reads the weights if they changed since."""
         try:
             with self._hashing:
-                adapter, encoder = self._digests.of_file(file.path), self._digests.of(_files_of(file.encoder))
+                encoder = self._digests.of(_files_of(file.encoder))
+                adapter = self._digests.of_file(file.path) if file.takes_range else encoder
         except (ModelLoadError, OSError) as error:
             raise InvalidInput(f"{file.name} or its encoder cannot be read; it may have changed meanwhile.") from error
         return replace(file, adapter_digest=adapter, encoder_digest=encoder)
@@ -123,10 +132,14 @@ class ImagePromptFolder:
         name = shown(model.file_name, 200)
         if model.faults:
             return " ".join(model.faults)
+        if model.identity.variant == _REDUX and model.identity.container == "folder":
+            return ""
         if model.identity.variant == "ip-adapter-faceid":
             return f"{name} reads faces that InsightFace found, which is not here; take one of the Plus-Face adapters."
         if not model.identity.variant.startswith("ip-adapter") or model.identity.layout != "original":
-            return f"{name} is no IP-Adapter for Stable Diffusion, and only those are read."
+            return (
+                f"{name} is no IP-Adapter for Stable Diffusion and no folder of FLUX.1 Redux, and only those are read."
+            )
         if self._encoder_for(model.path) is None:
             return f"{name} needs an image encoder {_needs(model.path)}, and there is none in MODELS_DIR."
         return ""
@@ -185,8 +198,9 @@ def _needs(file: Path) -> str:
 
 
 def _files_of(place: Path) -> dict[str, Path]:
-    """The files that decide what an encoder gives, by name."""
+    """The files that decide what an encoder, or a folder of Redux, gives, by name."""
     if not place.is_dir():
         return {place.name: place}
-    files = sorted(file for file in place.iterdir() if file.suffix == ".safetensors" or file.name == "config.json")
-    return {file.name: file for file in files}
+    parts = [place / name for name in _REDUX_PARTS if (place / name).is_dir()] or [place]
+    named = ((f"{part.name}/" if part != place else "", file) for part in parts for file in sorted(part.iterdir()))
+    return {f"{start}{file.name}": file for start, file in named if file.suffix in (".safetensors", ".json")}
