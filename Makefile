@@ -77,7 +77,7 @@ clean:
 
 # The stamps make a second start install nothing; a changed requirement file installs again.
 $(VENV)/.run: requirements.txt server-requirements.txt upscaler-requirements.txt vision-requirements.txt \
-  credentials-requirements.txt ui-requirements.txt | $(BIN)/uv
+  credentials-requirements.txt agent-requirements.txt ui-requirements.txt | $(BIN)/uv
 	@echo "Installing into $(VENV) …"; $(UV) -r requirements.txt
 	@touch $@
 

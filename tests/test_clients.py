@@ -16,7 +16,7 @@ SCRIPTS = ROOT / "scripts" / "clients"
 PAGE = (ROOT / "docs" / "clients.md").read_text()
 
 
-@pytest.mark.parametrize("client", ["openai", "webuiapi", "replicate"])
+@pytest.mark.parametrize("client", ["openai", "webuiapi", "replicate", "mcp"])
 def test_a_client_does_all_that_the_table_says(server: Server, client: str) -> None:
     """Unmodified, against the server as `make run` starts it: connects, lists, draws, edits, follows, cancels, errs."""
     done = subprocess.run(  # noqa: S603  # our own script

@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT
 from fakes import file_of, settings_in, until
 from live_servers import serving
+from mcp import Client
 from numpy.typing import NDArray
 from PIL import Image
 from tiny_families import build, picture
@@ -181,3 +182,19 @@ def test_the_documented_command_works(url: str, tmp_path: Path) -> None:
     words = shlex.split(command[0].removesuffix("```").replace("\\\n", " ").replace("http://localhost:8000", url))
     done = subprocess.run([*words, "--fail", "--silent"], cwd=tmp_path, capture_output=True, check=True)  # noqa: S603  # the documented command
     assert b"edited.webp" in done.stdout
+
+
+async def test_an_agent_edits_with_two_references_in_order(url: str) -> None:
+    """The tool's image equals the route's, bit for bit; the other order is another image."""
+    texts = [f"data:image/png;base64,{base64.b64encode(file).decode()}" for file in FILES[:2]]
+    given = {"prompt": PROMPT, "model": MODEL, "width": SIDE, "height": SIDE, "seed": SEED, "format": "png"}
+    async with httpx.AsyncClient(timeout=60) as http, Client(f"{url}/mcp") as client:
+        stored = {}
+        for name, images in (("in order", texts), ("turned", texts[::-1])):
+            answer = await client.call_tool("edit", {**given, "images": images})
+            assert not answer.is_error, answer
+            assert answer.structured_content["receipt"]["task"] == "edit"
+            stored[name] = (await http.get(answer.structured_content["receipt"]["path"])).content
+        by_route = (await http.post(f"{url}/edit_and_upload_image", json={**given, "image_url": texts})).json()
+        assert np.array_equal(pixels_of(stored["in order"]), pixels_of((await http.get(by_route["path"])).content))
+        assert not np.array_equal(pixels_of(stored["in order"]), pixels_of(stored["turned"]))

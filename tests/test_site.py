@@ -16,8 +16,9 @@ from conftest import ROOT
 pytestmark = pytest.mark.slow
 
 PAGES = (
-    "index http-api jobs openai-and-automatic1111 replicate clients errors troubleshooting glossary architecture api "
-    "ui models storage settings security scaling deploying commands AGENTS CONTRIBUTING CHANGELOG models/index"
+    "index http-api jobs openai-and-automatic1111 replicate agents clients errors troubleshooting glossary "
+    "architecture api ui models storage settings security scaling deploying commands AGENTS CONTRIBUTING "
+    "CHANGELOG models/index"
 ).split()
 
 

@@ -28,7 +28,7 @@ FLOORS = {
 }
 ASKED = {
     requirement.name: requirement
-    for kind in ("server", "upscaler", "vision", "credentials", "ui", "tracing")
+    for kind in ("server", "upscaler", "vision", "credentials", "agent", "ui", "tracing")
     for line in (ROOT / f"{kind}-requirements.txt").read_text().splitlines()
     if line.strip() and not line.startswith("#")
     for requirement in [Requirement(line)]
@@ -59,7 +59,7 @@ def test_every_requirement_is_locked_with_hashes() -> None:
     """requirements.lock pins one version of each requirement in requirements.txt, with its hashes."""
     text = (ROOT / "requirements.lock").read_text()
     locked = {name.lower().replace("_", "-"): version for name, version in PINNED.items()}
-    for kind in ("server", "upscaler", "vision", "credentials", "ui"):
+    for kind in ("server", "upscaler", "vision", "credentials", "agent", "ui"):
         for line in (ROOT / f"{kind}-requirements.txt").read_text().splitlines():
             if line.strip() and not line.startswith("#"):
                 asked = Requirement(line)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from stable_diffusion_server.api.agents.endpoint import AgentEndpoint
+from stable_diffusion_server.api.agents.tools import AgentTools
 from stable_diffusion_server.api.automatic1111.routes import automatic1111_router
 from stable_diffusion_server.api.base64_images import EncodedPreviews
 from stable_diffusion_server.api.dependencies import DialectContext
@@ -33,6 +35,8 @@ from stable_diffusion_server.api.schemas.responses import job_body
 __all__ = [
     "AccessMiddleware",
     "AccessPolicy",
+    "AgentEndpoint",
+    "AgentTools",
     "ApiKeyring",
     "BodyIntakeMiddleware",
     "BodyLimitMiddleware",

@@ -71,12 +71,14 @@ def create_app(
         await jobs.start()
         async with LoopHeartbeat(settings.data_dir / HEARTBEAT_FILE, readiness.stalled):
             soon = asyncio.get_running_loop().call_soon_threadsafe
-            with drain_on_signal(shutdown, engine.drain, lambda: soon(jobs.drain), lambda: soon(ui.drain)):
+            with drain_on_signal(
+                shutdown, engine.drain, lambda: soon(jobs.drain), lambda: soon(ui.drain), lambda: soon(agents.drain)
+            ):
                 yield
                 grace = shutdown.seconds_left()
                 await asyncio.gather(ui.close(), asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
             service.close()
-            await asyncio.gather(readers.close(), vision.worker.close())
+            await asyncio.gather(agents.close(), readers.close(), vision.worker.close())
             await asyncio.to_thread(stores.close)
             await asyncio.to_thread(tracing.close)
 
@@ -88,7 +90,7 @@ def create_app(
     add_middleware(app, settings, metrics, tracing, visitor_key(sessions))
     app.add_middleware(CloseConnectionsMiddleware, shutdown=shutdown)
     manager = ModelManager(settings, models, engine)
-    add_routes(app, settings, service, jobs, stores, options, models, decode, manager, expander, upscalers)
+    agents = add_routes(app, settings, service, jobs, stores, options, models, decode, manager, expander, upscalers)
     add_replay(app, service, stores, options, readers)
     ui = mount_ui(app, settings, decode, sessions, hooks)
     app.include_router(

@@ -14,6 +14,8 @@ from starlette.datastructures import Headers
 from stable_diffusion_server.api import (
     AccessMiddleware,
     AccessPolicy,
+    AgentEndpoint,
+    AgentTools,
     BodyIntakeMiddleware,
     BodyLimitMiddleware,
     CrossOriginMiddleware,
@@ -104,8 +106,8 @@ def add_routes(
     manager: ModelManager,
     expander: PromptExpander,
     upscaler: ImageUpscaler,
-) -> None:
-    """Add the routes of generation, jobs, files, history and the API documentation."""
+) -> AgentEndpoint:
+    """Add the routes of generation, jobs, files, history, the API documentation and agents; return that of agents."""
     url_of = stores.url_of
     dispatcher = RequestDispatcher(service, jobs, url_of, stores.base_of)
     app.include_router(generate_router(dispatcher, options.limits, url_of, get_generates=settings.get_generates))
@@ -130,6 +132,10 @@ def add_routes(
     keys = settings.read_keys()
     # Strangers read the document: it names no models where keys are limited to some.
     install_openapi(app, schedulers, keys_needed=bool(keys), names_models=not any(key.models for key in keys))
+    tools = AgentTools(service, jobs, dialects, url_of, stores.base_of, followers, decode, settings.max_image_bytes)
+    agents = AgentEndpoint(tools, app.version)
+    app.router.add_route("/mcp", agents, include_in_schema=False)  # type: ignore[arg-type]  # an ASGI app, as routes take it
+    return agents
 
 
 def add_replay(

@@ -14,7 +14,7 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion_server.api.http_responses import add_security_headers
-from stable_diffusion_server.api.middleware.access_policy import PAGE_BYTES, AccessPolicy
+from stable_diffusion_server.api.middleware.access_policy import AGENT_BYTES, PAGE_BYTES, AccessPolicy
 from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
 from stable_diffusion_server.api.middleware.rate_limiter import RateLimiter, RateLimitStatus
 from stable_diffusion_server.api.problems import error_response, unexpected_response
@@ -153,6 +153,7 @@ class BodyLimitMiddleware:
     def __init__(self, app: ASGIApp, policy: AccessPolicy) -> None:
         self._policy = policy
         limits = {policy.max_body_bytes, policy.max_upload_bytes, min(PAGE_BYTES, policy.max_body_bytes)}
+        limits.add(min(AGENT_BYTES, policy.max_upload_bytes))
         self._counted = {limit: RequestBodyLimitMiddleware(app, max_body_size=limit) for limit in limits}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -34,7 +34,7 @@ _PAGES = ("/ui", "/ui/")
 _READY = "/readyz"
 # Cheap, and clients poll them: these need a key, but do not count against its rate limit.
 _CHEAP_PATHS = (
-    "/metrics /jobs /history /files /ui /v1/models /v1/predictions /v1/webhooks "
+    "/metrics /jobs /history /files /ui /v1/models /v1/predictions /v1/webhooks /mcp "
     "/internal/progress /sdapi/v1/progress /sdapi/v1/interrupt "
     "/sdapi/v1/sd-models /sdapi/v1/samplers /sdapi/v1/options /sdapi/v1/loras /sdapi/v1/png-info "
     "/sdapi/v1/skip /sdapi/v1/cmd-flags /sdapi/v1/upscalers /sdapi/v1/latent-upscale-modes /sdapi/v1/schedulers "
@@ -62,6 +62,9 @@ _LONGEST_LENGTH = 18
 _UPLOAD_PATH = "/ui/pictures"
 # Maximum bytes of other bodies under /ui, which are events of a page. Small, because they need no key.
 PAGE_BYTES = 65_536
+# Maximum bytes of a message of an agent: the package that reads it does so on the event loop.
+AGENT_BYTES = 8_388_608
+_AGENT_PATH = "/mcp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,8 @@ class AccessPolicy:
         """Return the maximum bytes of a body: more for uploads, which are multipart files or base64 in JSON."""
         if _is_under(path, ("/ui",)) and path != _UPLOAD_PATH:
             return min(PAGE_BYTES, self.max_body_bytes)
+        if path == _AGENT_PATH:
+            return min(AGENT_BYTES, self.max_upload_bytes)
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         pictures = media_type in JSON_TYPES and (path.startswith(_IMAGE_PATHS) or _predicts(path))
         pictures = pictures or (media_type == JSON_TYPES[0] and path in _CONTROL_PATHS)

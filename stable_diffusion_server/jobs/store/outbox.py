@@ -66,13 +66,12 @@ class OutboxStore(ABC):
             cursor.execute("DELETE FROM messages WHERE job_id = ? AND event = ?", (message.job_id, message.event))
 
 
-def insert_message(cursor: sqlite3.Cursor, record: JobRecord, body: str | None, due: float, event: str = "") -> None:
-    """Insert a message about a job within the caller's transaction, unless `body` is `None`. `due`: as in the store."""
-    if body is not None:
-        cursor.execute(
-            "INSERT OR REPLACE INTO messages (job_id, event, url, body, due) VALUES (?, ?, ?, ?, ?)",
-            (record.id, event, record.webhook_url, body, due),
-        )
+def insert_message(cursor: sqlite3.Cursor, record: JobRecord, body: str, due: float, event: str = "") -> None:
+    """Insert a message about a job within the caller's transaction. `due`: seconds since the epoch."""
+    cursor.execute(
+        "INSERT OR REPLACE INTO messages (job_id, event, url, body, due) VALUES (?, ?, ?, ?, ?)",
+        (record.id, event, record.webhook_url, body, due),
+    )
 
 
 def webhook_host(url: str) -> str:

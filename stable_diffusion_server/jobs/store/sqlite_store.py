@@ -134,7 +134,8 @@ class SqliteJobStore(OutboxStore):
             cursor.executemany("INSERT INTO files (job_id, parameter, data) VALUES (?, ?, ?)", rows)
             if claim is not None:
                 insert_claim(cursor, claim, record.accepted_at, record.id)
-            insert_message(cursor, record, message, record.accepted_at, "start")
+            if message is not None:
+                insert_message(cursor, record, message, record.accepted_at, "start")
             return None
 
         return self._insert_with_eviction(size, write)
@@ -169,7 +170,8 @@ class SqliteJobStore(OutboxStore):
         """Store the end of a job and its webhook message, and delete the job's files."""
         with self._transaction() as cursor:
             freed = _write_end(cursor, record)
-            insert_message(cursor, record, message, record.ended_at or 0.0)
+            if message is not None:
+                insert_message(cursor, record, message, record.ended_at or 0.0)
         if freed:
             self._reclaim_disk_space()
 
