@@ -22,7 +22,7 @@ OPTIONS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
-TABS = ("Create", "Restyle", "Inpaint", "Edit", "History", "Status")
+TABS = ("Create", "Restyle", "Inpaint", "Edit", "Upscale", "History", "Status")
 DESK = {"viewport": {"width": 1280, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 # Milliseconds; generous, it only ends hangs.

@@ -21,6 +21,8 @@ COOKIE = "studio"
 
 Job = dict[str, Any]
 Files = Mapping[str, bytes]
+# A parameter that is a list is sent several times.
+Fields = Mapping[str, str | list[str]]
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _SHORT, _LONG = httpx.Timeout(30), httpx.Timeout(30, read=60)
@@ -47,7 +49,7 @@ class UiRequest:
     """
 
     path: str
-    fields: Mapping[str, str]
+    fields: Fields
     files: Files = field(default_factory=dict)
     name: str = ""
     references: tuple[bytes, ...] = ()

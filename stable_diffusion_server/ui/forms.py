@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from stable_diffusion_server.ui.client import UiRequest
+from stable_diffusion_server.ui.client import Fields, UiRequest
 
 CREATE, RESTYLE = "/create_and_upload_image", "/style_transfer_bytes_and_upload_image"
 INPAINT, EDIT = "/inpaint_and_upload_image", "/edit_and_upload_image"
+UPSCALE = "/upscale_and_upload_image"
+# Upscalers of every server, and those of latents, which only a second pass takes.
+UPSCALERS = ("Lanczos", "embedded-2x", "Nearest")
+LATENT_UPSCALERS = (
+    *("latent", "latent-antialiased", "latent-bicubic", "latent-bicubic-antialiased"),
+    *("latent-nearest", "latent-nearest-exact"),
+)
 
 SEED_END = 2**32
 MOST_AT_ONCE = 8
@@ -31,7 +38,7 @@ class FormError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CommonFields:
-    """Fields that every tab has; an empty text means the server's default."""
+    """Fields that every tab has; an empty text means the server's default. `more` are those of some tabs."""
 
     prompt: str
     negative: str = ""
@@ -40,8 +47,9 @@ class CommonFields:
     guidance: str = ""
     seed: str = ""
     count: int = 1
+    more: Fields = field(default_factory=dict)
 
-    def fields(self) -> dict[str, str]:
+    def fields(self) -> dict[str, str | list[str]]:
         """Return the request fields that are the same for each image of a click."""
         given = {
             "prompt": self.prompt,
@@ -50,7 +58,7 @@ class CommonFields:
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance,
         }
-        return {name: value for name, value in given.items() if value or name == "prompt"}
+        return {**{name: value for name, value in given.items() if value or name == "prompt"}, **self.more}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,22 +125,29 @@ def restyle(
 
 
 def inpaint(
-    common: CommonFields, image: bytes, mask: bytes, strength: float, feather: float, *, refine: bool
+    common: CommonFields, image: bytes, mask: bytes | None, strength: float, feather: float, *, refine: bool
 ) -> list[UiRequest]:
-    """Inpainting: generate the masked part of an image."""
+    """Inpainting: generate the masked part of an image, or with `extend_…` in `common.more` what is beyond it."""
     fields = {
         **common.fields(),
         "strength": number(strength),
         "feather": number(feather),
         "refine": str(refine).lower(),
     }
-    return several(common, UiRequest(INPAINT, fields, {"image_file": image, "mask_file": mask}))
+    files = {"image_file": image} if mask is None else {"image_file": image, "mask_file": mask}
+    return several(common, UiRequest(INPAINT, fields, files))
 
 
 def edit(common: CommonFields, references: tuple[bytes, ...], width: str, height: str) -> list[UiRequest]:
     """Edit by instruction: references are in the order that the prompt counts; empty sides are the first one's."""
     size = {name: side for name, side in (("width", width), ("height", height)) if side}
     return several(common, UiRequest(EDIT, {**common.fields(), **size}, references=references))
+
+
+def upscale(image: bytes, upscaler: str, scale: float | None) -> UiRequest:
+    """Enlarge an image by a factor, without a prompt."""
+    fields = {"upscaler": upscaler, "scale": number(scale)}
+    return UiRequest(UPSCALE, {name: value for name, value in fields.items() if value}, {"image_file": image})
 
 
 def several(common: CommonFields, request: UiRequest) -> list[UiRequest]:

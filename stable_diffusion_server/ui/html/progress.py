@@ -21,6 +21,17 @@ _LABELS = {
     "canny": "Keep the edges",
     "canny_low": "Weak edges from",
     "canny_high": "Strong edges from",
+    "hires_scale": "Enlarge by",
+    "hires_upscaler": "Second pass upscaler",
+    "hires_strength": "Second pass strength",
+    "hires_steps": "Second pass steps",
+    "upscaler": "Upscaler",
+    "extend_left": "Left",
+    "extend_right": "Right",
+    "extend_top": "Top",
+    "extend_bottom": "Bottom",
+    "extend_overlap": "Overlap",
+    "mask_mode": "Soft mask",
 }
 
 

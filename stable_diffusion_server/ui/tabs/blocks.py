@@ -18,7 +18,7 @@ from stable_diffusion_server.ui.gradio_events import GradioGuard, events_of
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.html import status as status_html
 from stable_diffusion_server.ui.image_intake import ImageIntake
-from stable_diffusion_server.ui.tabs import control_units, create, edit, history, img2img, inpaint, theme
+from stable_diffusion_server.ui.tabs import control_units, create, edit, history, img2img, inpaint, theme, upscale
 from stable_diffusion_server.ui.tabs.controls import QUIET, defaults_of
 from stable_diffusion_server.ui.tabs.navigation import Navigation, onward
 from stable_diffusion_server.ui.tabs.results_panel import ResultsPanel, client_for
@@ -108,6 +108,8 @@ def _tabs(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> _Tabs:
             painting = inpaint.tab(clients, intake, blocks)
         with gr.Tab("Edit", id="edit"):
             editing = edit.tab(clients, intake, blocks)
+        with gr.Tab("Upscale", id="upscale"):
+            upscale.tab(clients, intake)
         with gr.Tab("History", id="history") as history_tab:
             past = history.tab(clients, history_tab)
         with gr.Tab("Status", id="status") as state:

@@ -12,7 +12,7 @@ from stable_diffusion_server.ui import forms, model_options
 from stable_diffusion_server.ui.client import ApiClients, UiRequest
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.image_intake import ImageIntake
-from stable_diffusion_server.ui.tabs import control_units, results_panel
+from stable_diffusion_server.ui.tabs import control_units, hires, results_panel, sampling
 from stable_diffusion_server.ui.tabs.controls import QUIET, ControlSlots, common_fields, fields, prompt_box
 
 
@@ -49,6 +49,8 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> CreateTa
                 info="Six pictures of one seed: the prompt alone, then with awesome, amazing, anime hd … behind it.",
             )
             chosen = fields(slots, prompt)
+            sampled = sampling.fields(slots)
+            again = hires.fields(slots)
             guides = control_units.units(clients, intake, slots)
     here = results_panel.panel(slots, draw, cancel, chosen, at, beside=False)
 
@@ -56,13 +58,16 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> CreateTa
         owner: str, width: float | None, height: float | None, explore: bool, *values: Any
     ) -> list[UiRequest]:
         common = common_fields(*values[: len(chosen.inputs)])
-        units = control_units.unit_fields(intake, owner, values[len(chosen.inputs) :])
+        further = values[len(chosen.inputs) :]
+        sampled_values, again_values = further[: sampling.COUNT], further[sampling.COUNT : sampling.COUNT + hires.COUNT]
+        common = replace(common, more={**sampling.values_of(*sampled_values), **hires.values_of(*again_values)})
+        units = control_units.unit_fields(intake, owner, further[sampling.COUNT + hires.COUNT :])
         if explore and not common.seed:
             common = replace(common, seed=str(secrets.randbelow(forms.SEED_END)))
         return forms.guided(forms.create(common, width, height, explore=explore), units, has_image=False)
 
     examples.click(lambda row: row[0] if row else gr.skip(), examples, prompt, **QUIET)
-    inputs = [width, height, explore, *chosen.inputs, *guides.inputs]
+    inputs = [width, height, explore, *chosen.inputs, *sampled, *again, *guides.inputs]
     results_panel.wire(clients, blocks, here, [draw.click, prompt.submit], inputs, requests)
     return CreateTab(examples, words, (preset, width, height), here, guides)
 

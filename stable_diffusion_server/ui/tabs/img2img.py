@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from stable_diffusion_server.ui import forms, image_intake
 from stable_diffusion_server.ui.client import ApiClients, UiRequest
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.image_intake import ImageIntake
-from stable_diffusion_server.ui.tabs import control_units, navigation, results_panel
+from stable_diffusion_server.ui.tabs import control_units, hires, navigation, results_panel
 from stable_diffusion_server.ui.tabs.controls import (
     QUIET,
     ControlSlots,
@@ -58,6 +58,7 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> ImageToI
             slots.slot("strength")
             edges = _edges(clients, intake, slots, image)
             chosen = fields(slots, prompt)
+            again = hires.fields(slots)
             guides = control_units.units(clients, intake, slots, image)
     with at.results:
         beside = gr.HTML()
@@ -71,12 +72,13 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> ImageToI
         if not picture:
             raise forms.FormError("image_file", "Choose a picture to start from first.")
         file = intake.file(owner, picture)
-        common = common_fields(*values[: len(chosen.inputs)])
-        units = control_units.unit_fields(intake, owner, values[len(chosen.inputs) :])
+        common, further = common_fields(*values[: len(chosen.inputs)]), values[len(chosen.inputs) :]
+        common = replace(common, more=hires.values_of(*further[: hires.COUNT]))
+        units = control_units.unit_fields(intake, owner, further[hires.COUNT :])
         made = forms.restyle(common, file, strength, canny=canny, low=low, high=high)
         return forms.guided(made, units, has_image=True)
 
-    inputs = [image, strength, *edges, *chosen.inputs, *guides.inputs]
+    inputs = [image, strength, *edges, *chosen.inputs, *again, *guides.inputs]
     results_panel.wire(
         clients, blocks, here, [draw.click, prompt.submit], inputs, requests, settled(slots.id_of("image_file"))
     )

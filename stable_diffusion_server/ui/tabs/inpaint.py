@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from stable_diffusion_server.ui import forms, image_intake
 from stable_diffusion_server.ui.client import ApiClients, UiRequest
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.image_intake import ImageIntake
-from stable_diffusion_server.ui.tabs import navigation, results_panel
+from stable_diffusion_server.ui.tabs import extension, navigation, results_panel
 from stable_diffusion_server.ui.tabs.controls import (
     QUIET,
     ControlSlots,
@@ -47,6 +47,7 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> InpaintT
         with gr.Column(elem_classes="sds-settings"):
             seen = gr.HTML()
             strength, feather, refine = _settings(slots)
+            beyond = extension.fields(slots)
             chosen = fields(slots, prompt)
     with at.results:
         beside = gr.HTML()
@@ -59,11 +60,12 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> InpaintT
         picture, mask = tokens_of(value)
         if not picture:
             raise forms.FormError("image_file", "Choose a picture first.")
+        common, more = common_fields(*values[: -extension.COUNT]), extension.values_of(*values[-extension.COUNT :])
         white = await intake.work(owner, [mask], image_intake.painted) if mask else b""
-        if not white:
-            raise forms.FormError("mask_file", "Paint over the part to replace first.")
-        files = intake.file(owner, picture), white
-        return forms.inpaint(common_fields(*values), *files, strength, feather, refine=refine)
+        if not white and not extension.extends(more):
+            raise forms.FormError("mask_file", "Paint over the part to replace first, or extend a side.")
+        files = intake.file(owner, picture), white or None
+        return forms.inpaint(replace(common, more=more), *files, strength, feather, refine=refine)
 
     async def look(request: gr.Request, value: str | None, feather: float) -> str:
         painted = tokens_of(value)
@@ -76,7 +78,7 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> InpaintT
             return progress.alert(error.detail)
         return progress.figure("Mask: the striped part is replaced", striped) if striped else ""
 
-    inputs = [editor, strength, feather, refine, *chosen.inputs]
+    inputs = [editor, strength, feather, refine, *chosen.inputs, *beyond]
     results_panel.wire(
         clients, blocks, here, [draw.click, prompt.submit], inputs, requests, settled(slots.id_of("image_file"))
     )
