@@ -34,7 +34,7 @@ __all__ = ["CpuDtypes", "LoadOptions", "LoadedFamily", "LoadedModelInfo", "Regis
 
 # Components that prepare a request, and those that take a step.
 _ENCODERS = "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder"
-_DENOISERS = "unet", "transformer", REFINER
+_DENOISERS = "unet", "transformer", "decoder", REFINER
 # Bytes of weights from which one request uses all cores of a CPU well: the embedded models have 60 MB, SDXL 7 GB.
 _LARGE = 1_000_000_000
 

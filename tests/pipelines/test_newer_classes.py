@@ -20,14 +20,16 @@ from tiny_newer import NEWER
 from tiny_parts import SIDE
 
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.pipelines.loading.loader import LoadOptions
 from stable_diffusion_server.pipelines.owned_models import find_owned_models
+from stable_diffusion_server.pipelines.registry import load
 from stable_diffusion_server.pipelines.stock_classes import stock_class
 from stable_diffusion_server.types import Task
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 # Two stages, whose sizes are multiples of 128.
-_STAGES = ("StableCascadeCombinedPipeline",)
+_STAGES = ("StableCascadeCombinedPipeline", "WuerstchenCombinedPipeline")
 # SigLIP's input is bfloat16 whatever its weights are, so that references of Z-Image Omni need such weights.
 _HALVES = {("ZImageOmniPipeline", Task.EDIT)}
 CASES = [
@@ -64,6 +66,19 @@ def test_a_newer_class_is_drawn_as_its_own_call_draws(name: str, task: Task) -> 
     ours = draw(family, request)
     assert ours.shape == expected.shape == (side, side, 3)
     assert largest_difference(ours, expected) <= 2
+
+
+@pytest.mark.parametrize("name", _STAGES)
+def test_a_folder_of_two_stages_is_loaded_and_drawn(name: str, tmp_path: Path) -> None:
+    """Its network of pixels is beside a pipeline class in diffusers, at another place than the index names."""
+    tiny_stock.build(name).save_pretrained(tmp_path / "mine")
+    (tmp_path / "mine.toml").write_text(f'native_size = {4 * SIDE}\ndtype = "float32"\n')
+    owned = find_owned_models(tmp_path, [tmp_path])
+    registry = load(tmp_path, "cpu", 1, LoadOptions(models={"mine": owned.specs["mine"]}))
+    loaded = registry.residents["mine"]
+    sizes = {"width": 2 * SIDE, "height": 2 * SIDE, "num_inference_steps": 3, "revision": loaded.spec.revision}
+    request = request_of(loaded.family, **sizes)  # type: ignore[arg-type]  # it is the stock family
+    assert largest_difference(draw(registry, request), whole_call(name, request)) <= 2
 
 
 def test_a_size_that_two_stages_would_round_is_refused() -> None:

@@ -193,6 +193,27 @@ def cascade() -> Any:
     )  # fmt: skip
 
 
+def wuerstchen() -> Any:
+    """The older form of the same two stages."""
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+
+    clip = clip_tokenizer()
+    return d.WuerstchenCombinedPipeline(
+        tokenizer=clip, text_encoder=clip_text(clip),
+        decoder=WuerstchenDiffNeXt(
+            c_cond=32, c_hidden=[32], nhead=[2], blocks=[2], level_config=["CTA"], inject_effnet=[True], clip_embd=32,
+            dropout=[0.0],
+        ),
+        scheduler=d.DDPMWuerstchenScheduler(),
+        vqgan=PaellaVQModel(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=32),
+        prior_tokenizer=clip, prior_text_encoder=clip_text(clip),
+        prior_prior=WuerstchenPrior(c_in=16, c=32, c_cond=32, c_r=16, depth=1, nhead=2, dropout=0.0),
+        prior_scheduler=d.DDPMWuerstchenScheduler(),
+    )  # fmt: skip
+
+
 def _mistral3(tokenizer: Any, layers: int, kind: Any) -> Any:
     config = t.Mistral3Config(
         text_config=t.MistralConfig(
@@ -294,6 +315,7 @@ NEWER: dict[str, Callable[[], Any]] = {
     "QwenImageEditPipeline": lambda: qwen_edit("QwenImageEditPipeline"),
     "QwenImageEditInpaintPipeline": lambda: qwen_edit("QwenImageEditInpaintPipeline"),
     "StableCascadeCombinedPipeline": cascade,
+    "WuerstchenCombinedPipeline": wuerstchen,
     "SanaSprintPipeline": sana_sprint,
     "SanaSprintImg2ImgPipeline": lambda: sana_sprint("SanaSprintImg2ImgPipeline"),
     "StableDiffusionXLPAGPipeline": lambda: sdxl("StableDiffusionXLPAGPipeline"),

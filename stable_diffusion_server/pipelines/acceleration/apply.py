@@ -70,7 +70,7 @@ def apply_optimizations(
     """
     parts, cuda = optimizations_of(performance), device.type == "cuda"
     vae: Any = getattr(pipeline, "vae", None)  # a pipeline without one has no optimizations, see the stock family
-    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
     if Optimization.TF32 in parts and cuda:
         torch.set_float32_matmul_precision("high")

@@ -33,8 +33,9 @@ class LayerTable:
         there = {name: getattr(pipeline, name, None) for name in (self.denoiser, *COMPONENTS)}
         self.parts = {name: part for name, part in there.items() if isinstance(part, torch.nn.Module)}
         self._named = {name: _table(name, part) for name, part in self.parts.items()}
-        denoiser = self.parts[self.denoiser]
-        for theirs, ours in aliases_of(denoiser):
+        denoiser = self.parts.get(self.denoiser)
+        # A pipeline with another kind of denoiser, such as Stable Cascade's, takes no LoRAs.
+        for theirs, ours in aliases_of(denoiser) if denoiser is not None else ():
             self._add(theirs, ours)
 
     def component(self, meant: str) -> str:

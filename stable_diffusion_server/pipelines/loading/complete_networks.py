@@ -10,13 +10,14 @@ import torch
 import transformers
 
 from stable_diffusion_server.errors import ModelLoadError
+from stable_diffusion_server.pipelines.loading.pipeline_parts import pipeline_part
 from stable_diffusion_server.pipelines.loading.weight_files import INDEX, WeightFileError, WeightPart
 
 
 def class_of(part: WeightPart) -> Any:
     """The class of a component. Raises `WeightFileError` unless it belongs to a library in use."""
     library = {"diffusers": diffusers, "transformers": transformers}.get(part.library)
-    part_class = getattr(library, part.kind, None)
+    part_class = getattr(library, part.kind, None) or pipeline_part(part)
     if part_class is None:
         raise WeightFileError(
             f"{INDEX} lists {part.kind[:60]} of {part.library[:60]} as {part.name[:60]}, which is not known here"

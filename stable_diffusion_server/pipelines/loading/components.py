@@ -28,6 +28,7 @@ from stable_diffusion_server.pipelines.loading.model_files import (
     translate_load_errors,
 )
 from stable_diffusion_server.pipelines.loading.packed_weights import UNPACKED, WeightStorage
+from stable_diffusion_server.pipelines.loading.pipeline_parts import assembled_here, has_pipeline_parts
 from stable_diffusion_server.pipelines.loading.placement import CONTROL
 from stable_diffusion_server.pipelines.loading.single_file import empty_checkpoint, load_checkpoint
 from stable_diffusion_server.pipelines.loading.weight_digest import ignore_progress
@@ -99,6 +100,13 @@ def _assembled(spec: ModelSpec, folder: Path, dtype: torch.dtype, parts: dict[st
     known = stock_class(spec.pipeline_class)
     if known is not None and known.modular:
         return blocks_pipeline(kind, folder, parts)
+    if has_pipeline_parts(folder):
+        others = {
+            part.name: class_of(part).from_pretrained(folder / part.name, local_files_only=True)
+            for part in parts_of(folder)
+            if part.name not in parts
+        }
+        return assembled_here(kind, folder, {**parts, **others}, unused_parts(spec.pipeline_class))
     if getattr(kind, "_load_connected_pipes", False):
         kind._load_connected_pipes = False  # a README of the folder would name further models to load
     return kind.from_pretrained(

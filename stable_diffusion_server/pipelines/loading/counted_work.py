@@ -20,7 +20,7 @@ from stable_diffusion_server.pipelines.model_spec import REFINER
 
 META = torch.device("meta")
 # Components that predict the noise.
-DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer", "decoder", "image_unet")
 # Pixels of the largest reference image; larger ones are shrunk to this.
 REFERENCE_PIXELS = 1024 * 1024
 # Tensors that a transformer keeps at its worst moment, of the width of its widest layer; channels of a VAE's pixels.

@@ -61,7 +61,7 @@ class WeightPart:
     @property
     def stem(self) -> str:
         """First part of the names of its weight files."""
-        return DIFFUSERS if self.library == "diffusers" else TRANSFORMERS
+        return TRANSFORMERS if self.library == "transformers" else DIFFUSERS
 
 
 @dataclass(frozen=True, slots=True)

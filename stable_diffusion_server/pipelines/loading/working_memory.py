@@ -23,7 +23,7 @@ TABLE = Path(__file__).parent / "configs" / "working_memory.json"
 _SIDES = 512, 1024
 _META = torch.device("meta")
 # Of networks that do not say it.
-_USUAL_SCALE, _USUAL_BLOCKS = 8, (128, 256, 512, 512)
+_PAELLA_SCALE, _USUAL_SCALE, _USUAL_BLOCKS = 4, 8, (128, 256, 512, 512)
 
 _log = structlog.get_logger(__name__)
 
@@ -119,6 +119,8 @@ class Architecture:
     @property
     def pixels_per_latent(self) -> int:
         """How many pixels of a side the VAE makes of one of the latents."""
+        if "vqgan" in self.parts:
+            return _PAELLA_SCALE
         return pixels_per_latent(self.parts["vae"]) if "vae" in self.parts else _USUAL_SCALE
 
     def plain(self, name: str) -> Any:
