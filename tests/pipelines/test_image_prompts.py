@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import tiny_families
 import torch
 import transformers
 from checkpoint_stand_ins import sd15_pipeline, sdxl_pipeline
@@ -25,7 +26,10 @@ from stable_diffusion_server.pipelines.catalog import scheduler_of
 from stable_diffusion_server.pipelines.families.sd15 import Sd15
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.loading.image_prompt_folder import ImagePromptFolder
+from stable_diffusion_server.pipelines.loading.loader import LoadOptions, measure_model
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler
+from stable_diffusion_server.pipelines.owned_models import find_owned_models
+from stable_diffusion_server.pipelines.registry import load
 from stable_diffusion_server.types import DiffusionRequest, ImageArray, PromptImage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -243,3 +247,18 @@ def test_a_model_without_a_folder_refuses_image_prompts(folders: dict[str, Path]
     family = Sd15(sd15_pipeline(width=96), SD15)
     with pytest.raises(InvalidInput, match="nothing here that reads image prompts"):
         family.prepare(prompted(family, folders["sd15"], ("plain", PICTURE)))
+
+
+def test_a_loaded_model_draws_by_them_and_counts_them(tmp_path: Path) -> None:
+    """From folders, with the usual optimizations; the adapter's bytes belong to what the model takes."""
+    pipeline = tiny_families.sd15(768)
+    pipeline.save_pretrained(tmp_path / "small")
+    vision_encoder(tmp_path / "clip_vision" / "encoder")
+    (tmp_path / "ipadapter").mkdir()
+    file = adapter_file(tmp_path / "ipadapter" / "plain.safetensors", pipeline.unet)
+    spec = find_owned_models(tmp_path, (tmp_path,)).specs["small"]
+    options = LoadOptions({"small": spec}, image_prompts=ImagePromptFolder([tmp_path]), performance="safe")
+    assert measure_model(spec, tmp_path, torch.device("cpu"), options).adapters == file.stat().st_size
+    family = load(tmp_path, "cpu", 1, options).residents["small"].family
+    request = prompted(family, tmp_path, ("plain", PICTURE))
+    assert largest_difference(draw(family, request), draw(family, replace(request, image_prompts=()))) > 2
