@@ -126,6 +126,7 @@ def automatic1111_lists(running_app: RunningApp) -> Iterator[tuple[str, Any]]:
     client = running_app.client
     for path, name in (
         ("/sdapi/v1/upscalers", "Automatic1111Upscaler"),
+        ("/sdapi/v1/latent-upscale-modes", "Automatic1111LatentMode"),
         ("/sdapi/v1/schedulers", "Automatic1111Scheduler"),
         ("/sdapi/v1/script-info", "Automatic1111ScriptInfo"),
     ):
