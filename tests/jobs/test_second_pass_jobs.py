@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 from fakes import Canvas, FakeDenoiser, FakePixels, until
@@ -34,17 +35,24 @@ class HeldAfter(FakeDenoiser):
 
 
 async def test_both_passes_share_steps_with_other_requests(office_of: MakeOffice) -> None:  # the fixture
-    """Two jobs are together in each step of the first pass and of the second."""
-    office = await office_of(FakeDenoiser(gate=threading.Event()), concurrency=2)
+    """Two jobs are together in steps of the first pass and of the second."""
+    held = HeldAfter(passes=2)
+    office = await office_of(held, concurrency=2)
+    assert held.gate is not None
     jobs = [await office.accepted(order(f"a red square {n}", **HIRES)) for n in range(2)]
-    await asyncio.to_thread(until, lambda: bool(office.painter.batches))
-    await asyncio.sleep(0.3)  # for the other one to be queued
-    office.painter.gate.set()
+
+    def are_together(word: str, finished: int) -> bool:
+        """Whether a step is held with one of them, and the other one is in it or waits for the next."""
+        batch = held.batches[-1] if held.batches else []
+        there = len(held.finished) == finished and len(batch) + office.engine.waiting == 2
+        return there and all(word in prompt for prompt in batch)
+
+    for word, finished in (("red", 0), ("blue", 2)):
+        await asyncio.to_thread(until, partial(are_together, word, finished))
+        held.gate.set()
     for one in jobs:
         assert (await office.ended(one.id)).state is JobState.DONE
-    pairs = [batch for batch in office.painter.batches if len(batch) == 2]
-    assert sum(batch == ["a blue square"] * 2 for batch in pairs) >= 2
-    assert sum("red" in batch[0] for batch in pairs) >= 2
+    assert {batch[0].split()[1] for batch in held.batches if len(batch) == 2} == {"red", "blue"}
 
 
 @pytest.mark.parametrize("passes", [0, 1])

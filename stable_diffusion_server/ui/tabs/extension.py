@@ -17,8 +17,10 @@ _SIDES = ("left", "right", "top", "bottom")
 def fields(slots: ControlSlots) -> list[Any]:
     """Add the fields, closed: the four sides, their overlap and the soft mask, as `values_of` takes them."""
     with gr.Accordion("Extend the picture, soft mask", open=False):
-        with gr.Row():
-            sides = [_pixels(slots, f"extend_{side}", side.capitalize(), 1024, 64) for side in _SIDES]
+        sides: list[gr.Slider] = []
+        for pair in (_SIDES[:2], _SIDES[2:]):  # four in a row would be cut off
+            with gr.Row():
+                sides += [_pixels(slots, f"extend_{side}", side.capitalize(), 1024, 64) for side in pair]
         slots.slot(*(f"extend_{side}" for side in _SIDES))
         overlap = _pixels(slots, "extend_overlap", "Overlap", 256, 1, "Pixels of the old picture that fade.")
         slots.slot("extend_overlap")
