@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
 from stable_diffusion_server.pipelines.loading.weight_files import WeightPart, index_of, parts_of, read_json
 
-# Class → its module below `diffusers.pipelines`. Nothing that an index names is imported but these.
-_MODULES = {
-    "PaellaVQModel": "deprecated.wuerstchen.modeling_paella_vq_model",
-    "WuerstchenPrior": "deprecated.wuerstchen.modeling_wuerstchen_prior",
-    "WuerstchenDiffNeXt": "deprecated.wuerstchen.modeling_wuerstchen_diffnext",
-    "StableUnCLIPImageNormalizer": "stable_diffusion.stable_unclip_image_normalizer",
-}
+# Nothing else that an index names beside the libraries' models is used.
+_KINDS = (PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior, StableUnCLIPImageNormalizer)
 _PLAIN = (bool, int, float, str)
 
 
@@ -25,15 +24,12 @@ def pipeline_part(part: WeightPart) -> Any:
 
     Versions of diffusers name other libraries for it, which are not read.
     """
-    module = _MODULES.get(part.kind)
-    if module is None:
-        return None
-    return getattr(importlib.import_module(f"diffusers.pipelines.{module}"), part.kind)
+    return next((kind for kind in _KINDS if kind.__name__ == part.kind), None)
 
 
 def has_pipeline_parts(folder: Path) -> bool:
     """Whether a folder lists such a network. The library's own loader looks for it at the place of an older version."""
-    return any(part.kind in _MODULES for part in parts_of(folder))
+    return any(pipeline_part(part) is not None for part in parts_of(folder))
 
 
 def assembled_here(kind: Any, folder: Path, parts: Mapping[str, Any], unused: Mapping[str, Any]) -> Any:
