@@ -89,7 +89,7 @@ def test_a_command_of_the_pages_works_as_printed(server: Server, tmp_path: Path,
         node = shutil.which("node") or pytest.skip("there is no Node here")
         output = ran([node, "--input-type=module", "--eval", at(server, block.text)], server, tmp_path)
     if output.startswith("{"):
-        assert {"path", "status"} & set(json.loads(output))
+        assert {"path", "status", "made_by"} & set(json.loads(output))
     if block.sample:
         answer = json.loads(output[output.rindex("\n{") if "\n{" in output else 0 :])
         assert differences(json.loads(block.sample), answer, shortened=block.sample_is_shortened) == []
