@@ -16,7 +16,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from drawing import draw, largest_difference
 from stock_families import request_of
 from test_any_class import family_of, whole_call
-from tiny_newer import NEWER
+from tiny_newer import NEWER, fibo
 from tiny_parts import SIDE
 
 from stable_diffusion_server.errors import InvalidInput
@@ -87,6 +87,16 @@ def test_a_size_that_two_stages_would_round_is_refused() -> None:
     with pytest.raises(InvalidInput) as refused:
         family.prepare(request_of(family, width=192, height=320))
     assert [field for field, _ in refused.value.faults] == ["width", "height"]
+
+
+def test_a_prompt_that_the_class_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fibo's edits are written as JSON; the sentence does not repeat the prompt."""
+    monkeypatch.setitem(tiny_stock.FAMILIES, "fibo-edit", lambda: fibo("BriaFiboEditPipeline"))
+    family = family_of("fibo-edit")
+    with pytest.raises(InvalidInput) as refused:
+        family.prepare(request_of(family, Task.EDIT))
+    assert refused.value.field == "prompt"
+    assert "circle" not in refused.value.detail
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def _wan_vae() -> Any:
     )  # fmt: skip
 
 
-def fibo() -> Any:
+def fibo(kind: str = "BriaFiboPipeline") -> Any:
     """SmolLM3 reads a description."""
     tokenizer = qwen_tokenizer()
     encoder = t.SmolLM3ForCausalLM(
@@ -160,7 +160,7 @@ def fibo() -> Any:
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=64, axes_dims_rope=[4, 6, 6], text_encoder_dim=WIDTH,
     )  # fmt: skip
-    return d.BriaFiboPipeline(
+    return getattr(d, kind)(
         transformer=transformer, scheduler=flow(), vae=_wan_vae(), text_encoder=encoder, tokenizer=tokenizer
     )
 

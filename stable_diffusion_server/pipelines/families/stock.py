@@ -31,6 +31,7 @@ from stable_diffusion_server.pipelines.loading.loader import LoadOptions
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import token_counter
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.pipelines.stock.call_arguments import call_arguments
+from stable_diffusion_server.pipelines.stock.calls import RefusedByClass
 from stable_diffusion_server.pipelines.stock.position_tables import check_size
 from stable_diffusion_server.pipelines.stock.stepwise import StockCall
 from stable_diffusion_server.pipelines.stock.task_pipelines import for_request, over_components
@@ -132,6 +133,9 @@ class Stock(DiffusersFamily):
             with translate_torch_errors(), self._tiled(request):
                 call.start()
         except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+            if not request.extra and isinstance(error, RefusedByClass):
+                sentence = f"{kind.name} does not take a prompt of this form, or images or a size like these."
+                raise InvalidInput(sentence, field="prompt") from error
             if not request.extra:
                 raise
             names = ", ".join(name for name, _ in request.extra)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,10 @@ STAGES = ("prior_pipe", "decoder_pipe")
 _PRIOR = "prior_callback_on_step_end"
 # Parameters of classes that put attention of their own into the shared denoiser for the time of a call.
 _SWAPS = frozenset({"pag_scale", "sag_scale"})
+
+
+class RefusedByClass(ValueError):
+    """A pipeline class refused the values of its call before it used them."""
 
 
 def run_call(pipeline: Any, arguments: Mapping[str, Any], seams: Seams) -> Any:
@@ -49,13 +53,23 @@ def run_call(pipeline: Any, arguments: Mapping[str, Any], seams: Seams) -> Any:
         stage.progress_bar = partial(
             _open_bar, seams, stage, stage.progress_bar, later if number < len(stages) else 0, []
         )
+    if hasattr(pipeline, "check_inputs"):
+        pipeline.check_inputs = partial(_checked, pipeline.check_inputs)
     try:
         return pipeline(**given)
     finally:
+        pipeline.__dict__.pop("check_inputs", None)
         if own is not None:
             own.end()
         for stage in stages:
             stage.__dict__.pop("progress_bar", None)
+
+
+def _checked(check: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    try:
+        return check(*given, **named)
+    except ValueError as error:
+        raise RefusedByClass(str(error)) from error
 
 
 def _stepped(seams: Seams, index: int, tensors: Mapping[str, Any]) -> dict[str, Any]:
