@@ -20,6 +20,8 @@ pytestmark = pytest.mark.slow
 PACKAGE = str(ROOT / "stable_diffusion_server") + "/"
 # As measured. The goal is 15 (cached), 40 (miss) and 45 (job), which these exceed: lower a number when it falls.
 MOST_FILES = {"cached": 30, "miss": 70, "job": 76, "edit": 80}
+# What a thread writes after the answer, sooner or later: on a busy machine it falls into other measurements.
+LATER = {"storage/history/index.py"}
 IDLE_SECONDS, SETTLE_SECONDS = 1.5, 0.3
 
 
@@ -88,6 +90,7 @@ def test_a_request_crosses_no_more_files_than_before(run_app: Callable[..., Runn
         name: set.intersection(
             *({file for file, _ in tracer.calls_of(partial(work, turn)) - idle} for turn in range(3))
         )
+        - LATER
         for name, work in requests.items()
     }
     counts = {name: len(files) for name, files in crossed.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,20 +47,44 @@ class ListedParts:
         return self.parts
 
 
+class RepairHarness(ServiceHarness):
+    """A service over a fake model, with detectors, on one event loop."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, FakeImageDenoiser())
+        self.runner = asyncio.Runner()
+        self.services = [self.service]
+
+    def with_detector(self, detector: ListedParts) -> GenerationService:
+        """Another service with this detector."""
+        self.services.append(
+            GenerationService(
+                self.bucket,
+                self.engine,
+                self.painter.count_tokens,
+                replace(OPTIONS, detector=detector),
+                fetch=self.fetcher.fetch,
+                decode=self.decoder.decode,
+            )
+        )
+        return self.services[-1]
+
+    def close(self) -> None:
+        """Stop threads and processes."""
+        self.engine.stop(10)
+        self.fetcher.close()
+        self.runner.run(self.decoder.close())
+        self.runner.close()
+        for service in self.services:
+            service.close()
+
+
 @pytest.fixture
-def harness(tmp_path: Path) -> ServiceHarness:
-    return ServiceHarness(tmp_path, FakeImageDenoiser())
-
-
-def service_with(harness: ServiceHarness, detector: ListedParts) -> GenerationService:
-    return GenerationService(
-        harness.bucket,
-        harness.engine,
-        harness.painter.count_tokens,
-        replace(OPTIONS, detector=detector),
-        fetch=harness.fetcher.fetch,
-        decode=harness.decoder.decode,
-    )
+def harness(tmp_path: Path) -> Iterator[RepairHarness]:
+    """A service over a fake model."""
+    made = RepairHarness(tmp_path)
+    yield made
+    made.close()
 
 
 def request(prompt: str = "a red square", **more: Any) -> GenerationRequest:
@@ -68,19 +92,19 @@ def request(prompt: str = "a red square", **more: Any) -> GenerationRequest:
     return GenerationRequest(**{"task": Task.TEXT_TO_IMAGE, "prompt": prompt, **values, **more})
 
 
-def image_of(harness: ServiceHarness, service: GenerationService, asked: GenerationRequest) -> tuple[Any, Pixels]:
+def image_of(harness: RepairHarness, service: GenerationService, asked: GenerationRequest) -> tuple[Any, Pixels]:
     async def run() -> tuple[Any, Pixels]:
         result, data = await service.generate_with_bytes(asked)
         return result, await harness.decoder.decode(data, "image")
 
-    return asyncio.run(run())
+    return harness.runner.run(run())
 
 
-def test_only_what_was_found_is_drawn_again(harness: ServiceHarness) -> None:
+def test_only_what_was_found_is_drawn_again(harness: RepairHarness) -> None:
     """The part has the colour of its own prompt, the rest stays as it was, and the receipt says what was done."""
     blue = DetailRepair("faces", prompts=("a blue square",), feather=0, dilation=0)
     detector = ListedParts()
-    result, pixels = image_of(harness, service_with(harness, detector), request(repairs=(blue,)))
+    result, pixels = image_of(harness, harness.with_detector(detector), request(repairs=(blue,)))
     changed = np.zeros((64, 128), bool)
     changed[16:48, 16:48] = True
     assert (pixels[changed] != detector.seen[0][changed]).any(axis=-1).all()
@@ -88,10 +112,10 @@ def test_only_what_was_found_is_drawn_again(harness: ServiceHarness) -> None:
     assert ("repaired", "faces found 1 of what was drawn again.") in [(w.code, w.message) for w in result.warnings]
 
 
-def test_a_repaired_image_is_that_of_inpainting_each_part_at_full_size(harness: ServiceHarness) -> None:
+def test_a_repaired_image_is_that_of_inpainting_each_part_at_full_size(harness: RepairHarness) -> None:
     """Equal to a request that sends the image back with the part as a mask."""
     detector = ListedParts()
-    _, repaired = image_of(harness, service_with(harness, detector), request(repairs=(DetailRepair("faces"),)))
+    _, repaired = image_of(harness, harness.with_detector(detector), request(repairs=(DetailRepair("faces"),)))
     mask = part_mask(FOUND, DetailRepair("faces"), 128, 64)
     again = request(
         task=Task.INPAINT,
@@ -106,16 +130,16 @@ def test_a_repaired_image_is_that_of_inpainting_each_part_at_full_size(harness: 
         repairs=(),
         save_path="b.png",
     )
-    _, inpainted = image_of(harness, service_with(harness, detector), again)
+    _, inpainted = image_of(harness, harness.with_detector(detector), again)
     assert (repaired == inpainted).all()
     assert (repaired != detector.seen[0]).any()
 
 
-def test_a_part_is_drawn_at_the_size_of_the_model_with_its_own_steps_and_strength(harness: ServiceHarness) -> None:
+def test_a_part_is_drawn_at_the_size_of_the_model_with_its_own_steps_and_strength(harness: RepairHarness) -> None:
     """Its seed is the image's plus 2, plus one for each further part."""
     repair = DetailRepair("faces", steps=7, strength=0.6, most=2)
     parts = (FOUND, DetectedPart((80.0, 8.0, 120.0, 40.0), 0.8))
-    image_of(harness, service_with(harness, ListedParts(parts)), request(repairs=(repair,)))
+    image_of(harness, harness.with_detector(ListedParts(parts)), request(repairs=(repair,)))
     first, *again = harness.painter.finished
     assert [(part.task, part.width, part.height, part.seed) for part in again] == [
         (Task.INPAINT, 256, 256, first.seed + 2),
@@ -124,35 +148,35 @@ def test_a_part_is_drawn_at_the_size_of_the_model_with_its_own_steps_and_strengt
     assert {(part.num_inference_steps, part.strength) for part in again} == {(7, 0.6)}
 
 
-def test_parts_take_their_prompts_in_turn_and_the_last_one_for_all_further_ones(harness: ServiceHarness) -> None:
+def test_parts_take_their_prompts_in_turn_and_the_last_one_for_all_further_ones(harness: RepairHarness) -> None:
     """A part without a prompt of its own takes the request's."""
     parts = [replace(FOUND, score=0.9 - number / 10) for number in range(3)]
     repairs = (DetailRepair("faces", prompts=("a green one", "a blue one")), DetailRepair("hands", most=1))
-    image_of(harness, service_with(harness, ListedParts(parts)), request(repairs=repairs))
+    image_of(harness, harness.with_detector(ListedParts(parts)), request(repairs=repairs))
     assert [part.prompt for part in harness.painter.finished[1:]] == [
         *("a green one", "a blue one", "a blue one"),
         "a red square",
     ]
 
 
-def test_a_second_repair_sees_what_the_first_one_drew(harness: ServiceHarness) -> None:
+def test_a_second_repair_sees_what_the_first_one_drew(harness: RepairHarness) -> None:
     """Detectors run one after the other."""
     repairs = (DetailRepair("faces", prompts=("a blue square",)), DetailRepair("hands"))
     detector = ListedParts()
-    image_of(harness, service_with(harness, detector), request(repairs=repairs))
+    image_of(harness, harness.with_detector(detector), request(repairs=repairs))
     assert (detector.seen[0][32, 32] != detector.seen[1][32, 32]).any()
 
 
-def test_an_image_in_which_nothing_is_found_stays_as_it_is(harness: ServiceHarness) -> None:
+def test_an_image_in_which_nothing_is_found_stays_as_it_is(harness: RepairHarness) -> None:
     """The receipt says so."""
     detector = ListedParts(())
-    result, pixels = image_of(harness, service_with(harness, detector), request())
+    result, pixels = image_of(harness, harness.with_detector(detector), request())
     assert (pixels == detector.seen[0]).all()
     assert "nothing-found" in [warning.code for warning in result.warnings]
     assert len(harness.painter.finished) == 1
 
 
-def test_a_repair_after_inpainting_leaves_everything_else_exact(harness: ServiceHarness) -> None:
+def test_a_repair_after_inpainting_leaves_everything_else_exact(harness: RepairHarness) -> None:
     """The image is composed before the detector sees it."""
     picture, mask = disc(128, 64), np.zeros((64, 128, 3), np.uint8)
     mask[:, 96:] = 255
@@ -162,16 +186,16 @@ def test_a_repair_after_inpainting_leaves_everything_else_exact(harness: Service
         mask=ImageInput("mask_file", data=file_of(mask)),
         repairs=(DetailRepair("faces", feather=0, dilation=0),),
     )
-    _, pixels = image_of(harness, service_with(harness, ListedParts()), replace(asked, task=Task.INPAINT))
+    _, pixels = image_of(harness, harness.with_detector(ListedParts()), replace(asked, task=Task.INPAINT))
     untouched = np.ones((64, 128), bool)
     untouched[:, 96:], untouched[16:48, 16:48] = False, False
     assert (pixels[untouched] == picture[untouched]).all()
 
 
-def test_a_detector_that_fails_costs_its_request_alone(harness: ServiceHarness) -> None:
+def test_a_detector_that_fails_costs_its_request_alone(harness: RepairHarness) -> None:
     """Nothing is stored; the next request is drawn."""
     detector = ListedParts(fault=InvalidInput("faces.onnx cannot be used.", field="repairs[0].detector"))
-    service = service_with(harness, detector)
+    service = harness.with_detector(detector)
     with pytest.raises(InvalidInput, match="cannot be used"):
         image_of(harness, service, request())
     assert harness.bucket.stat("static/uploads/a.png") is None
@@ -196,24 +220,24 @@ def test_a_detector_that_fails_costs_its_request_alone(harness: ServiceHarness) 
     ],
 )
 def test_a_wrong_repair_is_refused_before_anything_is_drawn(
-    harness: ServiceHarness, repair: DetailRepair, fields: set[str]
+    harness: RepairHarness, repair: DetailRepair, fields: set[str]
 ) -> None:
     """Every field at fault is named."""
     with pytest.raises(InvalidInput) as refused:
-        image_of(harness, service_with(harness, ListedParts()), request(repairs=(repair,)))
+        image_of(harness, harness.with_detector(ListedParts()), request(repairs=(repair,)))
     assert {name for name, _ in refused.value.faults} == fields
     assert not harness.painter.finished
 
 
-def test_more_than_four_repairs_are_refused(harness: ServiceHarness) -> None:
+def test_more_than_four_repairs_are_refused(harness: RepairHarness) -> None:
     """Four are drawn."""
     four = (DetailRepair("faces"),) * 4
-    image_of(harness, service_with(harness, ListedParts()), request(repairs=four))
+    image_of(harness, harness.with_detector(ListedParts()), request(repairs=four))
     with pytest.raises(InvalidInput, match="more than 4 entries"):
-        image_of(harness, service_with(harness, ListedParts()), request(repairs=(*four, DetailRepair("hands"))))
+        image_of(harness, harness.with_detector(ListedParts()), request(repairs=(*four, DetailRepair("hands"))))
 
 
-def test_the_file_of_the_detector_is_part_of_the_identity(harness: ServiceHarness) -> None:
+def test_the_file_of_the_detector_is_part_of_the_identity(harness: RepairHarness) -> None:
     """Another content under the same name draws another image."""
     from stable_diffusion_server.generation.resolver import resolve_request
 
