@@ -125,7 +125,6 @@ def test_an_input_image_gets_a_second_pass_by_its_size(running: RunningApp) -> N
         ({"hires_scale": 2, "hires_steps": 999, "hires_guidance": -1}, {"hires_steps", "hires_guidance"}),
         ({"hires_scale": 2, "hires_scheduler": "none"}, {"hires_scheduler"}),
     ],
-    ids=str,
 )
 def test_what_is_wrong_is_named(running: RunningApp, change: dict[str, Any], fields: set[str]) -> None:
     """Every parameter at fault, before anything is drawn, also in a job."""

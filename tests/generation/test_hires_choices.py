@@ -103,7 +103,6 @@ def test_an_upscaler_a_lora_and_an_embedding_are_known_by_their_content() -> Non
         ({**HIRES, "hires_upscaler": "../sharp"}, {"hires_upscaler"}),
         ({**HIRES, "hires_upscaler": "latent-lanczos"}, {"hires_upscaler"}),
     ],
-    ids=str,
 )
 def test_what_is_wrong_is_named(change: dict[str, Any], fields: set[str]) -> None:
     """By the parameters of the second pass, before anything is drawn."""
