@@ -183,6 +183,36 @@ def transformer_tensors(transformer: Any) -> Tensors:
     return found
 
 
+def xlabs_tensors(network: Any) -> Tensors:
+    """A Flux ControlNet with a hint block in the names of XLabs."""
+    state = dict(network.state_dict())
+    hint = ["conv_in", *(f"blocks.{number}" for number in range(6)), "conv_out"]
+    beside = {f"input_hint_block.{old}": str(2 * n) for n, old in enumerate(hint)}
+
+    class WithFinalLayer:
+        """What `transformer_tensors` reads, with a last layer that is left out again."""
+
+        config = network.config
+
+        def state_dict(self) -> dict[str, torch.Tensor]:
+            side = network.config.num_attention_heads * network.config.attention_head_dim
+            last = {f"norm_out.linear.{leaf}": torch.zeros(2 * side) for leaf in ("weight", "bias")}
+            return {**state, **last}
+
+    found = {
+        name: tensor for name, tensor in transformer_tensors(WithFinalLayer()).items() if "final_layer" not in name
+    }
+    for name, tensor in state.items():
+        part, _, leaf = name.rpartition(".")
+        if name.startswith("controlnet_blocks."):
+            found[name] = tensor
+        elif part == "controlnet_x_embedder":
+            found[f"pos_embed_input.{leaf}"] = tensor
+        elif part in beside:
+            found[f"input_hint_block.{beside[part]}.{leaf}"] = tensor
+    return found
+
+
 def t5_tensors(encoder: Any) -> Tensors:
     """T5's encoder in the names of transformers; ComfyUI's files hold the table of words once."""
     return {name: tensor for name, tensor in encoder.state_dict().items() if name != "encoder.embed_tokens.weight"}

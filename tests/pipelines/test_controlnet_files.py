@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkpoint_stand_ins import sd15_pipeline, sdxl_pipeline, write
 from drawing import draw, largest_difference, outline
-from original_names import controlnet_tensors
+from original_names import controlnet_tensors, xlabs_tensors
 from safetensors.torch import load_file, save_file
 from tiny_families import build, z_image_control
 from tiny_oracles import request_for
@@ -38,6 +38,7 @@ LAYOUTS: dict[str, Callable[[Any], dict[str, torch.Tensor]]] = {
     "original": lambda network: {f"control_model.{name}": one for name, one in controlnet_tensors(network).items()},
     "original, without prefix": controlnet_tensors,
     "diffusers": lambda network: dict(network.state_dict()),
+    "xlabs": xlabs_tensors,
 }
 
 
@@ -50,9 +51,15 @@ def pipeline_of(family: str) -> Any:
 @cache
 def network_of(family: str) -> Any:
     """A small ControlNet of a family with weights everywhere."""
-    if family == "flux":
+    if family in ("flux", "flux of XLabs"):
+        hint = {"num_single_layers": 1} if family == "flux" else {"num_single_layers": 0, "guidance_embeds": True}
         network = diffusers.FluxControlNetModel(
-            num_layers=1, num_single_layers=1, num_attention_heads=1, joint_attention_dim=64, pooled_projection_dim=32
+            num_layers=2,
+            num_attention_heads=1,
+            joint_attention_dim=64,
+            pooled_projection_dim=32,
+            conditioning_embedding_channels=None if family == "flux" else 16,
+            **hint,
         )
     else:
         network = diffusers.ControlNetModel.from_unet(pipeline_of(family).unet)
@@ -63,11 +70,15 @@ def network_of(family: str) -> Any:
 
 
 def spec_of(family: str, place: str) -> ModelSpec:
-    return replace(MODELS["flux" if family == "flux" else "sdxl"], control_folder=place, cpu_dtype="float32")
+    return replace(MODELS["flux" if family.startswith("flux") else "sdxl"], control_folder=place, cpu_dtype="float32")
 
 
 @pytest.mark.parametrize(
-    ("family", "layout"), [*((f, layout) for f in ("sd15", "sdxl") for layout in LAYOUTS), ("flux", "diffusers")]
+    ("family", "layout"),
+    [
+        *((f, layout) for f in ("sd15", "sdxl") for layout in LAYOUTS if layout != "xlabs"),
+        *(("flux", "diffusers"), ("flux of XLabs", "diffusers"), ("flux of XLabs", "xlabs")),
+    ],
 )
 def test_a_file_is_the_network_of_its_folder(family: str, layout: str, tmp_path: Path) -> None:
     """Configuration and every weight; without its weights, the same shapes. No socket is opened."""

@@ -50,6 +50,10 @@ _NORMS = {
     "txt_attn.norm.key_norm": "norm_added_k",
 }
 _LEAVES = ("weight", "bias")
+# Parts of XLabs' ControlNets that the transformer has too.
+_XLABS_PARTS = frozenset(("double_blocks", "time_in", "vector_in", "guidance_in", "txt_in", "img_in"))
+# Convolutions of XLabs' hint block, between which are activations → diffusers'.
+_HINT_LAYERS = {"0": "conv_in", **{str(2 * n + 2): f"blocks.{n}" for n in range(6)}, "14": "conv_out"}
 
 # T5 as llama.cpp names it → as transformers does.
 _T5_BLOCK = {
@@ -120,6 +124,36 @@ def t5_names(tensors: Mapping[str, Tensor]) -> Tensors:
 
 def transformer_names(tensors: Mapping[str, Tensor]) -> Tensors:
     """Flux's transformer. diffusers' own converter has the width 3072 written into it, and takes no packed weights."""
+    width, found = int(_required(tensors, "img_in.weight").shape[0]), _block_names(tensors)
+    for leaf in _LEAVES:
+        # Black Forest Labs keep shift before scale, diffusers scale before shift.
+        modulation = _required(tensors, f"final_layer.adaLN_modulation.1.{leaf}")
+        shift, scale = rows_of(modulation, 0, width), rows_of(modulation, width, 2 * width)
+        found[f"norm_out.linear.{leaf}"] = torch.cat([_plain(scale), _plain(shift)])
+    return found
+
+
+def xlabs_names(tensors: Mapping[str, Tensor]) -> Tensors:
+    """A ControlNet for Flux by XLabs: blocks as the transformer's, and a hint block of eight convolutions."""
+    found = _block_names(tensors)
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if part == "controlnet_blocks":
+            found[name] = tensor
+        elif part == "pos_embed_input":
+            found[f"controlnet_x_embedder.{rest}"] = tensor
+        elif part == "input_hint_block":
+            layer, _, leaf = rest.partition(".")
+            if layer not in _HINT_LAYERS:
+                raise WeightFileError(f"{name[:100]} is no layer of the hint block")
+            found[f"{part}.{_HINT_LAYERS[layer]}.{leaf}"] = tensor
+        elif part not in _XLABS_PARTS:
+            raise WeightFileError(f"{name[:100]} belongs to another model")
+    return found
+
+
+def _block_names(tensors: Mapping[str, Tensor]) -> Tensors:
+    """The blocks and embedders of a network of Flux's architecture."""
     width = int(_required(tensors, "img_in.weight").shape[0])
     found: Tensors = {}
 
@@ -152,11 +186,6 @@ def transformer_names(tensors: Mapping[str, Tensor]) -> Tensors:
         split(f"{here}.linear1", (*attention, f"{there}.proj_mlp"))
         for old, new in (("query", "norm_q"), ("key", "norm_k")):
             found[f"{there}.attn.{new}.weight"] = _required(tensors, f"{here}.norm.{old}_norm.scale")
-    for leaf in _LEAVES:
-        # Black Forest Labs keep shift before scale, diffusers scale before shift.
-        modulation = _required(tensors, f"final_layer.adaLN_modulation.1.{leaf}")
-        shift, scale = rows_of(modulation, 0, width), rows_of(modulation, width, 2 * width)
-        found[f"norm_out.linear.{leaf}"] = torch.cat([_plain(scale), _plain(shift)])
     return found
 
 

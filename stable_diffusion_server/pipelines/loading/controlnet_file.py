@@ -21,6 +21,7 @@ from stable_diffusion_server.pipelines.loading.checkpoint_configs import (
     unet_additions,
     unet_inputs,
 )
+from stable_diffusion_server.pipelines.loading.checkpoint_names import xlabs_names
 from stable_diffusion_server.pipelines.loading.checkpoint_tensors import forget_pages, read_tensors, shapes_of
 from stable_diffusion_server.pipelines.loading.diffusers_configs import diffusers_unet_inputs, transformer_sizes
 from stable_diffusion_server.pipelines.loading.network_assembly import assemble
@@ -40,8 +41,8 @@ _CLASS_OF = {
     ("flux", False): "FluxControlNetModel",
     ("flux", True): "FluxControlNetModel",
 }
-# Variants that are loaded; `xlabs` has names of its own, which diffusers converts nowhere.
-_VARIANTS = ("", "union")
+# Variants that are loaded.
+_VARIANTS = ("", "union", "xlabs")
 # SDXL's size and crop, which diffusers' own conversion leaves out.
 _ADDED = {f"label_emb.0.{old}.": f"add_embedding.linear_{new}." for old, new in ((0, 1), (2, 2))}
 _MODES = "controlnet_mode_embedder.weight"
@@ -65,6 +66,8 @@ def controlnet_of_file(file: Path, control_class: str, dtype: torch.dtype, *, me
     """
     identity = _identified(file, control_class)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in read_tensors(file, meta=meta).items()}
+    if identity.variant == "xlabs":
+        tensors = xlabs_names(tensors)
     shapes = shapes_of(tensors)
     if control_class == "FluxControlNetModel":
         config = _flux_config(shapes)
