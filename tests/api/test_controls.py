@@ -335,3 +335,13 @@ def test_forged_units_are_checked_as_at_any_endpoint(app: RunningApp, units: Any
     assert answer.status_code == 422, answer.text
     assert answer.json()["field"] in fields
     assert len(app.squares.finished) == before
+
+
+def test_units_guide_the_second_pass_too(app: RunningApp) -> None:
+    """As in AUTOMATIC1111: the control image of the first pass in the size of the second one."""
+    unit = {"kind": "canny", "image": TEXT, "end": 0.5}
+    answer = post(app, [unit], hires_width=256, hires_height=192, hires_strength=0.5)
+    (control,) = drawn(app, answer)
+    (first,) = app.squares.finished[-2].controls
+    assert (first.image.pixels.shape, control.image.pixels.shape) == ((128, 128, 3), (192, 256, 3))
+    assert (control.network, control.weight, control.end) == (first.network, first.weight, 0.5)
