@@ -43,6 +43,7 @@ from stable_diffusion_server.app.upscalers import Upscalers
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.generation import limits, prompt_fitting, prompts, replay
 from stable_diffusion_server.generation.limits import RequestLimits
+from stable_diffusion_server.generation.preprocessing import InProcessPreprocessor
 from stable_diffusion_server.imaging import infotext, metadata
 from stable_diffusion_server.jobs.events import JobEventLog
 from stable_diffusion_server.net import url_policy
@@ -499,7 +500,7 @@ PARSERS = [
     Parser(
         "module of /controlnet",
         limits.NAME_MAX,
-        lambda text: controlnet_routes.DetectParams(controlnet_module=text).size_of(64, 64),
+        lambda text: controlnet_routes.DetectParams(controlnet_module=text).chosen(InProcessPreprocessor()),
     ),
     Parser(
         "size of OpenAI",

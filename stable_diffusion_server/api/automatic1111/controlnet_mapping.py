@@ -148,8 +148,14 @@ def _is_plain(unit: SentUnit, params: Txt2Img, spec: ModelSpec, usable: Sequence
         return False
     if not isinstance(params, Img2Img):
         return bool(unit.image)
-    same = not unit.image or [unit.image] == params.init_images
+    # Clients send one of them as a data URL and the other in plain base64, which has no comma.
+    same = not unit.image or [_base64(unit.image)] == [*map(_base64, params.init_images or ())]
     return same and not params.mask and not params.script_name
+
+
+def _base64(image: str) -> str:
+    """Return the base64 of an image that may be a data URL."""
+    return image.rpartition(",")[2]
 
 
 def _named(model: str, usable: Sequence[ControlNetwork]) -> ControlNetwork | None:
