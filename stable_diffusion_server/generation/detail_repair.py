@@ -68,7 +68,7 @@ class DetailRepairer:
             (height, width), field = pixels.shape[:2], f"repairs[{place}].detector"
             found = await self._options.detector.detect(repair.detector, pixels, field, share=context.caller.share)
             parts = chosen_parts(found, repair, width, height)
-            warnings.append(_told(repair, len(parts)))
+            warnings.append(_repair_warning(repair, len(parts)))
             for index, part in enumerate(parts):
                 again = _Part(repair, index, part, wrapped(image.request.seed + 2 + number))
                 part_layout = await asyncio.to_thread(self._lay_out, resolved, again, pixels)
@@ -88,7 +88,7 @@ class DetailRepairer:
         return replace(layout, request=self._executor.fit_prompts(layout.request, again))
 
 
-def _told(repair: DetailRepair, count: int) -> RequestWarning:
+def _repair_warning(repair: DetailRepair, count: int) -> RequestWarning:
     """Return how many parts were drawn again."""
     if not count:
         return RequestWarning("nothing-found", f"{repair.detector} found nothing to draw again.")
@@ -109,8 +109,8 @@ def _finished(layout: ImageLayout, pixels: Pixels, warnings: Sequence[RequestWar
     """Return a layout whose output is the image as it is."""
     height, width = pixels.shape[:2]
     canvas = Canvas(width, height, resampled=False)
-    told = (*layout.warnings, *warnings)
-    return replace(layout, canvas=canvas, width=width, height=height, image=None, mask=None, crop=None, warnings=told)
+    drawn = replace(layout, canvas=canvas, width=width, height=height, warnings=(*layout.warnings, *warnings))
+    return replace(drawn, image=None, mask=None, crop=None)
 
 
 def _with_pixels(image: CheckedImage[DecodedPixels], pixels: Pixels) -> CheckedImage[DecodedPixels]:

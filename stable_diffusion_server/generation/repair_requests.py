@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -89,6 +89,7 @@ def repair_identity(repairs: Sequence[DetailRepair], detector: DetailDetector) -
 def part_request(request: GenerationRequest, repair: DetailRepair, number: int, spec: ModelSpec) -> GenerationRequest:
     """Return the request that draws part `number` again, with the image and mask still to be laid out."""
     side = math.isqrt(spec.native_pixels) // ALIGNMENT * ALIGNMENT
+    one_pass: dict[str, Any] = {part.name: part.default for part in fields(request) if part.name.startswith("hires_")}
     return replace(
         request,
         task=Task.INPAINT,
@@ -113,18 +114,7 @@ def part_request(request: GenerationRequest, repair: DetailRepair, number: int, 
         tiling=None,
         refine=False,
         repairs=(),
-        hires_width=None,
-        hires_height=None,
-        hires_scale=None,
-        hires_steps=None,
-        hires_strength=None,
-        hires_upscaler=None,
-        hires_scheduler=None,
-        hires_schedule=None,
-        hires_guidance=None,
-        hires_prompt=None,
-        hires_negative_prompt=None,
-        hires_loras=None,
+        **one_pass,
     )
 
 

@@ -167,6 +167,17 @@ def test_a_second_repair_sees_what_the_first_one_drew(harness: RepairHarness) ->
     assert (detector.seen[0][32, 32] != detector.seen[1][32, 32]).any()
 
 
+@pytest.mark.parametrize(
+    "second", [{"hires_width": 256, "hires_height": 128}, {"hires_scale": 2.0, "hires_guidance": 1.5, "hires_steps": 3}]
+)
+def test_a_repair_follows_the_second_pass_and_has_none_itself(harness: RepairHarness, second: dict[str, Any]) -> None:
+    """The detector sees the enlarged image, and each part is drawn once."""
+    detector = ListedParts()
+    image_of(harness, harness.with_detector(detector), request(hires_strength=0.5, **second))
+    assert detector.seen[0].shape == (128, 256, 3)
+    assert [drawn.task for drawn in harness.painter.finished] == [Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINT]
+
+
 def test_an_image_in_which_nothing_is_found_stays_as_it_is(harness: RepairHarness) -> None:
     """The receipt says so."""
     detector = ListedParts(())

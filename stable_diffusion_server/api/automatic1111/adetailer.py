@@ -110,8 +110,8 @@ def _unit(given: Mapping[str, Any], number: int) -> AdetailerUnit:
     try:
         return AdetailerUnit.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        told = [sentence for _, sentence in faults_in(error, AdetailerUnit)]
-        sentence = " ".join(f"alwayson_scripts.ADetailer unit {number}: {one}" for one in told)
+        faults = [fault for _, fault in faults_in(error, AdetailerUnit)]
+        sentence = " ".join(f"alwayson_scripts.ADetailer unit {number}: {fault}" for fault in faults)
         raise InvalidInput(sentence[:1000], field=_FIELD) from error
 
 
