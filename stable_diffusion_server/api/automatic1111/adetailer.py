@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -176,19 +176,3 @@ def _texts(text: str, whole: str, parameter: str, spec: ModelSpec) -> tuple[tupl
     if _SKIPPED in text:
         ignored.append(f"ADetailer: {_SKIPPED} is not honoured.")
     return tuple(one.words for one in read), ignored
-
-
-def unit_fields(repairs: Sequence[DetailRepair]) -> dict[str, str]:
-    """Return the entries of the parameters text for the first unit, as the extension writes them."""
-    if not repairs:
-        return {}
-    first = repairs[0]
-    return {
-        "ADetailer model": first.detector,
-        "ADetailer confidence": f"{first.confidence:g}",
-        "ADetailer dilate erode": str(first.dilation),
-        "ADetailer mask blur": str(first.feather),
-        "ADetailer denoising strength": f"{first.strength:g}",
-        "ADetailer inpaint only masked": "True",
-        "ADetailer inpaint padding": str(first.padding),
-    }
